@@ -1,0 +1,131 @@
+"""The configuration of a run: frozen dataclasses that validate and never change.
+
+Field names are HF TrainingArguments' where it has one. The text under each field is its help on the
+command line. What follows from a value is a property; nothing here imports torch or ray.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lsp_ray.errors import ConfigError
+
+Fit = Literal["closed_form", "random"]
+Method = Literal["lsp", "zero_offload", "native"]
+Task = Literal["causal_lm", "sequence_classification"]
+PolicyName = Literal["layerwise", "sequential"]
+SchedulerType = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
+]
+
+
+def _at_least(name: str, value: float | None, bound: float) -> None:
+    """Raise ConfigError unless value is None or a finite number ≥ bound."""
+    if value is not None and not (math.isfinite(value) and value >= bound):
+        raise ConfigError(name, f"be at least {bound}", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LspConfig:
+    """The learned sparse projectors (method lsp)."""
+
+    subspace_dim: int = 256
+    """Size d of the (d, d) compressed gradient; matrices with a small side use at most half of it."""
+    nnz_per_row: int = 4
+    """Non-zeros r in every row of a projector; projector memory grows with r, not with d."""
+    fit: Fit = "closed_form"
+    """How projectors are made: closed_form learns them from gradients, random draws them."""
+    calibration_batches: int = 4
+    """Micro-batches whose gradients the closed form learns from."""
+
+    def __post_init__(self) -> None:
+        _at_least("lsp.subspace_dim", self.subspace_dim, 1)
+        _at_least("lsp.nnz_per_row", self.nnz_per_row, 1)
+        _at_least("lsp.calibration_batches", self.calibration_batches, 1)
+        if self.nnz_per_row > self.subspace_dim:
+            raise ConfigError("lsp.nnz_per_row", f"be at most lsp.subspace_dim ({self.subspace_dim})", self.nnz_per_row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Actors, threads and schedule."""
+
+    num_shards: int | None = None
+    """CPU shard actors that own the optimizer state; default: a quarter of the cores, at least 1."""
+    policy: PolicyName | None = None
+    """Order of transfers and updates; default: layerwise, for zero_offload sequential."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes the GPU if there is one."""
+    device_threads: int | None = None
+    """CPU threads of the GPU actor; default: what the shards leave on a CPU run, else 2."""
+    shard_threads: int | None = None
+    """CPU threads of each shard; default: the other cores divided by num_shards."""
+    dashboard: bool = False
+    """Serve Ray's dashboard on 127.0.0.1."""
+
+    def __post_init__(self) -> None:
+        _at_least("runtime.num_shards", self.num_shards, 1)
+        _at_least("runtime.device_threads", self.device_threads, 1)
+        _at_least("runtime.shard_threads", self.shard_threads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One fine-tuning run."""
+
+    model_name_or_path: str = "smollm2-135m"
+    """Alias smollm2-135m, a local folder, a .gguf file or a hub id."""
+    dataset: str = "stdlib-docstrings"
+    """stdlib-docstrings, a JSONL, CSV or Parquet file or a folder of them, or a hub id."""
+    output_dir: str | None = None
+    """New or empty folder for checkpoint, metrics and summary; default: lsp_output, or lsp_output-2 …"""
+    method: Method = "lsp"
+    """lsp: projected gradients; zero_offload: full gradients to the CPU; native: all on the device."""
+    max_steps: int = 40
+    """Optimizer updates; -1 trains num_train_epochs instead."""
+    num_train_epochs: float = 1.0
+    """Passes over the training data where max_steps is -1."""
+    per_device_train_batch_size: int = 4
+    """Examples in a micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches in an optimizer update."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; updates are norm-matched, so full fine-tuning's values carry over."""
+    lr_scheduler_type: SchedulerType = "linear"
+    """Shape of the learning rate over the steps, as in transformers.get_scheduler."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    max_seq_length: int = 128
+    """Tokens kept of an example; short by default so that a first run is quick."""
+    max_eval_samples: int = 128
+    """Held-out examples on which eval loss is measured."""
+    seed: int = 42
+    """Seed of data order, projectors and rounding."""
+    bf16: bool | None = None
+    """Weights and activations in bfloat16; default: where the GPU or CPU is fast at it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    lsp: LspConfig = field(default_factory=LspConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_eval_samples"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("max_seq_length", self.max_seq_length, 8)
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if self.max_steps != -1:
+            _at_least("max_steps", self.max_steps, 1)
+        if not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
+            raise ConfigError("num_train_epochs", "be above 0", self.num_train_epochs)
+        if self.output_dir == "":
+            raise ConfigError("output_dir", "name a folder", self.output_dir)
+
+    @property
+    def policy(self) -> PolicyName:
+        """The policy asked for, else the method's own."""
+        return self.runtime.policy or ("sequential" if self.method == "zero_offload" else "layerwise")

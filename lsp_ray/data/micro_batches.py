@@ -1,0 +1,153 @@
+"""Micro-batches: which rows each optimizer update sees, padded and collated, in an order that the seed decides."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from lsp_ray.data.tokenize import TokenizedRows
+
+Batch = dict[str, torch.Tensor]
+"""int64 CPU tensors: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S) or (B,), maybe `token_type_ids`."""
+
+_STEPS_AHEAD = 2
+
+# Draws that are independent of each other under one seed.
+_TRAIN_ORDER, _EVAL_CHOICE, _CALIBRATION_ORDER = range(3)
+
+
+class MicroBatches:
+    """Random access to the micro-batches of every optimizer update, to eval batches and to calibration batches.
+
+    Each epoch is a permutation of the train rows, a function of (seed, epoch). Epochs follow each other without a
+    gap: the update in which one ends takes its last rows from the next, so that every micro-batch is full. The same
+    rows make up update k whatever their split into `batch_size` times `accumulation`.
+    """
+
+    def __init__(
+        self,
+        tokenized: TokenizedRows,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        max_steps: int,
+        num_train_epochs: float,
+        max_eval_samples: int,
+    ) -> None:
+        """Prepare collation; nothing is collated yet.
+
+        Args:
+            tokenized: Rows as token ids.
+            tokenizer: The model's own; pads on the right here, with EOS where it has no padding token, and is itself
+                left as it is.
+            batch_size: Rows B in a micro-batch.
+            accumulation: Micro-batches in an optimizer update.
+            seed: Seed of the order of rows and of the choice of eval rows.
+            max_steps: Optimizer updates, or -1 for `num_train_epochs`.
+            num_train_epochs: Passes over the train rows where `max_steps` is -1.
+            max_eval_samples: Eval rows used, at most.
+        """
+        self._train, self._eval = tokenized.train, tokenized.eval
+        self._batch_size, self._accumulation, self._seed = batch_size, accumulation, seed
+        epochs_of_steps = math.ceil(num_train_epochs * len(self._train) / (batch_size * accumulation))
+        self._num_steps = epochs_of_steps if max_steps == -1 else max_steps
+        self._max_eval_samples = max_eval_samples
+        self._collate = _collator(tokenized, tokenizer)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer updates of the run."""
+        return self._num_steps
+
+    def step(self, k: int) -> list[Batch]:
+        """Return the micro-batches of optimizer update k, counted from 0; equal at every call."""
+        return self._drawn(_TRAIN_ORDER, k * self._accumulation, self._accumulation)
+
+    def calibration(self, num: int) -> list[Batch]:
+        """Return `num` micro-batches of train rows in an order of their own, not that of the first updates."""
+        return self._drawn(_CALIBRATION_ORDER, 0, num)
+
+    def eval_batches(self) -> list[Batch]:
+        """Return batches of the eval rows, or of `max_eval_samples` of them drawn by the seed; equal at every call.
+
+        Rows of similar length share a batch, as their order does not matter and padding costs time. The last batch
+        may be smaller.
+        """
+        chosen = np.sort(_order(self._seed, _EVAL_CHOICE, 0, len(self._eval))[: self._max_eval_samples])
+        rows = _rows(self._eval, chosen.tolist())
+        rows.sort(key=lambda row: len(row["input_ids"]))
+        return [self._collate(rows[at : at + self._batch_size]) for at in range(0, len(rows), self._batch_size)]
+
+    def read_ahead(self, num_steps: int, *, first_step: int = 0) -> Iterator[list[Batch]]:
+        """Yield `step(k)` for `num_steps` updates from `first_step` on, collated by a thread up to 2 updates ahead.
+
+        An error in the thread is raised where its update is asked for. The thread ends with the iterator: when it is
+        exhausted, closed (`contextlib.closing`) or collected.
+        """
+        ahead: deque[Future[list[Batch]]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read_ahead") as executor:
+            try:
+                for k in range(first_step, first_step + num_steps):
+                    ahead.append(executor.submit(self.step, k))
+                    if len(ahead) > _STEPS_AHEAD:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _drawn(self, draw: int, first: int, num: int) -> list[Batch]:
+        """Collate `num` micro-batches from micro-batch `first` of an endless order of train rows."""
+        size, total = self._batch_size, len(self._train)
+        indices = [_endless(self._seed, draw, at, total) for at in range(first * size, (first + num) * size)]
+        rows = _rows(self._train, indices)
+        return [self._collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+
+def _endless(seed: int, draw: int, at: int, total: int) -> int:
+    epoch, position = divmod(at, total)
+    return int(_order(seed, draw, epoch, total)[position])
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, draw: int, epoch: int, total: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return a permutation of range(total); cached, as every row of an epoch asks for it."""
+    return np.random.default_rng((seed, draw, epoch)).permutation(total)
+
+
+def _rows(rows: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Return rows in the order of `indices`, which may repeat."""
+    columns: dict[str, list[Any]] = rows[list(indices)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _collator(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return transformers' collator for the task, on a tokenizer of its own."""
+    padding = copy.deepcopy(tokenizer)
+    # left padding would move the positions of models that learn them
+    padding.padding_side = "right"
+    if padding.pad_token_id is None:
+        padding.pad_token = padding.eos_token
+    if tokenized.task == "sequence_classification":
+        collate: Any = DataCollatorWithPadding(padding, return_tensors="pt")
+    else:
+        collate = DataCollatorForSeq2Seq(padding, label_pad_token_id=-100, return_tensors="pt")
+
+    def collated(rows: list[dict[str, Any]]) -> Batch:
+        features = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        return dict(collate(features))
+
+    return collated

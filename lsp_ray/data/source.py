@@ -1,0 +1,194 @@
+"""Where rows come from: files of a known format, a folder of them, or the model hub. All read by `datasets`."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import huggingface_hub.errors
+import pyarrow
+from datasets import Dataset, DatasetDict
+from datasets.packaged_modules.cache.cache import Cache
+
+from lsp_ray.data.quiet import quiet
+from lsp_ray.errors import ConfigError
+
+Splits = Mapping[str, Dataset]
+
+_BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+_SUFFIXES = ", ".join(_BUILDERS)
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+_UNREADABLE = (
+    datasets.exceptions.DatasetsError,
+    pyarrow.ArrowException,
+    OSError,
+    ValueError,
+    StopIteration,  # datasets' own answer to a JSON file without rows
+)
+# httpx's, by whatever name the installed hub client imports it
+_HTTP_ERROR: type[Exception] = huggingface_hub.errors.HTTPError  # type: ignore[attr-defined]
+_HUB_TIMEOUT_S = 5.0
+
+
+def read_splits(name: str, *, cache_dir: Path | None = None) -> Splits:
+    """Read every split that `name` has: train, validation or test for files, whatever it declares for a hub id.
+
+    Args:
+        name: A file, a folder, or `owner/name` on the hub, `owner/name:configuration` where it has several.
+        cache_dir: Folder for the Arrow files that `datasets` maps into memory; its own cache unless given.
+
+    Raises:
+        ConfigError: Nothing is there, it cannot be read, or the hub cannot be reached; names the file.
+    """
+    path = Path(name).expanduser()
+    with quiet():
+        try:
+            files = {"train": [path]} if path.is_file() else _files_by_split(path) if path.is_dir() else None
+        except OSError as error:
+            raise ConfigError("dataset", "be a file or folder that can be read", name, hint=str(error)) from error
+        if files is not None:
+            return {split: _read_files(paths, cache_dir) for split, paths in files.items()}
+        if path.suffix in _BUILDERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) or name[0] in "./":
+            raise ConfigError("dataset", "be an existing file or folder, stdlib-docstrings or a hub id", name)
+        return _read_hub(name, cache_dir)
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """Group the folder's data files, also one level down, by the split that their names tell; the rest is train.
+
+    Unnamed files beside a named train split (a label list, dataset_info.json) are no rows and left out.
+    """
+    found = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix in _BUILDERS)
+    groups: dict[str, list[Path]] = {}
+    for path in found:
+        if path.is_file() and not path.name.startswith("."):
+            groups.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+    unnamed = groups.pop("", [])
+    if unnamed and "train" not in groups:
+        groups["train"] = unnamed
+    if not groups:
+        raise ConfigError("dataset", f"hold files of a known format ({_SUFFIXES})", str(folder))
+    return groups
+
+
+def _split_of(path: Path) -> str:
+    words = re.findall(r"[a-z]+", path.with_suffix("").as_posix().lower())
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
+
+
+def _read_files(paths: Sequence[Path], cache_dir: Path | None) -> Dataset:
+    builders = {_BUILDERS.get(path.suffix) for path in paths}
+    builder = builders.pop()
+    if builder is None or builders:
+        raise ConfigError("dataset", f"be files of one known format ({_SUFFIXES})", ", ".join(map(str, paths)))
+    options: dict[str, Any] = {}
+    if builder == "csv":
+        # otherwise the texts "NA", "None" and "null" would turn into missing values
+        options = {"keep_default_na": False, "sep": "\t" if paths[0].suffix == ".tsv" else ","}
+    try:
+        names = [glob.escape(str(path)) for path in paths]
+        cache = str(cache_dir) if cache_dir else None
+        return datasets.load_dataset(builder, data_files={"train": names}, split="train", cache_dir=cache, **options)
+    except _UNREADABLE as error:
+        if len(paths) > 1:
+            for path in paths:
+                _read_files([path], cache_dir)  # the file at fault fails again alone, and is named
+        raise _unreadable(paths[0], builder, error) from error
+
+
+def _unreadable(path: Path, builder: str, error: BaseException) -> ConfigError:
+    """Return the one line for a file that `datasets` could not read."""
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error) or not path.stat().st_size:
+        return ConfigError("dataset", "have rows", str(path), hint="the file is empty")
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        return ConfigError("dataset", "be UTF-8 text", str(path), hint=str(cause))
+    at = _first_bad_line(path) if path.suffix in (".jsonl", ".ndjson") else ""
+    return ConfigError("dataset", f"be well-formed {builder}", str(path), hint=at or _first_line(cause))
+
+
+def _first_bad_line(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line) if line.strip() else None
+            except json.JSONDecodeError as error:
+                return f"line {number}: {error.msg}"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _read_hub(name: str, cache_dir: Path | None) -> Splits:
+    hub_id, _, configuration = name.partition(":")
+    cache = str(cache_dir) if cache_dir else None
+    if not _hub_answers():
+        return _read_cached(hub_id, configuration, cache)
+    try:
+        splits = datasets.load_dataset(hub_id, configuration or None, cache_dir=cache)
+    except (*_UNREADABLE, RuntimeError, _HTTP_ERROR) as error:
+        hint = " ".join(str(error).split())[:300]
+        raise ConfigError("dataset", "be a data set that the hub can serve", name, hint=hint) from error
+    return dict(splits)
+
+
+def _hub_answers() -> bool:
+    """Ask once, for a few seconds: `datasets` itself would retry a dead connection for half a minute."""
+    if huggingface_hub.constants.is_offline_mode():
+        return False
+    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return True
+    except OSError:
+        return False
+
+
+def _read_cached(hub_id: str, configuration: str, cache: str | None) -> Splits:
+    try:
+        builder = Cache(
+            cache_dir=cache,
+            repo_id=hub_id,
+            dataset_name=hub_id.rpartition("/")[2],
+            config_name=configuration or None,
+            version="auto",
+            hash="auto",
+        )
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
+    except _UNREADABLE as error:
+        hint = f"{huggingface_hub.constants.ENDPOINT} cannot be reached and the data set is not in the local cache"
+        raise ConfigError("dataset", "be a file, a folder or a hub id within reach", hub_id, hint=hint) from error
+    return dict(splits) if isinstance(splits, DatasetDict) else {"train": splits}

@@ -1,0 +1,91 @@
+"""Fit projectors from gradients of a few micro-batches, before step 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from lsp_ray.device.projected_linear import GradientSketch, ProjectedLinear
+from lsp_ray.device.rounding import mixed
+from lsp_ray.models.loss import Batch, num_targets, summed_loss
+from lsp_ray.projection.closed_form import fit_projector
+
+SKETCH_BYTES = 1 << 30  # host memory for sketches: larger models calibrate in several passes over the batches
+
+
+def fit_projectors(
+    model: PreTrainedModel,
+    linears: Sequence[tuple[str, ProjectedLinear]],
+    batches: Sequence[Batch],
+    *,
+    seed: int,
+    on_fitted: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Replace every linear's projector by one fitted in closed form.
+
+    Args:
+        model: On its device; its weights do not change.
+        linears: Names and modules; each keeps its subspace dimension and its number of non-zeros.
+        batches: Calibration micro-batches, on any device.
+        seed: Of sketches and positions.
+        on_fitted: Called with the number of linears done and their total.
+
+    Returns:
+        Names of linears without a usable gradient (all zero or not finite); they keep the projector they had.
+    """
+    unfitted: list[str] = []
+    done = 0
+    for group in _groups(linears):
+        for key, (_, module) in enumerate(group, start=done):
+            generator = torch.Generator().manual_seed(mixed(seed, key))
+            module.sketch = GradientSketch(module.projector.shape, module.projector.dim, generator)
+        _backward_all(model, batches)
+        for name, module in group:
+            if not _fit(module, seed, done):
+                unfitted.append(name)
+            done += 1
+            if on_fitted is not None:
+                on_fitted(done, len(linears))
+    return unfitted
+
+
+def _groups(linears: Sequence[tuple[str, ProjectedLinear]]) -> Iterator[list[tuple[str, ProjectedLinear]]]:
+    """Split into runs whose sketches fit in SKETCH_BYTES, one linear at least."""
+    group: list[tuple[str, ProjectedLinear]] = []
+    total_bytes = 0
+    for name, module in linears:
+        size_bytes = 4 * sum(module.projector.shape) * module.projector.dim
+        if group and total_bytes + size_bytes > SKETCH_BYTES:
+            yield group
+            group, total_bytes = [], 0
+        group.append((name, module))
+        total_bytes += size_bytes
+    if group:
+        yield group
+
+
+def _backward_all(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    device = next(model.parameters()).device
+    for position, batch in enumerate(batches):
+        torch.manual_seed(position)
+        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+        loss = summed_loss(model, on_device) / max(1, num_targets(batch))
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
+def _fit(module: ProjectedLinear, seed: int, key: int) -> bool:
+    sketch, old = module.sketch, module.projector
+    assert sketch is not None
+    module.sketch = None
+    device = module.weight.device
+    generator = torch.Generator().manual_seed(mixed(seed, key, 1))
+    fitted = fit_projector(
+        sketch.left_MS.to(device), sketch.right_NS.to(device), old.dim, old.left.nnz_per_row, generator
+    )
+    if fitted is None:
+        return False
+    module.set_projector(fitted.to(device, module.weight.dtype))
+    return True

@@ -1,0 +1,56 @@
+"""CudaBackend: one CUDA stream for each direction of the link, beside the default stream that computes.
+
+Not run on a GPU yet. Each choice follows PyTorch's "CUDA semantics" notes; the reason stands beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lsp_ray.device.backend import Fence
+from lsp_ray.trace import WorkStream
+
+
+class CudaBackend:
+    """See `Backend`. Compute is the device's default stream, the one that autograd's threads use as well."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cuda", index)
+        self._streams = {
+            WorkStream.GPU: torch.cuda.default_stream(self.device),
+            WorkStream.D2H: torch.cuda.Stream(self.device),
+            WorkStream.H2D: torch.cuda.Stream(self.device),
+        }
+
+    def record(self, stream: WorkStream) -> Fence:
+        """See `Backend`."""
+        # blocking: a helper thread that waits must sleep, not spin on a core that a shard could use
+        event = torch.cuda.Event(blocking=True)
+        event.record(self._streams[stream])
+        return event
+
+    def wait(self, stream: WorkStream, fence: Fence) -> None:
+        """See `Backend`."""
+        assert isinstance(fence, torch.cuda.Event)
+        self._streams[stream].wait_event(fence)
+
+    def copy_async(self, stream: WorkStream, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """See `Backend`. With pageable host memory CUDA stages the copy: slower, same order, same result."""
+        with torch.cuda.stream(self._streams[stream]):
+            destination.copy_(source, non_blocking=True)
+
+    def empty(self, stream: WorkStream, numel: int) -> torch.Tensor:
+        """See `Backend`."""
+        # a block of the allocator's pool belongs to the stream current at allocation: that stream may write at once
+        with torch.cuda.stream(self._streams[stream]):
+            return torch.empty(numel, device=self.device)
+
+    def hand_over(self, tensor: torch.Tensor, stream: WorkStream) -> None:
+        """See `Backend`."""
+        tensor.record_stream(self._streams[stream])
+
+    def page_lock(self, slot: torch.Tensor) -> bool:
+        """See `Backend`."""
+        # slots are shared memory that torch did not allocate, so pin_memory() would copy them: register in place
+        error = torch.cuda.cudart().cudaHostRegister(slot.data_ptr(), slot.nbytes, 0)
+        return int(error) == 0

@@ -1,0 +1,50 @@
+"""DeltaMailbox: deltas that have come up to the device, until the forward takes them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from lsp_ray.device.backend import Fence
+from lsp_ray.errors import DeadlineError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivedDelta:
+    """A unit's flat float32 delta on the device, complete once `fence` is passed."""
+
+    delta: torch.Tensor
+    fence: Fence
+
+
+class DeltaMailbox:
+    """Filled by the h2d thread, emptied by the compute thread; at most one delta a unit at any time."""
+
+    def __init__(self) -> None:
+        self._arrived: dict[tuple[int, int], ArrivedDelta] = {}
+        self._changed = threading.Condition()
+
+    def put(self, step: int, unit: int, arrived: ArrivedDelta) -> None:
+        """Leave the delta that `step` made for `unit`."""
+        with self._changed:
+            assert (step, unit) not in self._arrived, f"delta of unit {unit} of step {step} came up twice"
+            self._arrived[step, unit] = arrived
+            self._changed.notify_all()
+
+    def has(self, step: int, unit: int) -> bool:
+        """Whether `take` would return at once."""
+        with self._changed:
+            return (step, unit) in self._arrived
+
+    def take(self, step: int, unit: int, *, timeout_s: float) -> ArrivedDelta:
+        """Wait for the delta that `step` made for `unit` and remove it.
+
+        Raises:
+            DeadlineError: It did not come within `timeout_s`.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: (step, unit) in self._arrived, timeout_s):
+                raise DeadlineError(f"no delta of step {step} for unit {unit} came up within {timeout_s:.0f} s")
+            return self._arrived.pop((step, unit))

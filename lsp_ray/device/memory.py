@@ -1,0 +1,94 @@
+"""Peak of live tensor memory on the device: torch's own figure on CUDA, counted storage by storage on the CPU."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class LiveStorage:
+    """Counts the bytes of storages that are alive, from any thread, and remembers the largest sum.
+
+    Args:
+        ignored: Tensors whose storage is not the device's: host slots.
+    """
+
+    def __init__(self, ignored: Sequence[torch.Tensor] = ()) -> None:
+        self._lock = threading.RLock()  # re-entrant: a finalizer may run while this thread counts
+        self._ignored = {_address(tensor) for tensor in ignored}
+        self._alive: dict[int, int] = {}
+        self.live_bytes = 0
+        self.peak_bytes = 0
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Count the tensor's storage until nothing holds it any more."""
+        if tensor.device.type != "cpu":
+            return
+        storage = tensor.untyped_storage()
+        key, size_bytes = storage._cdata, storage.nbytes()
+        with self._lock:
+            if key in self._alive or _address(tensor) in self._ignored:
+                return
+            self._alive[key] = size_bytes
+            self.live_bytes += size_bytes
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._forget, key).atexit = False
+
+    def watch_all(self) -> None:
+        """Count every tensor that Python can reach: weights, projectors, optimizer state, buffers."""
+        for candidate in gc.get_objects():
+            if issubclass(type(candidate), torch.Tensor) and candidate.layout is torch.strided:
+                self.watch(candidate)
+
+    def _forget(self, key: int) -> None:
+        with self._lock:
+            self.live_bytes -= self._alive.pop(key, 0)
+
+
+class _Watching(TorchDispatchMode):
+    """Shows every operator's result to a LiveStorage; a mode acts on the thread that enters it."""
+
+    def __init__(self, live: LiveStorage) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live = live
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, torch.Tensor):
+                self._live.watch(part)
+        return result
+
+
+@contextmanager
+def peak_of(device: torch.device, ignored: Sequence[torch.Tensor] = ()) -> Iterator[LiveStorage]:
+    """Measure the peak of live bytes on `device` while the context is open; read `peak_bytes` after it.
+
+    Other threads add what they allocate with `watch`. On CUDA the figure is the allocator's peak.
+    """
+    live = LiveStorage(ignored)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield live
+        live.peak_bytes = torch.cuda.max_memory_allocated(device)
+        return
+    live.watch_all()
+    with _Watching(live):
+        yield live
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

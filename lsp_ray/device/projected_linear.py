@@ -1,0 +1,172 @@
+"""ProjectedLinear: a linear layer whose backward yields the compressed weight gradient and never the full one.
+
+Legend: T tokens, M rows (out), N columns (in), D subspace, S width of a sketch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from lsp_ray.device.rounding import MAX_ELEMENTS
+from lsp_ray.device.unit import Update
+from lsp_ray.projection.sparse_projector import SparseProjector
+
+
+class ProjectedLinear(nn.Module):
+    """Takes a linear's place: same weight and bias under the same names, so checkpoints do not change.
+
+    Autograd's view of the weight is `leaf`, a float32 (D, D) parameter that occupies one element: its `grad` is
+    g = Pᵀ dYᵀ X Q. Autograd itself then accumulates micro-batches, sums repeated uses and tells when g is complete.
+
+    Args:
+        module: The nn.Linear or Conv1D replaced.
+        transposed: Whether its weight is kept as (in, out).
+        projector: P and Q for the (M, N) weight.
+    """
+
+    def __init__(self, module: nn.Module, *, transposed: bool, projector: SparseProjector) -> None:
+        super().__init__()
+        self.weight = module.get_parameter("weight")
+        self.weight.requires_grad_(False)
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", dict(module.named_parameters(recurse=False)).get("bias"))
+        self.transposed = transposed
+        self.sketch: GradientSketch | None = None
+        self.set_projector(projector)
+
+    def set_projector(self, projector: SparseProjector) -> None:
+        """Train in another subspace from now on; its dimension may differ before the first step only."""
+        self.projector = projector
+        self.update_scale = projector.update_scale
+        shape = (projector.dim, projector.dim)
+        leaf = nn.Parameter(torch.zeros((), device=self.weight.device).expand(shape), requires_grad=True)
+        self._leaf = (leaf,)  # in a tuple, so that it is no parameter of the module and not in its state
+
+    @property
+    def leaf(self) -> nn.Parameter:
+        """The (D, D) autograd leaf; its own value is never read."""
+        return self._leaf[0]
+
+    @property
+    def weight_MN(self) -> torch.Tensor:
+        """The weight as (out, in), a view."""
+        return self.weight.t() if self.transposed else self.weight
+
+    def forward(self, input_TN: torch.Tensor) -> torch.Tensor:
+        """Return X Wᵀ + b for (..., N)."""
+        if not torch.is_grad_enabled():
+            return linear(input_TN, self.weight_MN, self.bias)
+        function = _Projected if self.sketch is None else _Sketched
+        output: torch.Tensor = function.apply(input_TN, self.weight_MN, self.bias, self.leaf, self)  # type: ignore[no-untyped-call]
+        return output
+
+
+class ProjectedTarget:
+    """Trains a ProjectedLinear's weight in its projector's subspace (see `Target`)."""
+
+    def __init__(self, module: ProjectedLinear) -> None:
+        self.owner = module
+
+    @property
+    def leaf(self) -> nn.Parameter:
+        """The (D, D) leaf."""
+        return self.owner.leaf
+
+    def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
+        """W ← (1 − lr · decay) W + scale · P δ Qᵀ, a few rows at a time: no full-size delta exists."""
+        projector = self.owner.projector
+        keep = 1.0 - update.learning_rate * update.weight_decay
+        table_DN = projector.spread_columns(delta.view(self.leaf.shape) * self.owner.update_scale)
+        weight_MN = self.owner.weight_MN.detach()
+        rows_at_once = max(1, MAX_ELEMENTS // weight_MN.shape[1])
+        for first in range(0, weight_MN.shape[0], rows_at_once):
+            rows_KN = weight_MN[first : first + rows_at_once]
+            delta_KN = projector.left.times(table_DN, first, rows_KN.shape[0])
+            update.rounding.add_(rows_KN, delta_KN, keep=keep, step=update.step, key=key, first=first)
+
+
+class GradientSketch:
+    """Sums of random combinations of gradients: dYᵀ(XΩ), (M, S), and Xᵀ(dYΩ'), (N, S), for the closed-form fit.
+
+    Their columns span what the gradients' own columns and rows span (randomised range finder, Halko, Martinsson and
+    Tropp 2011), so the full gradient is needed neither here.
+
+    The sums are kept on the host, so that calibrating takes little more of the device than training.
+
+    Args:
+        shape: (M, N) of the weight.
+        width: S.
+        generator: Draws Ω on the CPU.
+    """
+
+    def __init__(self, shape: tuple[int, int], width: int, generator: torch.Generator) -> None:
+        rows, columns = shape
+        self.left_MS = torch.zeros(rows, width)
+        self.right_NS = torch.zeros(columns, width)
+        self._generator = generator
+
+    def add(self, grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> None:
+        """Add one micro-batch's gradient dYᵀX, given its factors."""
+        width = self.left_MS.shape[1]
+        draw_NS = self._draw(self.right_NS.shape[0], width, input_TN)
+        draw_MS = self._draw(self.left_MS.shape[0], width, input_TN)
+        self.left_MS += (grad_output_TM.t() @ (input_TN @ draw_NS)).float().cpu()
+        self.right_NS += (input_TN.t() @ (grad_output_TM @ draw_MS)).float().cpu()
+
+    def _draw(self, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(rows, width, generator=self._generator).to(like)
+
+
+class _Projected(torch.autograd.Function):
+    """Forward keeps (XQ)ᵀ in place of X; backward returns dX and, as the leaf's gradient, g."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_TN: torch.Tensor,
+        weight_MN: torch.Tensor,
+        bias_M: torch.Tensor | None,
+        leaf_DD: torch.Tensor,
+        module: ProjectedLinear,
+    ) -> torch.Tensor:
+        ctx.projector = module.projector
+        projected_DT = module.projector.project_input(input_TN.reshape(-1, input_TN.shape[-1]))
+        ctx.save_for_backward(projected_DT, weight_MN)
+        return linear(input_TN, weight_MN, bias_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        projected_DT, weight_MN = ctx.saved_tensors
+        grad_output_TM = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_input = grad_output @ weight_MN if ctx.needs_input_grad[0] else None
+        grad_bias_M = grad_output_TM.sum(dim=0) if ctx.needs_input_grad[2] else None
+        grad_DD = ctx.projector.compress_outer(grad_output_TM, projected_DT)
+        return grad_input, None, grad_bias_M, grad_DD, None
+
+
+class _Sketched(torch.autograd.Function):
+    """Backward adds to the module's sketch and yields no weight gradient at all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_TN: torch.Tensor,
+        weight_MN: torch.Tensor,
+        bias_M: torch.Tensor | None,
+        leaf_DD: torch.Tensor,
+        module: ProjectedLinear,
+    ) -> torch.Tensor:
+        ctx.sketch = module.sketch
+        ctx.save_for_backward(input_TN, weight_MN)
+        return linear(input_TN, weight_MN, bias_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input_TN, weight_MN = ctx.saved_tensors
+        ctx.sketch.add(grad_output.reshape(-1, grad_output.shape[-1]), input_TN.reshape(-1, input_TN.shape[-1]))
+        grad_input = grad_output @ weight_MN if ctx.needs_input_grad[0] else None
+        return grad_input, None, None, None, None

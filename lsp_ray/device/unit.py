@@ -1,0 +1,85 @@
+"""What the device trains: targets (one gradient each) grouped into units (one payload each).
+
+Legend: M rows (out), N columns (in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lsp_ray.device.rounding import MAX_ELEMENTS, Rounding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What applying the deltas of one step needs besides the deltas."""
+
+    step: int
+    learning_rate: float
+    weight_decay: float
+    rounding: Rounding
+
+
+class Target(Protocol):
+    """Something trained: autograd leaves its payload in `leaf.grad`, `apply` adds the answer."""
+
+    @property
+    def leaf(self) -> nn.Parameter:
+        """The autograd leaf whose gradient is sent; its shape gives the payload's length."""
+        ...
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose forward reads what `apply` changes."""
+        ...
+
+    def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
+        """Add a flat float32 delta of the leaf's length, −lr included; `key` numbers the target in the model."""
+        ...
+
+
+class RawTarget:
+    """A parameter trained as it is: its gradient goes down, its full delta comes up."""
+
+    def __init__(self, parameter: nn.Parameter, owner: nn.Module) -> None:
+        self.leaf = parameter
+        self.owner = owner
+
+    def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
+        """See `Target`. Biases and norms (one dimension) have no weight decay."""
+        decay = update.weight_decay if self.leaf.ndim > 1 else 0.0
+        keep = 1.0 - update.learning_rate * decay
+        flat = self.leaf.detach().view(-1)
+        for first in range(0, flat.numel(), MAX_ELEMENTS):
+            part = slice(first, first + MAX_ELEMENTS)
+            update.rounding.add_(flat[part], delta[part], keep=keep, step=update.step, key=key, first=first)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A layer's targets; sent, updated and applied as one flat float32 payload.
+
+    `readers` are the modules before whose forward the unit's delta must have been added.
+    """
+
+    index: int
+    name: str
+    targets: Sequence[Target]
+    readers: Sequence[nn.Module]
+    first_key: int
+
+    @property
+    def numel(self) -> int:
+        """Payload length in float32 elements."""
+        return sum(target.leaf.numel() for target in self.targets)
+
+    def apply(self, delta: torch.Tensor, update: Update) -> None:
+        """Add a flat float32 delta of `numel` elements to the unit's targets."""
+        parts = delta.split([target.leaf.numel() for target in self.targets])
+        for offset, (target, part) in enumerate(zip(self.targets, parts, strict=True)):
+            target.apply(part, update, self.first_key + offset)

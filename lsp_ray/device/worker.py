@@ -1,0 +1,319 @@
+"""DeviceWorker: runs steps on the device and exchanges payloads with slots. Knows nothing of Ray.
+
+Three threads call it: compute (`run_step`, `flush` and everything else), d2h (`send`) and h2d (`prefetch`).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from lsp_ray.device.backend import Backend, Fence
+from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
+from lsp_ray.device.memory import LiveStorage, peak_of
+from lsp_ray.device.rounding import Rounding, mixed
+from lsp_ray.device.unit import Target, Unit, Update
+from lsp_ray.errors import NonFiniteLossError
+from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
+from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.schedule.ops import GradientReady
+from lsp_ray.trace import Span, Wait, WorkStream
+
+DELTA_TIMEOUT_S = 600.0  # only a hang lasts so long: a dead actor is noticed by the driver at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What the compute stream did in one step; `loss` is the mean over the step's targets.
+
+    `grad_square_sum` is filled where gradients never leave the device; elsewhere the shards count it.
+    """
+
+    step: int
+    loss: float
+    num_tokens: int
+    start_s: float
+    end_s: float
+    waits: tuple[Wait, ...]
+    grad_square_sum: float
+    peak_device_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Payload:
+    gradient: torch.Tensor
+    fence: Fence
+
+
+class DeviceWorker:
+    """Forward, backward and compression of a model's units; deltas are added before the forward that reads them.
+
+    Args:
+        model: On the backend's device, in training mode, its targets in place.
+        units: The trained layers, shallowest first.
+        backend: Copies and fences.
+        learning_rates: One for every step.
+        weight_decay: Decoupled decay of matrices.
+        seed: Of dropout and rounding.
+        on_gradients: Told, on the compute thread, that a unit's payload is ready to be sent.
+        local_shard: Optimizer state on the device (native): gradients then go nowhere else.
+        measured_step: The step over which `peak_device_bytes` is measured.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        units: Sequence[Unit],
+        backend: Backend,
+        *,
+        learning_rates: Sequence[float],
+        weight_decay: float,
+        seed: int,
+        on_gradients: Callable[[GradientReady], None],
+        local_shard: OptimizerShard | None = None,
+        measured_step: int = 1,
+    ) -> None:
+        self.model = model
+        self.units = units
+        self._on_gradients = on_gradients
+        self._backend = backend
+        self._learning_rates = learning_rates
+        self._weight_decay = weight_decay
+        self._seed = seed
+        self._rounding = Rounding(seed, backend.device)
+        self._local_shard = local_shard
+        self._measured_step = measured_step
+        self._live: LiveStorage | None = None
+        self._mailbox = DeltaMailbox()
+        self._payloads: dict[tuple[int, int], _Payload] = {}
+        self._payloads_lock = threading.Lock()
+        self._step = -1
+        self._unapplied: dict[int, int] = {}  # unit -> step whose delta it has not got yet
+        self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
+        self._waits: list[Wait] = []
+        self._add_hooks()
+
+    def run_step(
+        self, step: int, micro_batches: Sequence[Batch], host_slots: Sequence[torch.Tensor] = ()
+    ) -> StepReport:
+        """Run forward and backward of one optimizer update; gradients are announced as they complete.
+
+        Args:
+            step: Number of the update, counted from 0.
+            micro_batches: Their gradients add up to that of one large batch.
+            host_slots: Host memory that does not count as the device's.
+
+        Raises:
+            NonFiniteLossError: The loss is NaN or infinite.
+            DeadlineError: A delta of the step before did not come.
+        """
+        if step != self._measured_step:
+            return self._run_step(step, micro_batches)
+        with peak_of(self._backend.device, host_slots) as live:
+            self._live = live
+            report = self._run_step(step, micro_batches)
+            self._live = None
+        return replace(report, peak_device_bytes=live.peak_bytes)
+
+    def send(self, step: int, unit: int, slot: torch.Tensor) -> Span:
+        """Copy the unit's payload of `step` into the host slot; called on the d2h thread."""
+        with self._payloads_lock:
+            payload = self._payloads.pop((step, unit))
+        payload.fence.synchronize()  # the span then holds the copy alone, not the compute before it
+        start_s = time.monotonic()
+        self._backend.wait(WorkStream.D2H, payload.fence)
+        self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
+        self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
+        return Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+
+    def prefetch(self, step: int, unit: int, slot: torch.Tensor) -> Span:
+        """Copy the unit's delta of `step` from the host slot to the device; called on the h2d thread."""
+        start_s = time.monotonic()
+        delta = self._backend.empty(WorkStream.H2D, slot.numel())
+        live = self._live
+        if live is not None:
+            live.watch(delta)
+        self._backend.copy_async(WorkStream.H2D, delta, slot)
+        fence = self._backend.record(WorkStream.H2D)
+        fence.synchronize()  # the slot may be written again
+        self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence))
+        return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+
+    def flush(self) -> None:
+        """Wait for and add every delta that is still out."""
+        for unit in self.units:
+            self._apply_pending(unit)
+
+    def mean_loss(self, batches: Sequence[Batch]) -> float:
+        """Mean loss over all targets of the batches, without dropout; pending deltas are added first."""
+        self.flush()
+        total, count = 0.0, 0
+        self.model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                on_device = self._on_device(batch)
+                total += float(summed_loss(self.model, on_device))
+                count += num_targets(batch)
+        self.model.train()
+        return total / max(count, 1)
+
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Continue a prompt greedily; returns the new tokens, at most `max_new_tokens`."""
+        self.flush()
+        prompt_1S = torch.tensor([list(prompt_ids)], device=self._backend.device)
+        self.model.eval()
+        with torch.no_grad():
+            output_1S = self.model.generate(  # type: ignore[operator]
+                prompt_1S,
+                attention_mask=torch.ones_like(prompt_1S),
+                generation_config=GenerationConfig(
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=self.model.config.eos_token_id,
+                    pad_token_id=self.model.config.pad_token_id or self.model.config.eos_token_id,
+                ),
+            )
+        self.model.train()
+        return [int(token) for token in output_1S[0, len(prompt_ids) :]]
+
+    def predict(self, batch: Batch) -> list[int]:
+        """A classifier's most likely label of every row of a batch."""
+        self.flush()
+        inputs = {name: tensor for name, tensor in self._on_device(batch).items() if name != "labels"}
+        self.model.eval()
+        with torch.no_grad():
+            labels_B = self.model(**inputs).logits.argmax(dim=-1)
+        self.model.train()
+        return [int(label) for label in labels_B]
+
+    def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
+        start_s = time.monotonic()
+        self._step = step
+        self._waits = []
+        torch.manual_seed(mixed(self._seed, step))  # dropout depends on the step alone, not on what ran before
+        total_targets = max(1, sum(num_targets(batch) for batch in micro_batches))
+        mean_loss = 0.0
+        for position, batch in enumerate(micro_batches):
+            loss = summed_loss(self.model, self._on_device(batch)) / total_targets
+            mean_loss += self._checked(float(loss.detach()))
+            if position == len(micro_batches) - 1 and self._local_shard is None:
+                self._missing = [set(range(len(unit.targets))) for unit in self.units]
+            loss.backward()
+        grad_square_sum = self._update_in_place() if self._local_shard else self._announce_rest()
+        return StepReport(
+            step=step,
+            loss=mean_loss,
+            num_tokens=sum(num_tokens(batch) for batch in micro_batches),
+            start_s=start_s,
+            end_s=time.monotonic(),
+            waits=tuple(self._waits),
+            grad_square_sum=grad_square_sum,
+            peak_device_bytes=None,
+        )
+
+    def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self._backend.device) for name, tensor in batch.items()}
+
+    def _checked(self, loss: float) -> float:
+        """Stop before the backward: a gradient that is not finite must never reach the optimizer's state."""
+        if not math.isfinite(loss):
+            learning_rate = self._learning_rates[self._step]
+            raise NonFiniteLossError(f"loss of step {self._step} is {loss}; learning_rate was {learning_rate:g} there")
+        return loss
+
+    # gradients on their way down
+
+    def _add_hooks(self) -> None:
+        for unit in self.units:
+            for position, target in enumerate(unit.targets):
+                target.leaf.register_post_accumulate_grad_hook(self._note_gradient(unit, position))
+            for reader in unit.readers:
+                reader.register_forward_pre_hook(self._before_forward(unit))
+
+    def _note_gradient(self, unit: Unit, position: int) -> Callable[[torch.Tensor], None]:
+        def note(_leaf: torch.Tensor) -> None:
+            if not self._missing:
+                return  # an earlier micro-batch: the sum goes on
+            missing = self._missing[unit.index]
+            missing.discard(position)
+            if not missing:
+                self._announce(unit)
+
+        return note
+
+    def _announce(self, unit: Unit) -> None:
+        """Gather the unit's gradients into one payload and tell that it is ready."""
+        gradient = torch.cat([_taken_gradient(target) for target in unit.targets])
+        payload = _Payload(gradient=gradient, fence=self._backend.record(WorkStream.GPU))
+        with self._payloads_lock:
+            self._payloads[self._step, unit.index] = payload
+        self._unapplied[unit.index] = self._step
+        self._on_gradients(GradientReady(step=self._step, layer=unit.index))
+
+    def _announce_rest(self) -> float:
+        """Units that this step's forward did not use in full send zeros for what is missing."""
+        for unit in reversed(self.units):
+            if self._missing[unit.index]:
+                self._announce(unit)
+        self._missing = []
+        return 0.0
+
+    # deltas on their way in
+
+    def _before_forward(self, unit: Unit) -> Callable[[nn.Module, object], None]:
+        def apply(_module: nn.Module, _args: object) -> None:
+            self._apply_pending(unit)
+
+        return apply
+
+    def _apply_pending(self, unit: Unit) -> None:
+        """Wait for the unit's delta and add it; once a step, however often the forward runs."""
+        step = self._unapplied.pop(unit.index, None)
+        if step is None:
+            return
+        ready = self._mailbox.has(step, unit.index)
+        start_s = time.monotonic()
+        arrived = self._mailbox.take(step, unit.index, timeout_s=DELTA_TIMEOUT_S)
+        if not ready:
+            self._waits.append(Wait(step=step, layer=unit.index, start_s=start_s, end_s=time.monotonic()))
+        self._backend.wait(WorkStream.GPU, arrived.fence)
+        self._backend.hand_over(arrived.delta, WorkStream.GPU)
+        with torch.no_grad():
+            unit.apply(arrived.delta, self._update(step))
+
+    def _update_in_place(self) -> float:
+        """Native's update after the backward, one unit at a time; returns the sum of squares of the gradients."""
+        assert self._local_shard is not None
+        square_sum = torch.zeros((), device=self._backend.device)
+        update = self._update(self._step)
+        with torch.no_grad():
+            for unit in self.units:
+                gradient = torch.cat([_taken_gradient(target) for target in unit.targets])
+                delta = torch.empty_like(gradient)
+                square_sum += self._local_shard.update(unit.index, gradient, delta, learning_rate=update.learning_rate)
+                unit.apply(delta, update)
+        return float(square_sum)
+
+    def _update(self, step: int) -> Update:
+        return Update(
+            step=step,
+            learning_rate=self._learning_rates[step],
+            weight_decay=self._weight_decay,
+            rounding=self._rounding,
+        )
+
+
+def _taken_gradient(target: Target) -> torch.Tensor:
+    """The leaf's gradient as flat float32, removed from the leaf; zeros where the forward did not use it."""
+    gradient = target.leaf.grad
+    target.leaf.grad = None
+    if gradient is None:
+        return torch.zeros(target.leaf.numel(), device=target.leaf.device)
+    return gradient.detach().reshape(-1).float()

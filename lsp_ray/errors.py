@@ -1,0 +1,46 @@
+"""The error tree: everything a person can cause is an `LspRayError` with one clear line."""
+
+from __future__ import annotations
+
+
+class LspRayError(Exception):
+    """Root of every error that lsp_ray raises on purpose."""
+
+
+class ConfigError(LspRayError, ValueError):
+    """A value a person gave cannot work; names the field, the bound and the value.
+
+    Args:
+        field: The option as typed on the command line, without dashes, e.g. `lsp.subspace_dim`.
+        bound: What would have been accepted, phrased to follow "must", e.g. `be at least 1`.
+        value: What was given.
+        hint: An optional way out, appended after a semicolon.
+    """
+
+    def __init__(self, field: str, bound: str, value: object, *, hint: str = "") -> None:
+        self.field, self.bound, self.value, self.hint = field, bound, value, hint
+        tail = f"; {hint}" if hint else ""
+        super().__init__(f"{field} must {bound}, got {value!r}{tail}")
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments need this to cross processes
+        return (_rebuild_config_error, (self.field, self.bound, self.value, self.hint))
+
+
+def _rebuild_config_error(field: str, bound: str, value: object, hint: str) -> ConfigError:
+    return ConfigError(field, bound, value, hint=hint)
+
+
+class StaleSlotError(LspRayError):
+    """A slot held another step's payload than its reader expected: a scheduling bug, never ignored."""
+
+
+class DeadlineError(LspRayError, TimeoutError):
+    """A wait ran past its deadline; names what was waited for."""
+
+
+class WorkerLostError(LspRayError):
+    """An actor died while its answer was awaited; names the actor and the step."""
+
+
+class NonFiniteLossError(LspRayError):
+    """The loss became NaN or infinite; names the step. Weights of earlier steps are intact."""

@@ -1,0 +1,1 @@
+"""What each method trains, sends and applies."""

@@ -1,0 +1,128 @@
+"""Find the layers of a model: what is scheduled as one, and which linears and other parameters it trains.
+
+A layer is a decoder or encoder block. Trained parameters outside the blocks form up to two more: the stem (registered
+before the blocks) and the head (after them). Embeddings and the output embedding stay frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lsp_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSite:
+    """A linear layer and where it hangs, so that a method can put another module in its place."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is kept as (in, out): GPT-2's Conv1D."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N) = (out, in)."""
+        rows, columns = self.module.get_parameter("weight").shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterSite:
+    """A trained parameter that is no linear's weight: a norm's, a bias."""
+
+    name: str
+    owner: nn.Module
+    parameter: nn.Parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """What is sent, updated and applied as one. `block` is None for the stem and the head."""
+
+    name: str
+    block: nn.Module | None
+    linears: list[LinearSite] = field(default_factory=list)
+    parameters: list[ParameterSite] = field(default_factory=list)
+
+
+def find_layers(model: PreTrainedModel) -> list[Layer]:
+    """Return the layers in forward order and freeze every parameter that none of them trains.
+
+    Raises:
+        ConfigError: The model has no list of blocks.
+    """
+    prefix, blocks = _block_list(model)
+    stem = Layer(name="stem", block=None)
+    head = Layer(name="head", block=None)
+    inner = [Layer(name=f"{prefix}.{index}", block=block) for index, block in enumerate(blocks)]
+    frozen = {id(parameter) for parameter in _embedding_parameters(model)}
+    seen_blocks = False
+    for name, module in model.named_modules():
+        if name == prefix:
+            seen_blocks = True
+        if name.startswith(f"{prefix}."):
+            layer = inner[int(name.removeprefix(f"{prefix}.").split(".")[0])]
+        else:
+            layer = head if seen_blocks else stem
+        _collect(model, name, module, layer, frozen)
+    trained = {id(parameter) for layer in (stem, *inner, head) for parameter in _trained(layer)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return [layer for layer in (stem, *inner, head) if layer.linears or layer.parameters]
+
+
+def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The largest outermost ModuleList: lists inside blocks (experts) are parts of a block."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = {
+        name: module
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists) and len(module) > 0
+    }
+    if not outermost:
+        raise ConfigError("model_name_or_path", "be a transformer with a list of blocks", type(model).__name__)
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outermost.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    return largest, outermost[largest]
+
+
+def _embedding_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield from module.parameters(recurse=False)
+    output = model.get_output_embeddings()
+    if isinstance(output, nn.Module):
+        yield from output.parameters(recurse=False)
+
+
+def _collect(model: nn.Module, name: str, module: nn.Module, layer: Layer, frozen: set[int]) -> None:
+    is_linear = isinstance(module, nn.Linear | Conv1D)
+    for parameter_name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) in frozen:
+            continue
+        frozen.add(id(parameter))  # a shared parameter is trained once, where it is met first
+        if is_linear and parameter_name == "weight":
+            parent_name, _, attribute = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            layer.linears.append(LinearSite(name=name, parent=parent, attribute=attribute, module=module))
+        else:
+            full_name = f"{name}.{parameter_name}".removeprefix(".")
+            layer.parameters.append(ParameterSite(name=full_name, owner=module, parameter=parameter))
+
+
+def _trained(layer: Layer) -> Iterator[nn.Parameter]:
+    for site in layer.linears:
+        yield site.module.get_parameter("weight")
+    for parameter_site in layer.parameters:
+        yield parameter_site.parameter

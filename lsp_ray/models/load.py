@@ -1,0 +1,245 @@
+"""Load a model and its tokenizer from a Hugging Face folder, and save them as one again.
+
+Everything is read from the local folder (see `resolve_model`) and no code from it is ever run.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from lsp_ray.config import Task
+from lsp_ray.errors import ConfigError
+
+FIELD = "model_name_or_path"
+_CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
+_SHARD_OR_INDEX = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """Return the model's configuration.
+
+    Raises:
+        ConfigError: There is no config.json, or transformers does not know what is in it.
+    """
+    with silenced(), _loading(folder, "hold a config.json of an architecture that transformers has built in"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config
+
+
+def load_skeleton(folder: Path, *, task: Task, num_labels: int = 2) -> PreTrainedModel:
+    """Return the model without weights, on the meta device: names and shapes of its modules for almost no memory.
+
+    Args:
+        folder: A Hugging Face folder; only its config.json is read.
+        task: Which head the model has.
+        num_labels: Rows of a classifier's head; a causal LM has none.
+
+    Raises:
+        ConfigError: The folder's architecture cannot do the task.
+    """
+    config = load_config(folder)
+    auto_class = _auto_class(config, task)
+    if task == "sequence_classification":
+        config.num_labels = num_labels
+    with silenced(), torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    return model
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype, task: Task, label_names: Sequence[str] = (), seed: int = 0
+) -> PreTrainedModel:
+    """Return the model on the CPU with the folder's weights, ready to train.
+
+    A classifier keeps the folder's head if that has as many labels; else its head is drawn from `seed`, whatever the
+    state of the global generator, which is left alone.
+
+    Args:
+        folder: A Hugging Face folder.
+        dtype: Type of all weights.
+        task: Which head the model gets.
+        label_names: A classifier's labels in the order of their ids; empty for a causal LM.
+        seed: Seed of a new head.
+
+    Raises:
+        ConfigError: The architecture cannot do the task, there are fewer than 2 labels, or the weights are damaged or
+            do not fit the config.json.
+    """
+    config = load_config(folder)
+    auto_class = _auto_class(config, task)
+    classifier = task == "sequence_classification"
+    if classifier:
+        _set_labels(config, label_names)
+        config.pad_token_id = load_tokenizer(folder).pad_token_id  # decoders classify at the last token before it
+    with silenced(), _loading(folder, "hold intact weights"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model: PreTrainedModel
+        model, report = auto_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=classifier,
+        )
+    _check_complete(report, folder, classifier=classifier)
+    _make_trainable(model)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer; where it has no pad token, its end token also pads.
+
+    Raises:
+        ConfigError: The folder has no tokenizer, or one with neither a pad nor an end token.
+    """
+    with silenced(), _loading(folder, "hold a tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(FIELD, "have a tokenizer with a pad or an end token", str(folder))
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer into the folder, so that `from_pretrained` loads it.
+
+    Linears may have been replaced by modules with the same parameter names. Files are written aside and moved into
+    place one by one: a reader sees each old or new, never half of it. The folder's other files stay.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f".saving-{uuid4().hex}"
+    staging.mkdir()
+    try:
+        with silenced():
+            model.save_pretrained(staging, state_dict=model.state_dict())
+            _saved_config(model).save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        fresh = {path.name for path in staging.iterdir()}
+        mode = (staging / "config.json").stat().st_mode  # safetensors' own files are closed to others, umask or not
+        for name in sorted(fresh):
+            (staging / name).chmod(mode)
+            (staging / name).replace(folder / name)
+        for path in folder.iterdir():  # an older save's shards would be loaded instead of this one's
+            if _SHARD_OR_INDEX.fullmatch(path.name) and path.name not in fresh:
+                path.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Within the context transformers shows neither progress bars nor loading reports; errors still raise."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters: libraries write whole paragraphs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+@contextmanager
+def _loading(folder: Path, bound: str) -> Iterator[None]:
+    """Turn what a damaged or foreign folder makes transformers raise into one line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ConfigError(FIELD, bound, str(folder), hint=one_line(error)) from error
+
+
+def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
+    """The Auto class for the task. Encoders have a causal variant in transformers too, which nobody pretrained."""
+    kind = config.model_type
+    if task == "sequence_classification":
+        if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            raise ConfigError(FIELD, f"be a classifier for a dataset with {_CLASSIFIER_COLUMNS}", kind)
+        return AutoModelForSequenceClassification
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        columns = f"{kind} models train on datasets with {_CLASSIFIER_COLUMNS}" if encoder else ""
+        raise ConfigError(FIELD, "be a causal language model for a dataset of text", kind, hint=columns)
+    return AutoModelForCausalLM
+
+
+def _set_labels(config: PreTrainedConfig, label_names: Sequence[str]) -> None:
+    if len(label_names) < 2:
+        raise ConfigError("dataset", "have at least 2 different labels", list(label_names))
+    config.num_labels = len(label_names)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: index for index, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+
+
+def _check_complete(report: Mapping[str, Any], folder: Path, *, classifier: bool) -> None:
+    """Only a classifier may lack weights, and only outside its blocks: its head."""
+    absent = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
+    wrong = sorted(name for name in absent if not classifier or _IN_A_BLOCK.search(name))
+    if wrong:
+        shown = ", ".join(wrong[:3]) + (", …" if len(wrong) > 3 else "")
+        raise ConfigError(FIELD, "hold all weights that its config.json asks for", str(folder), hint=f"without {shown}")
+
+
+def _make_trainable(model: PreTrainedModel) -> None:
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # keys and values of past tokens serve generation only
+    generation = getattr(model, "generation_config", None)  # a classifier has none
+    if generation is not None and not generation.do_sample:
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # sampling options without sampling: transformers loads such files and refuses to save them
+            generation.do_sample = True
+
+
+def _saved_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The model's configuration with generation's cache on again."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "use_cache"):
+        config.use_cache = True
+    return config

@@ -1,0 +1,1 @@
+"""The optimizer on flat float32 buffers: AdamW and the shard that owns its state."""

@@ -1,0 +1,82 @@
+"""Learn a sparse factor in closed form: alternate two least-squares problems.
+
+Given a target Y (F, S) whose columns span what gradients do on this side of the weight, find P (F, D) with R non-zeros
+a row, at fixed positions, such that P Rmat ≈ Y for some (D, S) matrix:
+
+    Rmat = argmin ‖P Rmat − Y‖² + ridge      (a (D, D) system)
+    p_i  = argmin ‖y_i − p_i Rmat[idx_i]‖²   (F systems of (R, R))
+
+Legend: F rows, D subspace, R non-zeros a row, S width of the target.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lsp_ray.projection.sparse_factor import SparseFactor, random_positions
+from lsp_ray.projection.sparse_projector import SparseProjector
+
+ITERATIONS = 8  # the residual falls by under 1 % an iteration from there on
+RIDGE = 1e-4  # relative to the mean diagonal: columns of P can be nearly dependent
+CHUNK_ELEMENTS = 1 << 25  # bounds the (rows, R, S) gather of the row systems to 128 MB
+
+
+def fit_projector(
+    left_target_MS: torch.Tensor,
+    right_target_NS: torch.Tensor,
+    dim: int,
+    nnz_per_row: int,
+    generator: torch.Generator,
+) -> SparseProjector | None:
+    """Learn P and Q from sketches of the gradients' column and row spaces (float32, on the device that computes).
+
+    Returns None where there is nothing to learn from: a target that is all zero (a frozen or unused layer) or not
+    finite. `generator` draws positions, on the CPU.
+    """
+    factors = []
+    for target_FS in (left_target_MS, right_target_NS):
+        norm = float(target_FS.norm())
+        if not (0.0 < norm < float("inf")):
+            return None
+        factors.append(fit_factor(target_FS / norm, dim, nnz_per_row, generator))
+    return SparseProjector(*factors)
+
+
+def fit_factor(target_FS: torch.Tensor, dim: int, nnz_per_row: int, generator: torch.Generator) -> SparseFactor:
+    """Return a factor with unit columns whose column space best holds the target, at random positions."""
+    num_rows = target_FS.shape[0]
+    index_FR = random_positions(num_rows, dim, nnz_per_row, generator).to(target_FS.device)
+    value_FR = torch.randn(num_rows, nnz_per_row, generator=generator).to(target_FS)
+    for _ in range(ITERATIONS):
+        basis_DS = _solve_basis(SparseFactor(index_FR, value_FR, dim), target_FS)
+        value_FR = _solve_rows(index_FR, basis_DS, target_FS)
+    return _with_unit_columns(index_FR, value_FR, dim)
+
+
+def _solve_basis(factor: SparseFactor, target_FS: torch.Tensor) -> torch.Tensor:
+    gram_DD = factor.transposed_times(factor.dense())
+    gram_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean())
+    cholesky_DD = torch.linalg.cholesky(gram_DD)
+    return torch.cholesky_solve(factor.transposed_times(target_FS), cholesky_DD)
+
+
+def _solve_rows(index_FR: torch.Tensor, basis_DS: torch.Tensor, target_FS: torch.Tensor) -> torch.Tensor:
+    nnz_per_row = index_FR.shape[1]
+    rows_per_chunk = max(1, CHUNK_ELEMENTS // (nnz_per_row * basis_DS.shape[1]))
+    solved = []
+    for index_CR, target_CS in zip(index_FR.split(rows_per_chunk), target_FS.split(rows_per_chunk), strict=True):
+        basis_CRS = basis_DS[index_CR.long()]
+        gram_CRR = basis_CRS @ basis_CRS.mT
+        mean_C11 = gram_CRR.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+        eye_RR = torch.eye(nnz_per_row, dtype=gram_CRR.dtype, device=gram_CRR.device)
+        damped_CRR = gram_CRR + (RIDGE * mean_C11 + torch.finfo(gram_CRR.dtype).tiny) * eye_RR
+        moment_CR1 = basis_CRS @ target_CS.unsqueeze(-1)
+        solved.append(torch.linalg.solve(damped_CRR, moment_CR1).squeeze(-1))
+    return torch.cat(solved)
+
+
+def _with_unit_columns(index_FR: torch.Tensor, value_FR: torch.Tensor, dim: int) -> SparseFactor:
+    squares_D = torch.zeros(dim, device=value_FR.device)
+    squares_D.index_add_(0, index_FR.reshape(-1).long(), value_FR.reshape(-1).square())
+    inverse_D = torch.where(squares_D > 0, squares_D.rsqrt(), torch.zeros_like(squares_D))
+    return SparseFactor(index_FR, value_FR * inverse_D[index_FR.long()], dim)

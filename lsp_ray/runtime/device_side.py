@@ -1,0 +1,123 @@
+"""DeviceSide: a job's model on the device, from loading to saving. What the GPU actor does, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lsp_ray.device.backend import Backend, CpuBackend
+from lsp_ray.device.calibrate import fit_projectors
+from lsp_ray.device.cuda import CudaBackend
+from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.unit import Unit
+from lsp_ray.device.worker import DeviceWorker, StepReport
+from lsp_ray.methods.lsp import lsp_units
+from lsp_ray.methods.units import full_units
+from lsp_ray.models.layers import Layer, find_layers
+from lsp_ray.models.load import load_model, load_tokenizer, save_model
+from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
+from lsp_ray.schedule.ops import GradientReady
+
+
+class DeviceSide:
+    """Call `setup` first; construction does nothing slow.
+
+    Args:
+        job: The run.
+        on_gradients: Told, on the compute thread, that a unit's payload is ready to be sent.
+    """
+
+    worker: DeviceWorker
+
+    def __init__(self, job: Job, on_gradients: Callable[[GradientReady], None]) -> None:
+        self._job = job
+        self._on_gradients = on_gradients
+        self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
+        self.progress = ""
+
+    def setup(self) -> list[str]:
+        """Load, wrap and fit; returns the names of linears whose projectors could not be learned and stay random."""
+        job, config = self._job, self._job.config
+        with self._all_threads():
+            self.progress = "loading the model"
+            self._tokenizer = load_tokenizer(job.model_folder)
+            self._model = load_model(
+                job.model_folder, dtype=job.dtype, task=job.task, label_names=job.label_names, seed=config.seed
+            ).to(self.backend.device)  # type: ignore[arg-type]
+            self._model.train()
+            layers = find_layers(self._model)
+            if config.gradient_checkpointing:
+                self._model.activation_checkpointing_enable({"use_reentrant": False})
+            units, unfitted = self._build_units(layers)
+        sent = [] if config.method == "native" else [unit.numel for unit in units]
+        assert sent == list(job.payload_sizes), "the model's units are not those that the job was planned for"
+        self.worker = DeviceWorker(
+            self._model,
+            units,
+            self.backend,
+            learning_rates=job.learning_rates,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            on_gradients=self._on_gradients,
+            local_shard=self._local_shard(units),
+            measured_step=min(1, job.num_steps - 1),
+        )
+        self._micro_batches = job.micro_batches.read_ahead(job.num_steps)
+        torch.set_num_threads(job.layout.device_threads)
+        return unfitted
+
+    def run_step(self, step: int, host_slots: Sequence[torch.Tensor] = ()) -> StepReport:
+        """Run the next optimizer update; `step` must be the one after the last."""
+        return self.worker.run_step(step, next(self._micro_batches), host_slots)
+
+    def evaluate(self) -> float:
+        """Mean loss on the held-out examples."""
+        with self._all_threads():
+            return self.worker.mean_loss(self._job.micro_batches.eval_batches())
+
+    def sample(self) -> list[int]:
+        """The model's answer to the sample prompt: token ids, or a classifier's label."""
+        ids = self._job.sample_ids
+        with self._all_threads():
+            if self._job.task == "causal_lm":
+                return self.worker.generate(ids, SAMPLE_TOKENS)
+            return self.worker.predict(self._job.micro_batches.eval_batches()[0])[:1]
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint with every delta added."""
+        self.worker.flush()
+        save_model(self._model, self._tokenizer, folder)
+
+    def _build_units(self, layers: Sequence[Layer]) -> tuple[list[Unit], list[str]]:
+        config = self._job.config
+        if config.method != "lsp":
+            return full_units(layers), []
+        units, linears = lsp_units(layers, config.lsp, seed=config.seed)
+        unfitted = self._fit(linears) if config.lsp.fit == "closed_form" else []
+        return units, unfitted
+
+    def _fit(self, linears: Sequence[tuple[str, ProjectedLinear]]) -> list[str]:
+        def note(done: int, total: int) -> None:
+            self.progress = f"fitting projectors: {done} of {total}"
+
+        self.progress = "collecting gradients for the projectors"
+        batches = self._job.micro_batches.calibration(self._job.config.lsp.calibration_batches)
+        return fit_projectors(self._model, linears, batches, seed=self._job.config.seed, on_fitted=note)
+
+    def _local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:
+        if self._job.config.method != "native":
+            return None
+        return OptimizerShard({unit.index: unit.numel for unit in units}, device=self.backend.device)
+
+    @contextmanager
+    def _all_threads(self) -> Iterator[None]:
+        """Use the shards' threads too while the shards have nothing to do."""
+        torch.set_num_threads(self._job.layout.total_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._job.layout.device_threads)

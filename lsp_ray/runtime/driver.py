@@ -1,0 +1,94 @@
+"""Driver: the loop between a policy that decides and workers that act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from lsp_ray.device.worker import StepReport
+from lsp_ray.runtime.event_log import EventLog
+from lsp_ray.runtime.ledger import Ledger, OpReport
+from lsp_ray.schedule.ops import Event, GradientReady, Op, OpDone
+from lsp_ray.schedule.policy import Policy
+from lsp_ray.trace import StepMetrics
+
+STEPS_AHEAD = 2  # steps submitted at once: the device goes from one to the next without waiting for the driver
+
+Completion = GradientReady | StepReport | OpReport
+
+
+class Workers(Protocol):
+    """Those who act: actors on Ray, or threads of this process."""
+
+    def start_step(self, step: int) -> None:
+        """Let the device run `step` after those started before; returns at once."""
+        ...
+
+    def launch(self, op: Op) -> None:
+        """Start an operation; returns at once."""
+        ...
+
+    def next_completions(self) -> list[Completion]:
+        """Wait for something to happen and return it.
+
+        Raises:
+            LspRayError: What was waited for failed, died or did not happen in time.
+        """
+        ...
+
+
+class Driver:
+    """Trains: passes every completion to the policy and launches what it answers.
+
+    Args:
+        workers: Who acts.
+        policy: Who decides; for as many layers as there are units.
+        learning_rates: One for every step.
+        on_step: Called with each step's metrics, in order.
+        event_log: Where events and decisions are written, so that they can be replayed.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        policy: Policy,
+        learning_rates: Sequence[float],
+        *,
+        on_step: Callable[[StepMetrics], None],
+        event_log: EventLog | None = None,
+    ) -> None:
+        self._workers = workers
+        self._policy = policy
+        self._num_steps = len(learning_rates)
+        self._on_step = on_step
+        self._event_log = event_log
+        self.ledger = Ledger(policy.num_layers, learning_rates)
+
+    def train(self) -> None:
+        """Run every step; on return all deltas have come up."""
+        for step in range(min(STEPS_AHEAD, self._num_steps)):
+            self._workers.start_step(step)
+        while not self.ledger.complete:
+            for completion in self._workers.next_completions():
+                self._handle(completion)
+            while (metrics := self.ledger.close_next()) is not None:
+                self._on_step(metrics)
+
+    def _handle(self, completion: Completion) -> None:
+        match completion:
+            case StepReport(step=step):
+                self.ledger.add_step(completion)
+                if step + STEPS_AHEAD < self._num_steps:
+                    self._workers.start_step(step + STEPS_AHEAD)
+            case OpReport(span=span):
+                self.ledger.add_op(completion)
+                self._decide(OpDone(op=Op(stream=span.stream, step=span.step, layer=span.layer)))
+            case GradientReady():
+                self._decide(completion)
+
+    def _decide(self, event: Event) -> None:
+        actions = self._policy.handle(event)
+        for action in actions:
+            self._workers.launch(action.op)
+        if self._event_log is not None:
+            self._event_log.write(event, actions)

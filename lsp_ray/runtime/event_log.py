@@ -1,0 +1,77 @@
+"""EventLog: a run's events and the decisions they led to, one JSON line each, so that a policy can be replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from lsp_ray.schedule.ops import Action, Event, GradientReady, Launch, Op, OpDone
+from lsp_ray.schedule.policy import POLICIES, Policy
+from lsp_ray.trace import WorkStream
+
+MAX_STEPS = 100  # enough to see and to replay what a policy does; a run of days must not fill the disk with it
+
+_Row = tuple[str, int, int]  # a stream's name (or "gradient"), step, layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """An event and what the policy answered."""
+
+    event: Event
+    actions: list[Action]
+
+
+class EventLog:
+    """Writes decisions as they are taken; the first line says which policy took them.
+
+    Args:
+        file: Open for writing; stays the caller's.
+        policy: Name in POLICIES.
+        shard_of_layer: As the policy has it.
+    """
+
+    def __init__(self, file: TextIO, policy: str, shard_of_layer: Sequence[int]) -> None:
+        self._file = file
+        self._write({"policy": policy, "shard_of_layer": list(shard_of_layer)})
+
+    def write(self, event: Event, actions: Sequence[Action]) -> None:
+        """Append one decision, up to MAX_STEPS steps."""
+        row = _event_row(event)
+        if row[1] < MAX_STEPS:
+            self._write({"event": row, "launch": [_op_row(action.op) for action in actions]})
+
+    def _write(self, line: object) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+
+def read_event_log(path: Path) -> tuple[Policy, Iterator[Decision]]:
+    """Return a fresh policy like the one that wrote the log, and the decisions to compare it with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = json.loads(lines[0])
+    policy = POLICIES[header["policy"]](header["shard_of_layer"])
+    return policy, (_decision(json.loads(line)) for line in lines[1:])
+
+
+def _decision(line: dict[str, Any]) -> Decision:
+    kind, step, layer = line["event"]
+    event = GradientReady(step=step, layer=layer) if kind == "gradient" else OpDone(op=_op(line["event"]))
+    return Decision(event=event, actions=[Launch(op=_op(row)) for row in line["launch"]])
+
+
+def _event_row(event: Event) -> _Row:
+    if isinstance(event, GradientReady):
+        return "gradient", event.step, event.layer
+    return _op_row(event.op)
+
+
+def _op_row(op: Op) -> _Row:
+    return op.stream.value, op.step, op.layer
+
+
+def _op(row: Sequence[Any]) -> Op:
+    stream, step, layer = row
+    return Op(stream=WorkStream(stream), step=step, layer=layer)

@@ -1,0 +1,157 @@
+"""fine_tune: one run from job to result, on the workers given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+from lsp_ray.runtime.driver import Driver, Workers
+from lsp_ray.runtime.event_log import EventLog
+from lsp_ray.runtime.job import Job
+from lsp_ray.schedule.policy import POLICIES
+from lsp_ray.trace import StepMetrics
+
+
+class FineTuneWorkers(Workers, Protocol):
+    """Workers with the long calls around training."""
+
+    def setup(self, on_progress: Callable[[str], None]) -> list[str]:
+        """See `DeviceSide.setup`."""
+        ...
+
+    def evaluate(self) -> float:
+        """See `DeviceSide.evaluate`."""
+        ...
+
+    def sample(self) -> list[int]:
+        """See `DeviceSide.sample`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """See `DeviceSide.save`."""
+        ...
+
+
+class Listener(Protocol):
+    """Who follows a run: the progress display."""
+
+    def note(self, text: str) -> None:
+        """Something a person would want to know."""
+        ...
+
+    def phase(self, text: str) -> None:
+        """What begins now."""
+        ...
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A step is closed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What summary.json holds. Times are seconds, sizes bytes; medians leave out nothing.
+
+    `overlap_fraction` is 1 − exposed time / step time over all steps; `peak_device_bytes` is None after a single step
+    on which it could not be measured.
+    """
+
+    method: str
+    policy: str | None
+    device: str
+    num_shards: int
+    eval_loss_before: float
+    eval_loss_after: float
+    step_time_s_median: float
+    tokens_per_second: float
+    overlap_fraction: float
+    peak_device_bytes: int | None
+    bytes_d2h_per_step: int
+    bytes_h2d_per_step: int
+    trainable_subspace_dims: dict[str, int]
+
+
+def fine_tune(
+    job: Job, workers: FineTuneWorkers, output_dir: Path, listener: Listener, decode: Callable[[Sequence[int]], str]
+) -> Summary:
+    """Set up, evaluate, train, evaluate again, and write everything into `output_dir`.
+
+    Args:
+        job: The run.
+        workers: Who acts; stay the caller's.
+        output_dir: Exists and is writable.
+        listener: Told what happens.
+        decode: Turns a sample's numbers into text.
+    """
+    unfitted = workers.setup(listener.phase)
+    if unfitted:
+        listener.note(
+            f"{len(unfitted)} of {len(job.subspace_dims)} projectors stay random, as calibration gave their layers "
+            f"no gradient: {', '.join(unfitted[:3])}{' …' if len(unfitted) > 3 else ''}"
+        )
+    listener.phase("evaluating before training")
+    loss_before = workers.evaluate()
+    listener.note(f"eval loss before: {loss_before:.4f}")
+    listener.note(f"sample before: {decode(workers.sample())}")
+    steps, peak_bytes = _train(job, workers, output_dir, listener)
+    listener.phase("evaluating after training")
+    loss_after = workers.evaluate()
+    change = (loss_after - loss_before) / loss_before
+    listener.note(f"eval loss after: {loss_after:.4f} ({change:+.1%})")
+    listener.note(f"sample after: {decode(workers.sample())}")
+    listener.note(f"sample in the data: {job.sample_expected}")
+    listener.phase("saving the checkpoint")
+    workers.save(output_dir)
+    summary = _summary(job, steps, loss_before, loss_after, peak_bytes)
+    _write_json(output_dir / "summary.json", asdict(summary))
+    return summary
+
+
+def _train(job: Job, workers: Workers, output_dir: Path, listener: Listener) -> tuple[list[StepMetrics], int | None]:
+    """Run all steps, a line of metrics.jsonl each; returns their metrics and the peak of device memory."""
+    policy = POLICIES[job.config.policy](job.layout.shard_of_unit)
+    steps: list[StepMetrics] = []
+    listener.phase(f"training: {job.num_steps} steps")
+    with (
+        (output_dir / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as metrics_file,
+        (output_dir / "events.jsonl").open("w", encoding="utf-8") as events_file,
+    ):
+
+        def on_step(metrics: StepMetrics) -> None:
+            steps.append(metrics)
+            metrics_file.write(json.dumps(asdict(metrics)) + "\n")
+            listener.step(metrics)
+
+        event_log = EventLog(events_file, job.config.policy, job.layout.shard_of_unit)
+        driver = Driver(workers, policy, job.learning_rates, on_step=on_step, event_log=event_log)
+        driver.train()
+    return steps, driver.ledger.peak_device_bytes
+
+
+def _summary(
+    job: Job, steps: Sequence[StepMetrics], loss_before: float, loss_after: float, peak_bytes: int | None
+) -> Summary:
+    total_s = sum(metrics.step_time_s for metrics in steps)
+    return Summary(
+        method=job.config.method,
+        policy=job.config.policy if job.payload_sizes else None,
+        device=job.device,
+        num_shards=job.layout.num_shards,
+        eval_loss_before=loss_before,
+        eval_loss_after=loss_after,
+        step_time_s_median=median(metrics.step_time_s for metrics in steps),
+        tokens_per_second=sum(metrics.num_tokens for metrics in steps) / total_s,
+        overlap_fraction=1.0 - sum(metrics.exposed_s for metrics in steps) / total_s,
+        peak_device_bytes=peak_bytes,
+        bytes_d2h_per_step=round(median(metrics.bytes_d2h for metrics in steps)),
+        bytes_h2d_per_step=round(median(metrics.bytes_h2d for metrics in steps)),
+        trainable_subspace_dims=job.subspace_dims,
+    )
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

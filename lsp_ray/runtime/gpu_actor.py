@@ -1,0 +1,87 @@
+"""GpuActor: a thin shell that gives DeviceSide an inbox for each of its threads."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import ray
+import torch
+
+from lsp_ray.device.worker import StepReport
+from lsp_ray.runtime.device_side import DeviceSide
+from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.ledger import OpReport
+from lsp_ray.runtime.shard_actor import OpenPair, SlotPair
+from lsp_ray.schedule.ops import GradientReady
+
+CONCURRENCY_GROUPS = {"d2h": 1, "h2d": 1, "events": 1}  # beside the default group of one thread, which computes
+
+
+class GpuActor:
+    """Compute runs in the default concurrency group, each direction of the link and the events in one of their own.
+
+    Args:
+        job: The run.
+        pairs: Slots of every unit, by index; none where nothing leaves the device.
+    """
+
+    def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
+        torch.set_num_threads(job.layout.device_threads)
+        self._gradients: queue.SimpleQueue[GradientReady] = queue.SimpleQueue()
+        self._side = DeviceSide(job, self._gradients.put)
+        self._slots: list[OpenPair] = [pair.open() for pair in pairs]
+        self._host_payloads = [slot.payload for pair in self._slots for slot in (pair.down, pair.up)]
+
+    def setup(self) -> list[str]:
+        """See `DeviceSide.setup`."""
+        for payload in self._host_payloads:
+            self._side.backend.page_lock(payload)
+        return self._side.setup()
+
+    def run_step(self, step: int) -> StepReport:
+        """See `DeviceSide.run_step`."""
+        return self._side.run_step(step, self._host_payloads)
+
+    def evaluate(self) -> float:
+        """See `DeviceSide.evaluate`."""
+        return self._side.evaluate()
+
+    def sample(self) -> list[int]:
+        """See `DeviceSide.sample`."""
+        return self._side.sample()
+
+    def save(self, folder: str) -> None:
+        """See `DeviceSide.save`."""
+        self._side.save(Path(folder))
+
+    @ray.method(concurrency_group="d2h")
+    def send(self, step: int, unit: int) -> OpReport:
+        """Copy a unit's payload into its down-slot."""
+        slot = self._slots[unit].down
+        span = self._side.worker.send(step, unit, slot.to_write())
+        slot.publish(step)
+        return OpReport(span=span, size_bytes=slot.payload.nbytes)
+
+    @ray.method(concurrency_group="h2d")
+    def prefetch(self, step: int, unit: int) -> OpReport:
+        """Copy a unit's delta out of its up-slot."""
+        payload = self._slots[unit].up.to_read(step)
+        return OpReport(span=self._side.worker.prefetch(step, unit, payload), size_bytes=payload.nbytes)
+
+    @ray.method(concurrency_group="events")
+    def next_gradients(self, timeout_s: float) -> list[GradientReady]:
+        """Wait for completed gradients and return all there are; none after `timeout_s`."""
+        items: list[GradientReady] = []
+        with suppress(queue.Empty):
+            items.append(self._gradients.get(timeout=timeout_s))
+            while True:
+                items.append(self._gradients.get_nowait())
+        return items
+
+    @ray.method(concurrency_group="events")
+    def progress(self) -> str:
+        """What a long call is doing now."""
+        return self._side.progress

@@ -1,0 +1,68 @@
+"""Layout: how many shards, which units each owns, and how the cores are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lsp_ray.config import RuntimeConfig
+
+GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU computes: launches and the two copy threads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Threads of each actor, and the shard that owns each unit."""
+
+    device_threads: int
+    shard_threads: int
+    shard_of_unit: tuple[int, ...]
+
+    @property
+    def num_shards(self) -> int:
+        """Shards with at least one unit."""
+        return len(set(self.shard_of_unit))
+
+    @property
+    def total_threads(self) -> int:
+        """Threads of all actors together."""
+        return self.device_threads + self.num_shards * self.shard_threads
+
+    def units_of(self, shard_index: int) -> list[int]:
+        """The units that a shard owns."""
+        return [unit for unit, owner in enumerate(self.shard_of_unit) if owner == shard_index]
+
+
+def plan_layout(runtime: RuntimeConfig, payload_sizes: Sequence[int], *, cores: int, on_gpu: bool) -> Layout:
+    """Divide units and cores.
+
+    Args:
+        runtime: What was asked for; what is None is chosen here.
+        payload_sizes: Elements of each unit's payload; empty if nothing leaves the device.
+        cores: CPU cores this run may use.
+        on_gpu: Whether a GPU computes; if not, the GPU actor needs most of the cores itself.
+    """
+    num_shards = min(runtime.num_shards or max(1, cores // 4), max(1, len(payload_sizes)))
+    if on_gpu:
+        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, cores)
+        shard_threads = runtime.shard_threads or max(1, (cores - device_threads) // num_shards)
+    else:
+        shard_threads = runtime.shard_threads or 1  # compressed updates are small next to forward and backward
+        left = cores - shard_threads * num_shards if payload_sizes else cores
+        device_threads = runtime.device_threads or max(1, left)
+    return Layout(
+        device_threads=device_threads,
+        shard_threads=shard_threads,
+        shard_of_unit=_balanced(payload_sizes, num_shards),
+    )
+
+
+def _balanced(sizes: Sequence[int], num_shards: int) -> tuple[int, ...]:
+    """Give each unit, the largest first, to the shard with the least so far; ties go to the lowest index."""
+    load = [0] * num_shards
+    owner = [0] * len(sizes)
+    for unit in sorted(range(len(sizes)), key=lambda unit: (-sizes[unit], unit)):
+        shard = min(range(num_shards), key=lambda index: (load[index], index))
+        owner[unit] = shard
+        load[shard] += sizes[unit]
+    return tuple(owner)

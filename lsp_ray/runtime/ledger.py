@@ -1,0 +1,101 @@
+"""Ledger: collects what the streams report and closes a step when all of it is there.
+
+A step's clock runs from the start of its forward to the start of the next one's; the deltas of step t are late, if at
+all, in the forward of step t + 1, which is where their waiting is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lsp_ray.device.worker import StepReport
+from lsp_ray.trace import Span, StepMetrics, WorkStream, busy_s, exposed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpReport:
+    """A finished operation of a lane: its span, the bytes it moved (copies) or the squares it summed (updates)."""
+
+    span: Span
+    size_bytes: int = 0
+    grad_square_sum: float = 0.0
+
+
+class Ledger:
+    """Turns reports, in any order, into one StepMetrics a step, in order.
+
+    Args:
+        num_units: Units that pass down, through their update and up in every step; 0 if nothing leaves the device.
+        learning_rates: One for every step.
+    """
+
+    def __init__(self, num_units: int, learning_rates: Sequence[float]) -> None:
+        self._num_units = num_units
+        self._learning_rates = learning_rates
+        self._steps: dict[int, StepReport] = {}
+        self._ops: dict[int, list[OpReport]] = {}
+        self.num_closed = 0
+        self.peak_device_bytes: int | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every step is closed."""
+        return self.num_closed == len(self._learning_rates)
+
+    def add_step(self, report: StepReport) -> None:
+        """Note that a step's backward is done."""
+        self._steps[report.step] = report
+        if report.peak_device_bytes is not None:
+            self.peak_device_bytes = report.peak_device_bytes
+
+    def add_op(self, report: OpReport) -> None:
+        """Note that an operation is done."""
+        self._ops.setdefault(report.span.step, []).append(report)
+
+    def close_next(self) -> StepMetrics | None:
+        """Return the metrics of the next step in order if all of its reports are there, else None."""
+        step = self.num_closed
+        report = self._steps.get(step)
+        if report is None or len(self._ops.get(step, [])) < 3 * self._num_units:
+            return None
+        metrics = self._metrics(report)
+        self.num_closed += 1
+        self._steps.pop(step - 1, None)
+        self._ops.pop(step - 1, None)
+        return metrics
+
+    def _metrics(self, report: StepReport) -> StepMetrics:
+        own = self._ops.get(report.step, [])
+        spans = [op.span for op in (*self._ops.get(report.step - 1, []), *own)]
+        before = self._steps.get(report.step - 1)
+        start_s = before.end_s if before else report.start_s
+        step_time_s = report.end_s - start_s
+        late = exposed(report.waits, spans)
+        square_sum = report.grad_square_sum + sum(op.grad_square_sum for op in own)
+
+        def busy(stream: WorkStream) -> float:
+            return busy_s(spans, stream, start_s, report.end_s)
+
+        def moved(stream: WorkStream) -> int:
+            return sum(op.size_bytes for op in own if op.span.stream is stream)
+
+        return StepMetrics(
+            step=report.step + 1,
+            loss=report.loss,
+            grad_norm=math.sqrt(square_sum),
+            learning_rate=self._learning_rates[report.step],
+            num_tokens=report.num_tokens,
+            tokens_per_second=report.num_tokens / step_time_s,
+            step_time_s=step_time_s,
+            gpu_busy_s=step_time_s - late.total_s,
+            d2h_busy_s=busy(WorkStream.D2H),
+            cpu_busy_s=busy(WorkStream.CPU),
+            h2d_busy_s=busy(WorkStream.H2D),
+            exposed_d2h_s=late.d2h_s,
+            exposed_cpu_s=late.cpu_s,
+            exposed_h2d_s=late.h2d_s,
+            bytes_d2h=moved(WorkStream.D2H),
+            bytes_h2d=moved(WorkStream.H2D),
+        )

@@ -1,0 +1,1 @@
+"""Decides what runs next: pure policies, without torch, Ray or a clock."""

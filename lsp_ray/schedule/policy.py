@@ -1,0 +1,121 @@
+"""Policies: events in, actions out. Layer 0 is the shallowest, the first that the next forward needs.
+
+Every layer passes through the same three operations (D2H, CPU, H2D). A lane executes them: one for each
+direction of the link and one for each shard. A policy decides in which order a lane takes what is ready.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+
+from lsp_ray.schedule.ops import Action, Event, GradientReady, Launch, Op, OpDone
+from lsp_ray.trace import WorkStream
+
+_NEXT_STREAM = {WorkStream.D2H: WorkStream.CPU, WorkStream.CPU: WorkStream.H2D}
+
+Lane = tuple[WorkStream, int]  # the stream and, on the CPU, the shard
+
+
+class Policy(ABC):
+    """Order of operations for layers 0 … num_layers-1.
+
+    Args:
+        shard_of_layer: The shard that owns each layer's optimizer state; its length is the number of layers.
+        depth: Operations a lane may hold at once. Two hide the way of a message behind the operation before it;
+            more would take decisions too early.
+    """
+
+    def __init__(self, shard_of_layer: Sequence[int], *, depth: int = 2) -> None:
+        self.num_layers = len(shard_of_layer)
+        self._shard_of_layer = tuple(shard_of_layer)
+        self._depth = depth
+        self._ready: dict[Lane, list[Op]] = {}
+        self._in_flight: Counter[Lane] = Counter()
+        self._num_done: Counter[tuple[WorkStream, int]] = Counter()
+
+    def handle(self, event: Event) -> list[Action]:
+        """Return the operations to launch now that `event` happened."""
+        match event:
+            case GradientReady(step=step, layer=layer):
+                self._enqueue(Op(stream=WorkStream.D2H, step=step, layer=layer))
+            case OpDone(op=op):
+                self._complete(op)
+        return [Launch(op=op) for lane in sorted(self._ready) for op in self._take(lane)]
+
+    @abstractmethod
+    def urgency(self, op: Op, position: int) -> tuple[int, ...]:
+        """Sort key among the ready operations of a lane, smallest first; `position` counts arrivals in the lane."""
+
+    def admits(self, op: Op) -> bool:
+        """Whether a ready operation may be launched yet."""
+        return True
+
+    def all_done(self, stream: WorkStream, step: int) -> bool:
+        """Whether every layer has finished its operation on `stream` for `step`."""
+        return self._num_done[stream, step] == self.num_layers
+
+    def _enqueue(self, op: Op) -> None:
+        self._ready.setdefault(self._lane(op), []).append(op)
+
+    def _complete(self, op: Op) -> None:
+        self._in_flight[self._lane(op)] -= 1
+        self._num_done[op.stream, op.step] += 1
+        self._num_done.pop((op.stream, op.step - 2), None)  # steps overlap by one at most
+        if op.stream in _NEXT_STREAM:
+            self._enqueue(Op(stream=_NEXT_STREAM[op.stream], step=op.step, layer=op.layer))
+
+    def _take(self, lane: Lane) -> list[Op]:
+        queue = self._ready[lane]
+        in_order = sorted(
+            (position for position, op in enumerate(queue) if self.admits(op)),
+            key=lambda position: self.urgency(queue[position], position),
+        )
+        taken = in_order[: self._depth - self._in_flight[lane]]
+        ops = [queue[position] for position in taken]
+        self._in_flight[lane] += len(ops)
+        self._ready[lane] = [op for position, op in enumerate(queue) if position not in taken]
+        return ops
+
+    def _lane(self, op: Op) -> Lane:
+        return op.stream, self._shard_of_layer[op.layer] if op.stream is WorkStream.CPU else 0
+
+
+class Layerwise(Policy):
+    """Each layer's way down, through its update and up starts as soon as its gradient is there (paper, Section 4).
+
+    Deep layers are served first come, first served; from the transition layer on the shallowest goes first, so that the
+    deep layers' backlog does not hold up the layers that the next forward needs first.
+
+    Args:
+        transition_layer: Layers below it overtake; default: half of the layers.
+    """
+
+    def __init__(self, shard_of_layer: Sequence[int], *, depth: int = 2, transition_layer: int | None = None) -> None:
+        super().__init__(shard_of_layer, depth=depth)
+        self.transition_layer = self.num_layers // 2 if transition_layer is None else transition_layer
+
+    def urgency(self, op: Op, position: int) -> tuple[int, ...]:
+        """Shallow layers by depth, then deep layers by arrival."""
+        return (0, op.layer) if op.layer < self.transition_layer else (1, position)
+
+
+class Sequential(Policy):
+    """Zero-Offload's order: gradients go down during the backward, then all updates run, then all deltas come up."""
+
+    def urgency(self, op: Op, position: int) -> tuple[int, ...]:
+        """First come, first served."""
+        return (position,)
+
+    def admits(self, op: Op) -> bool:
+        """An update waits for every payload of its step, a prefetch for every update."""
+        match op.stream:
+            case WorkStream.CPU:
+                return self.all_done(WorkStream.D2H, op.step)
+            case WorkStream.H2D:
+                return self.all_done(WorkStream.CPU, op.step)
+        return True
+
+
+POLICIES: dict[str, type[Policy]] = {"layerwise": Layerwise, "sequential": Sequential}

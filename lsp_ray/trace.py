@@ -1,0 +1,123 @@
+"""What happened when: spans of the four work streams, waits of the compute stream, and a step's metrics.
+
+All times are seconds of the machine-wide monotonic clock (`time.monotonic`), so spans of different
+processes on one machine can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class WorkStream(StrEnum):
+    """The four streams that a step keeps busy."""
+
+    GPU = "gpu"
+    D2H = "d2h"
+    CPU = "cpu"
+    H2D = "h2d"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One stretch of work of one stream for one layer of one step."""
+
+    stream: WorkStream
+    step: int
+    layer: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """The compute stream stood still for the delta that `step` made for `layer`."""
+
+    step: int
+    layer: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exposed:
+    """Seconds of waiting, by the stream that was late."""
+
+    d2h_s: float = 0.0
+    cpu_s: float = 0.0
+    h2d_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """All waiting, whatever its cause."""
+        return self.d2h_s + self.cpu_s + self.h2d_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """One line of metrics.jsonl. A step is one optimizer update; times are seconds, sizes bytes.
+
+    `step` is the number of updates made, so the first line says 1 as in HF's logs; elsewhere steps count from 0.
+    `grad_norm` is the norm of what was sent (for lsp: of the compressed gradients), before any clipping.
+    `exposed_*_s` is the time in which this step's forward waited for the previous step's deltas.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    tokens_per_second: float
+    step_time_s: float
+    gpu_busy_s: float
+    d2h_busy_s: float
+    cpu_busy_s: float
+    h2d_busy_s: float
+    exposed_d2h_s: float
+    exposed_cpu_s: float
+    exposed_h2d_s: float
+    bytes_d2h: int
+    bytes_h2d: int
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds in which the compute stream waited."""
+        return self.exposed_d2h_s + self.exposed_cpu_s + self.exposed_h2d_s
+
+
+def busy_s(spans: Iterable[Span], stream: WorkStream, start_s: float, end_s: float) -> float:
+    """Seconds in [start_s, end_s] in which at least one span of `stream` was under way."""
+    clipped = sorted(
+        (max(span.start_s, start_s), min(span.end_s, end_s))
+        for span in spans
+        if span.stream is stream and span.end_s > start_s and span.start_s < end_s
+    )
+    total, covered_until = 0.0, start_s
+    for left, right in clipped:
+        if right > covered_until:
+            total += right - max(left, covered_until)
+            covered_until = right
+    return total
+
+
+def exposed(waits: Sequence[Wait], spans: Iterable[Span]) -> Exposed:
+    """Split waiting by cause: what a layer's delta still lacked at each moment of the wait.
+
+    Until its payload was down the wait is d2h's, until its update was done the CPU's, and the rest h2d's;
+    queueing for a stream counts as that stream's.
+    """
+    ends = {(span.stream, span.step, span.layer): span.end_s for span in spans}
+    d2h_s = cpu_s = h2d_s = 0.0
+    for wait in waits:
+        down = _within(ends.get((WorkStream.D2H, wait.step, wait.layer), wait.start_s), wait)
+        updated = max(down, _within(ends.get((WorkStream.CPU, wait.step, wait.layer), wait.start_s), wait))
+        d2h_s += down - wait.start_s
+        cpu_s += updated - down
+        h2d_s += wait.end_s - updated
+    return Exposed(d2h_s=d2h_s, cpu_s=cpu_s, h2d_s=h2d_s)
+
+
+def _within(time_s: float, wait: Wait) -> float:
+    return min(max(time_s, wait.start_s), wait.end_s)

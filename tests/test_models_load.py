@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from lsp_ray.config import Task
+from lsp_ray.errors import ConfigError
+from lsp_ray.models.layers import find_layers
+from lsp_ray.models.load import load_config, load_model, load_skeleton, load_tokenizer, one_line, save_model, silenced
+from tests.tiny import CHAT_TEMPLATE, CLASSIFIERS, FAMILIES, Family, tiny_model, tiny_tokenizer, write_tiny_model
+
+LABELS = ("no", "yes")
+
+
+def task_of(family: Family) -> Task:
+    return "sequence_classification" if family in CLASSIFIERS else "causal_lm"
+
+
+def load(folder: Path, family: Family, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    task = task_of(family)
+    return load_model(folder, dtype=dtype, task=task, label_names=LABELS if task != "causal_lm" else ())
+
+
+def load_causal(folder: Path) -> PreTrainedModel:
+    return load_model(folder, dtype=torch.float32, task="causal_lm")
+
+
+def load_classifier(folder: Path, *labels: str, seed: int = 0) -> PreTrainedModel:
+    return load_model(
+        folder, dtype=torch.float32, task="sequence_classification", label_names=labels or LABELS, seed=seed
+    )
+
+
+def assert_same_weights(model: nn.Module, reference: nn.Module) -> None:
+    ours, theirs = model.state_dict(), reference.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0.0, atol=0.0)
+
+
+class SwappedLinear(nn.Module):
+    """Stands where a linear stood and keeps its parameters' names, as a method's own module does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.weight = module.get_parameter("weight")
+        self.register_parameter("bias", getattr(module, "bias", None))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_loads_saves_and_loads_again_with_the_same_weights(family: Family, tmp_path: Path) -> None:
+    model = load(write_tiny_model(tmp_path / "start", family), family)
+    assert_same_weights(model, tiny_model(family))
+    save_model(model, load_tokenizer(tmp_path / "start"), tmp_path / "end")
+    auto = AutoModelForSequenceClassification if family in CLASSIFIERS else AutoModelForCausalLM
+    with silenced():
+        assert_same_weights(auto.from_pretrained(tmp_path / "end"), model)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "end")
+    assert tokenizer("w3 ?").input_ids == tiny_tokenizer(family)("w3 ?").input_ids
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert_same_weights(load(tmp_path / "end", family), model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swapped_linears_are_saved_under_the_same_names(family: Family, tmp_path: Path) -> None:
+    model = load(write_tiny_model(tmp_path / "start", family), family)
+    for layer in find_layers(model):
+        for site in layer.linears:
+            setattr(site.parent, site.attribute, SwappedLinear(site.module))
+            site.module.get_parameter("weight").data.mul_(2.0)
+    save_model(model, tiny_tokenizer(), tmp_path / "end")
+    assert_same_weights(load(tmp_path / "end", family), model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skeleton_has_the_models_layers_and_shapes_without_memory(family: Family, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, family)
+    (folder / "model.safetensors").unlink()
+    skeleton = load_skeleton(folder, task=task_of(family))
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    for layer, reference in zip(find_layers(skeleton), find_layers(tiny_model(family)), strict=True):
+        assert layer.name == reference.name
+        assert [(site.name, site.shape) for site in layer.linears] == [(s.name, s.shape) for s in reference.linears]
+        assert [site.name for site in layer.parameters] == [site.name for site in reference.parameters]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma", "gpt2", "opt"])
+def test_tied_weights_are_one_tensor_in_memory_and_in_the_file(family: Family, tmp_path: Path) -> None:
+    model = load(write_tiny_model(tmp_path / "start", family), family)
+    save_model(model, tiny_tokenizer(), tmp_path / "end")
+    for loaded in (model, load(tmp_path / "end", family)):
+        assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert "lm_head.weight" not in load_file(tmp_path / "end" / "model.safetensors")
+
+
+def test_an_untied_head_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    model = load_causal(write_tiny_model(tmp_path, "llama"))
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+def test_weights_come_in_the_type_asked_for(tmp_path: Path) -> None:
+    model = load(write_tiny_model(tmp_path / "start", "llama"), "llama", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    save_model(model, tiny_tokenizer(), tmp_path / "end")
+    assert load_config(tmp_path / "end").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "bert"])
+def test_a_new_head_depends_on_the_seed_alone(family: Family, tmp_path: Path) -> None:
+    labels = ("a", "b", "c")
+    folder = write_tiny_model(tmp_path, family)
+    torch.manual_seed(1)
+    first = load_classifier(folder, *labels, seed=3)
+    torch.manual_seed(2)
+    assert_same_weights(load_classifier(folder, *labels, seed=3), first)
+    other = load_classifier(folder, *labels, seed=4)
+    names = [name for name, tensor in other.state_dict().items() if not tensor.equal(first.state_dict()[name])]
+    assert names in (["score.weight"], ["classifier.weight"])
+
+
+def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "llama")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_classifier(folder)
+    assert torch.rand(3).equal(expected)
+
+
+def test_a_classifiers_labels_are_in_its_config(tmp_path: Path) -> None:
+    model = load_classifier(write_tiny_model(tmp_path / "start", "bert"), "neg", "mid", "pos")
+    save_model(model, tiny_tokenizer(), tmp_path / "end")
+    config = load_config(tmp_path / "end")
+    assert config.id2label == {0: "neg", 1: "mid", 2: "pos"}
+    assert config.label2id == {"neg": 0, "mid": 1, "pos": 2}
+    assert config.num_labels == 3
+
+
+def test_a_skeletons_head_has_as_many_rows_as_labels(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "llama")
+    skeleton = load_skeleton(folder, task="sequence_classification", num_labels=5)
+    assert skeleton.get_parameter("score.weight").shape == (5, 64)
+
+
+def test_a_head_with_as_many_labels_is_kept(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "bert")
+    kept = load_classifier(folder, seed=9).get_parameter("classifier.weight")
+    assert kept.equal(tiny_model("bert").get_parameter("classifier.weight"))
+
+
+def test_a_decoder_classifies_at_the_last_token_before_the_padding(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    model = load_classifier(folder)
+    assert model.config.pad_token_id == 0
+    short, padded = torch.tensor([[20, 21]]), torch.tensor([[20, 21, 0, 0]])
+    mask = torch.tensor([[1, 1, 0, 0]])
+    torch.testing.assert_close(model(input_ids=padded, attention_mask=mask).logits, model(input_ids=short).logits)
+
+
+def test_one_label_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset must have at least 2 different labels, got \['only'\]"):
+        load_classifier(write_tiny_model(tmp_path, "bert"), "only")
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_an_encoder_is_refused_for_text_and_told_its_columns(family: Family, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, family)
+    with pytest.raises(ConfigError, match="causal language model") as caught:
+        load_causal(folder)
+    assert "sentence1, sentence2 and label" in str(caught.value)
+    with pytest.raises(ConfigError, match="causal language model"):
+        load_skeleton(folder, task="causal_lm")
+
+
+def test_an_encoder_decoder_is_refused_for_text(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ConfigError, match="causal language model for a dataset of text, got 't5'"):
+        load_causal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", '{"model_type": "no-such-kind"}', "{}", '{"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}'],
+)
+def test_a_config_transformers_cannot_read_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model_name_or_path must hold a config\.json") as caught:
+        load_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_weights_are_one_line(tmp_path: Path) -> None:
+    weights = write_tiny_model(tmp_path, "llama") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match="model_name_or_path must hold intact weights") as caught:
+        load_causal(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_weights_at_all_are_one_line(tmp_path: Path) -> None:
+    (write_tiny_model(tmp_path, "llama") / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="hold intact weights") as caught:
+        load_causal(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_blocks_missing_weight_is_named(family: Family, tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path, family) / "model.safetensors"
+    weights = load_file(path)
+    name = sorted(name for name in weights if ".1." in name and name.endswith("weight"))[0]
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="hold all weights") as caught:
+        load(tmp_path, family)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_weights_of_another_size_are_refused(family: Family, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, family)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 112}))
+    with pytest.raises(ConfigError, match="model_name_or_path must hold") as caught:
+        load(folder, family)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_tokenizer_is_one_line(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "llama")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="model_name_or_path must hold a tokenizer") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_end_token_pads_where_there_is_no_pad_token(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(write_tiny_model(tmp_path, "llama"))
+    assert load_tokenizer(tmp_path).pad_token == "<eos>"
+
+
+def test_a_tokenizer_that_can_neither_pad_nor_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(write_tiny_model(tmp_path, "llama"))
+    with pytest.raises(ConfigError, match="a pad or an end token"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_cache_is_off_in_training_and_on_in_the_saved_model(tmp_path: Path) -> None:
+    model = load_causal(write_tiny_model(tmp_path / "start", "llama"))
+    assert model.config.use_cache is False
+    save_model(model, tiny_tokenizer(), tmp_path / "end")
+    assert load_config(tmp_path / "end").use_cache is True
+
+
+def test_a_generation_config_that_transformers_would_refuse_to_save_is_saved(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "start", "llama")
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5, "eos_token_id": 2}')
+    model = load_causal(folder)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = 3
+    save_model(model, tiny_tokenizer(), tmp_path / "end")
+    assert json.loads((tmp_path / "end" / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+def test_saving_keeps_other_files_and_removes_an_older_saves_shards(tmp_path: Path) -> None:
+    model = load_causal(write_tiny_model(tmp_path / "start", "llama"))
+    end = tmp_path / "end"
+    with silenced():
+        tiny_model("llama", seed=1).save_pretrained(end, max_shard_size="100KB")
+    assert (end / "model.safetensors.index.json").exists()
+    (end / "metrics.jsonl").write_text("{}\n")
+    save_model(model, tiny_tokenizer(), end)
+    assert sorted(path.name for path in end.iterdir() if "model" in path.name) == ["model.safetensors"]
+    assert (end / "metrics.jsonl").read_text() == "{}\n"
+    assert_same_weights(load_causal(end), model)
+
+
+def test_saved_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "end")
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "end").iterdir()}
+    assert modes == {(tmp_path / "other").stat().st_mode & 0o777}
+
+
+def test_a_save_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+    class DiskFull(PreTrainedModel):
+        def save_pretrained(self, *_args: object, **_kwargs: object) -> None:
+            raise OSError("No space left on device")
+
+    save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        save_model(DiskFull(load_config(tmp_path)), tiny_tokenizer(), tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    assert_same_weights(load_causal(tmp_path), tiny_model("llama"))
+
+
+def test_loading_and_saving_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = write_tiny_model(tmp_path / "start", "gpt2")
+    capfd.readouterr()
+    save_model(load_classifier(folder), load_tokenizer(folder), tmp_path / "end")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_silence_ends_with_its_context() -> None:
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    with silenced(), redirect_stderr(io.StringIO()):
+        assert transformers_logging.get_verbosity() == logging.ERROR
+    assert transformers_logging.get_verbosity() == verbosity
+    assert transformers_logging.is_progress_bar_enabled() == bars
+
+
+def test_one_line_of_an_error_is_its_first_and_short() -> None:
+    assert one_line(ValueError("\n  first\nsecond")) == "first"
+    assert one_line(KeyError()) == "KeyError"
+    assert len(one_line(ValueError("x" * 500))) == 200
