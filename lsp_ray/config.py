@@ -20,10 +20,14 @@ SchedulerType = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
 ]
 
+MAX_SEED = 2**32 - 1
+
 
 def _at_least(name: str, value: float | None, bound: float) -> None:
     """Raise ConfigError unless value is None or a finite number ≥ bound."""
-    if value is not None and not (math.isfinite(value) and value >= bound):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(name, "be a finite number", value)
+    if value is not None and value < bound:
         raise ConfigError(name, f"be at least {bound}", value)
 
 
@@ -118,6 +122,8 @@ class RunConfig:
         _at_least("max_seq_length", self.max_seq_length, 8)
         for name in ("learning_rate", "weight_decay", "warmup_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
+        if self.seed > MAX_SEED:
+            raise ConfigError("seed", f"be at most {MAX_SEED}", self.seed)
         if self.max_steps != -1:
             _at_least("max_steps", self.max_steps, 1)
         if not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):

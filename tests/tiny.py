@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -37,6 +38,8 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+
+from lsp_ray.config import Task
 
 Family = Literal["llama", "qwen2", "mistral", "gemma", "gpt2", "opt", "bert", "roberta"]
 Shape = Literal["text", "prompt_completion", "messages", "alpaca", "sentence_label", "sentence_pair_label"]
@@ -126,10 +129,33 @@ def tiny_model(family: Family, *, seed: int = 0) -> PreTrainedModel:
     The global generator is left as it was found: transformers' initialisation reads no other.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = _BUILDERS[family]()
     model.train(False)
+    _enlarge_embeddings(model)
     return model
+
+
+def _enlarge_embeddings(model: PreTrainedModel) -> None:
+    """Five times transformers' tiny values: a frozen head that small could not tell any token from another."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = {module.get_parameter("weight") for module in modules if isinstance(module, nn.Module)}
+    with torch.no_grad():
+        for table in tables:  # a tied one once
+            table.mul_(5.0)
+
+
+def task_of(family: Family) -> Task:
+    """What the family's tiny model is made for."""
+    return "sequence_classification" if family in CLASSIFIERS else "causal_lm"
+
+
+def assert_same_weights(model: nn.Module, reference: nn.Module) -> None:
+    """Fail unless both have the same names and, to the bit, the same values."""
+    ours, theirs = model.state_dict(), reference.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0.0, atol=0.0)
 
 
 def tiny_tokenizer(family: Family = "llama") -> PreTrainedTokenizerFast:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -90,7 +90,7 @@ class MicroBatches:
         rows.sort(key=lambda row: len(row["input_ids"]))
         return [self._collate(rows[at : at + self._batch_size]) for at in range(0, len(rows), self._batch_size)]
 
-    def read_ahead(self, num_steps: int, *, first_step: int = 0) -> Iterator[list[Batch]]:
+    def read_ahead(self, num_steps: int, *, first_step: int = 0) -> Generator[list[Batch], None, None]:
         """Yield `step(k)` for `num_steps` updates from `first_step` on, collated by a thread up to 2 updates ahead.
 
         An error in the thread is raised where its update is asked for. The thread ends with the iterator: when it is

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import huggingface_hub.constants
 import huggingface_hub.errors
-import pyarrow
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.packaged_modules.cache.cache import Cache
 
@@ -47,7 +47,7 @@ _SPLIT_WORDS = {
 
 _UNREADABLE = (
     datasets.exceptions.DatasetsError,
-    pyarrow.ArrowException,
+    pa.ArrowException,
     OSError,
     ValueError,
     StopIteration,  # datasets' own answer to a JSON file without rows
@@ -55,6 +55,7 @@ _UNREADABLE = (
 # httpx's, by whatever name the installed hub client imports it
 _HTTP_ERROR: type[Exception] = huggingface_hub.errors.HTTPError  # type: ignore[attr-defined]
 _HUB_TIMEOUT_S = 5.0
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 def read_splits(name: str, *, cache_dir: Path | None = None) -> Splits:
@@ -69,15 +70,22 @@ def read_splits(name: str, *, cache_dir: Path | None = None) -> Splits:
     """
     path = Path(name).expanduser()
     with quiet():
-        try:
-            files = {"train": [path]} if path.is_file() else _files_by_split(path) if path.is_dir() else None
-        except OSError as error:
-            raise ConfigError("dataset", "be a file or folder that can be read", name, hint=str(error)) from error
+        files = _files_of(name, path) if name else None
         if files is not None:
             return {split: _read_files(paths, cache_dir) for split, paths in files.items()}
-        if path.suffix in _BUILDERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) or name[0] in "./":
+        if path.suffix in _BUILDERS or not _HUB_ID.fullmatch(name):
             raise ConfigError("dataset", "be an existing file or folder, stdlib-docstrings or a hub id", name)
         return _read_hub(name, cache_dir)
+
+
+def _files_of(name: str, path: Path) -> dict[str, list[Path]] | None:
+    """Return the files at `path` by split, or None if nothing is there."""
+    try:
+        if path.is_file():
+            return {"train": [path]}
+        return _files_by_split(path) if path.is_dir() else None
+    except OSError as error:
+        raise ConfigError("dataset", "be a file or folder that can be read", name, hint=str(error)) from error
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -88,8 +96,9 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     found = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix in _BUILDERS)
     groups: dict[str, list[Path]] = {}
     for path in found:
-        if path.is_file() and not path.name.startswith("."):
-            groups.setdefault(_split_of(path.relative_to(folder)), []).append(path)
+        inside = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in inside.parts):
+            groups.setdefault(_split_of(inside), []).append(path)
     unnamed = groups.pop("", [])
     if unnamed and "train" not in groups:
         groups["train"] = unnamed
@@ -115,12 +124,15 @@ def _read_files(paths: Sequence[Path], cache_dir: Path | None) -> Dataset:
     try:
         names = [glob.escape(str(path)) for path in paths]
         cache = str(cache_dir) if cache_dir else None
-        return datasets.load_dataset(builder, data_files={"train": names}, split="train", cache_dir=cache, **options)
+        rows = datasets.load_dataset(builder, data_files={"train": names}, split="train", cache_dir=cache, **options)
+        # the JSON reader takes any bytes for text, which would fail much later
+        rows.data.table.validate(full=True)
     except _UNREADABLE as error:
         if len(paths) > 1:
             for path in paths:
                 _read_files([path], cache_dir)  # the file at fault fails again alone, and is named
         raise _unreadable(paths[0], builder, error) from error
+    return rows
 
 
 def _unreadable(path: Path, builder: str, error: BaseException) -> ConfigError:
@@ -128,8 +140,8 @@ def _unreadable(path: Path, builder: str, error: BaseException) -> ConfigError:
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error) or not path.stat().st_size:
         return ConfigError("dataset", "have rows", str(path), hint="the file is empty")
     cause = error.__cause__ or error
-    if isinstance(cause, UnicodeDecodeError):
-        return ConfigError("dataset", "be UTF-8 text", str(path), hint=str(cause))
+    if isinstance(cause, UnicodeDecodeError) or "UTF8" in str(cause):
+        return ConfigError("dataset", "be UTF-8 text", str(path), hint=_first_line(cause))
     at = _first_bad_line(path) if path.suffix in (".jsonl", ".ndjson") else ""
     return ConfigError("dataset", f"be well-formed {builder}", str(path), hint=at or _first_line(cause))
 

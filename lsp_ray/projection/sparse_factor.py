@@ -60,9 +60,9 @@ class SparseFactor:
         values = self.value_FR[first_row:end].to(table_DK.dtype)
         return embedding_bag(self.index_FR[first_row:end], table_DK, mode="sum", per_sample_weights=values)
 
-    def norm(self) -> float:
-        """Frobenius norm."""
-        return float(self.value_FR.float().norm())
+    def square_sum(self) -> float:
+        """Square of the Frobenius norm."""
+        return float(self.value_FR.double().square().sum())
 
     def dense(self) -> torch.Tensor:
         """The (F, D) matrix with its zeros, for tests and analysis."""
@@ -81,11 +81,13 @@ class SparseFactor:
 
 
 def random_positions(num_rows: int, dim: int, nnz_per_row: int, generator: torch.Generator) -> torch.Tensor:
-    """Return int32 (F, R) column numbers, distinct within a row, every column used equally often (±1).
+    """Return int32 (F, R) column numbers, distinct within a row.
 
     The columns are cut into R blocks and a row takes one of each, as in block-structured sparse embeddings (Nelson
-    and Nguyen, OSNAP, 2013): no column stays empty, which independent draws do not promise.
+    and Nguyen, OSNAP, 2013). Within a block columns are used equally often (±1), so none stays empty where
+    F > D / R, which independent draws do not promise. Needs 1 ≤ R ≤ D.
     """
+    assert 1 <= nnz_per_row <= dim, f"{nnz_per_row} distinct columns of {dim}"
     order = torch.randperm(dim, generator=generator)
     bounds = [block * dim // nnz_per_row for block in range(nnz_per_row + 1)]
     picks = []

@@ -64,8 +64,8 @@ class SparseProjector:
 
         With it a learning rate means what it means in full fine-tuning, at any D and R. The identity has scale 1.
         """
-        norms = self.left.norm() * self.right.norm()
-        return math.sqrt(self.left.num_rows * self.right.num_rows) / norms if norms > 0 else 0.0
+        squares = self.left.square_sum() * self.right.square_sum()
+        return math.sqrt(self.left.num_rows * self.right.num_rows / squares) if squares > 0 else 0.0
 
     @property
     def nbytes(self) -> int:

@@ -38,7 +38,7 @@ class RayWorkers:
         pairs = [_new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
         layout = job.layout
         self._gpu: Any = (
-            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)
+            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
             .options(num_cpus=layout.device_threads, num_gpus=int(job.device == "cuda"), max_restarts=0)
             .remote(job, pairs)
         )

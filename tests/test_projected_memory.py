@@ -1,0 +1,111 @@
+"""Nothing as large as the full gradient is ever made, and the forward keeps X Q in place of X.
+
+Legend: M rows (out), N columns (in), D subspace, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lsp_ray.device.projected_linear import GradientSketch, ProjectedLinear
+from tests.linears import (
+    TOKENS,
+    TRANSPOSED,
+    D,
+    M,
+    N,
+    R,
+    backward,
+    normal,
+    plain,
+    square_loss,
+    wrapped,
+)
+
+
+class FreshStorages(TorchDispatchMode):
+    """Records the bytes of every storage that an operation makes; views of older storages do not count."""
+
+    def __init__(self, *older: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = list(older)  # held, so that no address is used twice
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in older}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.known.add(tensor.untyped_storage().data_ptr())
+                self.alive.append(tensor)
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return output
+
+
+def largest_allocation(module: nn.Module, *, sketch: GradientSketch | None = None) -> int:
+    """The largest storage, in float32 elements, made by a forward and a backward with a gradient for the input."""
+    input_TN = normal(*TOKENS, N).requires_grad_()
+    if isinstance(module, ProjectedLinear):
+        module.sketch = sketch
+    fresh = FreshStorages(input_TN, *module.parameters())
+    with fresh:
+        backward(square_loss(module, input_TN))
+    assert input_TN.grad is not None
+    return max(fresh.sizes) // 4
+
+
+@TRANSPOSED
+def test_forward_and_backward_never_allocate_anything_as_large_as_the_weight(transposed: bool) -> None:
+    assert largest_allocation(plain(transposed=transposed)) == M * N  # what is watched for is seen where it exists
+    assert largest_allocation(wrapped(transposed=transposed)) <= max(D * D, 8 * M, 2 * R * M) < M * N / 4
+
+
+@TRANSPOSED
+def test_a_sketched_backward_never_allocates_anything_as_large_as_the_weight(transposed: bool) -> None:
+    sketch = GradientSketch((M, N), 10, torch.Generator().manual_seed(0))
+    assert largest_allocation(wrapped(transposed=transposed), sketch=sketch) <= 10 * M < M * N / 4
+
+
+def saved_numels(module: nn.Module) -> list[int]:
+    """Elements of each tensor that the forward keeps for the backward, the weight's own storage left out."""
+    weight_storage = module.get_parameter("weight").untyped_storage().data_ptr()
+    numels: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() != weight_storage:
+            numels.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    input_TN = normal(*TOKENS, N).requires_grad_()
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(input_TN)
+    return numels
+
+
+@TRANSPOSED
+def test_the_forward_keeps_the_projected_input_and_not_the_input(transposed: bool) -> None:
+    assert saved_numels(plain(transposed=transposed)) == [8 * N]
+    assert saved_numels(wrapped(transposed=transposed)) == [8 * D]
+
+
+@TRANSPOSED
+def test_the_input_is_freed_once_its_owner_lets_go(transposed: bool) -> None:
+    freed = []
+    for module in (plain(transposed=transposed), wrapped(transposed=transposed)):
+        input_TN = normal(*TOKENS, N)
+        storage = StorageWeakRef(input_TN.untyped_storage())
+        output = module(input_TN)
+        del input_TN
+        freed.append(storage.expired())
+        backward(output.sum())
+    assert freed == [False, True]
