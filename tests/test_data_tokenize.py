@@ -179,9 +179,16 @@ def test_a_length_that_leaves_nothing_to_learn_is_refused(tokenizer: PreTrainedT
         tokenize_rows(rows, tokenizer, max_seq_length=8)
 
 
-def test_more_tokens_than_the_model_takes_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match="max_seq_length must be at most 256 for this model, got 257"):
-        tokenize_rows(rows_of(Shape.TEXT, [{"text": "w1 w2"}]), tokenizer, max_seq_length=257)
+def test_more_tokens_than_a_classifier_takes_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"max_seq_length must be at most 256, .* got 257"):
+        tokenize_rows(rows_of(Shape.SENTENCE, sentences(0, 1)), tokenizer, max_seq_length=257)
+
+
+def test_rows_without_any_label_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    split = Dataset.from_list(sentences(-1, -1), features=features)
+    with pytest.raises(ConfigError, match="dataset must have rows with a label, got 'made'"):
+        tokenize_rows(Rows(name="made", shape=Shape.SENTENCE, train=split, eval=split), tokenizer, max_seq_length=8)
 
 
 def sentences(*labels: object) -> list[dict[str, Any]]:

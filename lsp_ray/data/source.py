@@ -68,23 +68,23 @@ def read_splits(name: str, *, cache_dir: Path | None = None) -> Splits:
     Raises:
         ConfigError: Nothing is there, it cannot be read, or the hub cannot be reached; names the file.
     """
-    path = Path(name).expanduser()
     with quiet():
-        files = _files_of(name, path) if name else None
+        files = _files_of(name) if name else None
         if files is not None:
             return {split: _read_files(paths, cache_dir) for split, paths in files.items()}
-        if path.suffix in _BUILDERS or not _HUB_ID.fullmatch(name):
+        if _format(Path(name)) or not _HUB_ID.fullmatch(name):
             raise ConfigError("dataset", "be an existing file or folder, stdlib-docstrings or a hub id", name)
         return _read_hub(name, cache_dir)
 
 
-def _files_of(name: str, path: Path) -> dict[str, list[Path]] | None:
-    """Return the files at `path` by split, or None if nothing is there."""
+def _files_of(name: str) -> dict[str, list[Path]] | None:
+    """Return the files at the path `name` by split, or None if nothing is there."""
     try:
+        path = Path(name).expanduser()
         if path.is_file():
             return {"train": [path]}
         return _files_by_split(path) if path.is_dir() else None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~someone without a home
         raise ConfigError("dataset", "be a file or folder that can be read", name, hint=str(error)) from error
 
 
@@ -93,7 +93,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
 
     Unnamed files beside a named train split (a label list, dataset_info.json) are no rows and left out.
     """
-    found = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if path.suffix in _BUILDERS)
+    found = sorted(path for path in (*folder.glob("*"), *folder.glob("*/*")) if _format(path))
     groups: dict[str, list[Path]] = {}
     for path in found:
         inside = path.relative_to(folder)
@@ -107,24 +107,22 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     return groups
 
 
+def _format(path: Path) -> str | None:
+    return _BUILDERS.get(path.suffix.lower())
+
+
 def _split_of(path: Path) -> str:
     words = re.findall(r"[a-z]+", path.with_suffix("").as_posix().lower())
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
 
 
 def _read_files(paths: Sequence[Path], cache_dir: Path | None) -> Dataset:
-    builders = {_BUILDERS.get(path.suffix) for path in paths}
+    builders = {_format(path) for path in paths}
     builder = builders.pop()
     if builder is None or builders:
         raise ConfigError("dataset", f"be files of one known format ({_SUFFIXES})", ", ".join(map(str, paths)))
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        # otherwise the texts "NA", "None" and "null" would turn into missing values
-        options = {"keep_default_na": False, "sep": "\t" if paths[0].suffix == ".tsv" else ","}
     try:
-        names = [glob.escape(str(path)) for path in paths]
-        cache = str(cache_dir) if cache_dir else None
-        rows = datasets.load_dataset(builder, data_files={"train": names}, split="train", cache_dir=cache, **options)
+        rows = _read(builder, paths, cache_dir)
         # the JSON reader takes any bytes for text, which would fail much later
         rows.data.table.validate(full=True)
     except _UNREADABLE as error:
@@ -135,6 +133,20 @@ def _read_files(paths: Sequence[Path], cache_dir: Path | None) -> Dataset:
     return rows
 
 
+def _read(builder: str, paths: Sequence[Path], cache_dir: Path | None) -> Dataset:
+    """Read files of one format with the readers of `datasets`; its `load_dataset` would tell the hub about it."""
+    names = [glob.escape(str(path)) for path in paths]
+    options: dict[str, Any] = {"cache_dir": str(cache_dir)} if cache_dir else {}
+    if builder == "json":
+        return Dataset.from_json(names, **options)
+    if builder == "parquet":
+        return Dataset.from_parquet(names, **options)
+    # otherwise the texts "NA", "None" and "null" would turn into missing values
+    return Dataset.from_csv(
+        names, keep_default_na=False, sep="\t" if paths[0].suffix.lower() == ".tsv" else ",", **options
+    )
+
+
 def _unreadable(path: Path, builder: str, error: BaseException) -> ConfigError:
     """Return the one line for a file that `datasets` could not read."""
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error) or not path.stat().st_size:
@@ -142,7 +154,7 @@ def _unreadable(path: Path, builder: str, error: BaseException) -> ConfigError:
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError) or "UTF8" in str(cause):
         return ConfigError("dataset", "be UTF-8 text", str(path), hint=_first_line(cause))
-    at = _first_bad_line(path) if path.suffix in (".jsonl", ".ndjson") else ""
+    at = _first_bad_line(path) if path.suffix.lower() in (".jsonl", ".ndjson") else ""
     return ConfigError("dataset", f"be well-formed {builder}", str(path), hint=at or _first_line(cause))
 
 

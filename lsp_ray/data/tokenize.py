@@ -65,12 +65,13 @@ def tokenize_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_seq_len
         max_seq_length: Tokens kept of a row.
 
     Raises:
-        ConfigError: `max_seq_length` is more than the model takes or leaves no row with a loss; the data set has
+        ConfigError: `max_seq_length` is more than a classifier takes or leaves no row with a loss; the data set has
             conversations and the tokenizer no chat template; the labels are no classes.
     """
-    if max_seq_length > tokenizer.model_max_length:
-        raise ConfigError("max_seq_length", f"be at most {tokenizer.model_max_length} for this model", max_seq_length)
-    classes = read_classes(rows) if rows.shape.task == "sequence_classification" else None
+    classes = None
+    if rows.shape.task == "sequence_classification":
+        _check_length(tokenizer, max_seq_length)
+        classes = read_classes(rows)
     encode = _encoder(rows, classes, tokenizer, max_seq_length)
     with quiet():
         train, eval_ = _tokenized(rows.train, encode), _tokenized(rows.eval, encode)
@@ -84,6 +85,13 @@ def tokenize_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_seq_len
         num_truncated=train.num_truncated + eval_.num_truncated,
         num_dropped=train.num_dropped + eval_.num_dropped,
     )
+
+
+def _check_length(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
+    # RoBERTa's config counts two positions that no token can have; only its tokenizer knows
+    if max_seq_length > tokenizer.model_max_length:
+        bound = f"be at most {tokenizer.model_max_length}, the positions of this model"
+        raise ConfigError("max_seq_length", bound, max_seq_length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

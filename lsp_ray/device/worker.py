@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,45 +154,40 @@ class DeviceWorker:
 
     def mean_loss(self, batches: Sequence[Batch]) -> float:
         """Mean loss over all targets of the batches, without dropout; pending deltas are added first."""
-        self.flush()
         total, count = 0.0, 0
-        self.model.eval()
-        with torch.no_grad():
+        with self._evaluating():
             for batch in batches:
-                on_device = self._on_device(batch)
-                total += float(summed_loss(self.model, on_device))
+                total += float(summed_loss(self.model, self._on_device(batch)))
                 count += num_targets(batch)
-        self.model.train()
         return total / max(count, 1)
 
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Continue a prompt greedily; returns the new tokens, at most `max_new_tokens`."""
-        self.flush()
-        prompt_1S = torch.tensor([list(prompt_ids)], device=self._backend.device)
-        self.model.eval()
-        with torch.no_grad():
-            output_1S = self.model.generate(  # type: ignore[operator]
-                prompt_1S,
-                attention_mask=torch.ones_like(prompt_1S),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    eos_token_id=self.model.config.eos_token_id,
-                    pad_token_id=self.model.config.pad_token_id or self.model.config.eos_token_id,
-                ),
-            )
-        self.model.train()
-        return [int(token) for token in output_1S[0, len(prompt_ids) :]]
+    def generate(self, inputs: Batch, max_new_tokens: int) -> list[int]:
+        """Continue one prompt greedily; returns the new tokens, at most `max_new_tokens`."""
+        config = self.model.config
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.eos_token_id if config.pad_token_id is None else config.pad_token_id,
+        )
+        with self._evaluating():
+            output_1S = self.model.generate(**self._on_device(inputs), generation_config=greedy)  # type: ignore[operator]
+        return [int(token) for token in output_1S[0, inputs["input_ids"].shape[1] :]]
 
-    def predict(self, batch: Batch) -> list[int]:
-        """A classifier's most likely label of every row of a batch."""
+    def predict(self, inputs: Batch) -> list[int]:
+        """A classifier's most likely label of every row."""
+        with self._evaluating():
+            labels_B = self.model(**self._on_device(inputs)).logits.argmax(dim=-1)
+        return [int(label) for label in labels_B]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Within the context: every delta added, no dropout, no graph."""
         self.flush()
-        inputs = {name: tensor for name, tensor in self._on_device(batch).items() if name != "labels"}
         self.model.eval()
         with torch.no_grad():
-            labels_B = self.model(**inputs).logits.argmax(dim=-1)
+            yield
         self.model.train()
-        return [int(label) for label in labels_B]
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()

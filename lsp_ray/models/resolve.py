@@ -268,10 +268,9 @@ def _read_gguf(gguf: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokeni
             split_name = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
     except _DAMAGED as error:
         raise ConfigError(FIELD, "be a GGUF file that transformers reads", name, hint=one_line(error)) from error
+    # transformers' reader restores other splits, not this one: blanks before a digit would become other tokens
     smollm = split_name is not None and bytes(split_name.parts[-1]) == b"smollm"
-    if smollm and isinstance(
-        tokenizer, PreTrainedTokenizerFast
-    ):  # transformers' reader knows other splits, not this one
+    if smollm and isinstance(tokenizer, PreTrainedTokenizerFast):
         split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
         tokenizer.backend_tokenizer.pre_tokenizer = split
     if tokenizer.model_max_length > _MAX_LENGTH:

@@ -81,11 +81,12 @@ class DeviceSide:
 
     def sample(self) -> list[int]:
         """The model's answer to the sample prompt: token ids, or a classifier's label."""
-        ids = self._job.sample_ids
+        inputs = {name: torch.tensor([ids]) for name, ids in self._job.sample_inputs.items()}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         with self._all_threads():
             if self._job.task == "causal_lm":
-                return self.worker.generate(ids, SAMPLE_TOKENS)
-            return self.worker.predict(self._job.micro_batches.eval_batches()[0])[:1]
+                return self.worker.generate(inputs, SAMPLE_TOKENS)
+            return self.worker.predict(inputs)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint with every delta added."""

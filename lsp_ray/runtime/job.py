@@ -34,8 +34,8 @@ Device = Literal["cpu", "cuda"]
 class Job:
     """A validated run. Goes to the GPU actor as it is.
 
-    `payload_sizes` are float32 elements a unit, empty where nothing leaves the device; `sample_ids` is the prompt of
-    the sample answer (a classifier's: a whole example).
+    `payload_sizes` are float32 elements a unit, empty where nothing leaves the device; `sample_inputs` are
+    a held-out prompt's (a classifier's: a whole example's) model inputs, shown with the answer before and after.
     """
 
     config: RunConfig
@@ -49,7 +49,7 @@ class Job:
     payload_sizes: tuple[int, ...]
     subspace_dims: dict[str, int]
     layout: Layout
-    sample_ids: tuple[int, ...]
+    sample_inputs: dict[str, list[int]]
     sample_expected: str
 
     @property
@@ -108,7 +108,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
         num_train_epochs=config.num_train_epochs,
         max_eval_samples=config.max_eval_samples,
     )
-    sample_ids, sample_expected = _sample(tokenized, tokenizer)
+    sample_inputs, sample_expected = _sample(tokenized, tokenizer)
     cores = len(os.sched_getaffinity(0))
     return Job(
         config=config,
@@ -122,7 +122,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
         payload_sizes=tuple(payload_sizes),
         subspace_dims=dims,
         layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
-        sample_ids=sample_ids,
+        sample_inputs=sample_inputs,
         sample_expected=sample_expected,
     )
 
@@ -200,12 +200,13 @@ def _note_data(tokenized: TokenizedRows, config: RunConfig, note: Callable[[str]
         )
 
 
-def _sample(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], str]:
+def _sample(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[int]], str]:
     """The held-out example shown before and after: what the model is given, and what the data says."""
     row = tokenized.eval[0]
     ids = list(row["input_ids"])
     if tokenized.task == "sequence_classification":
-        return tuple(ids), str(tokenized.label_names[row["labels"]])
+        inputs = {name: list(values) for name, values in row.items() if name != "labels"}
+        return inputs, str(tokenized.label_names[row["labels"]])
     num_prompt = next(position for position, label in enumerate(row["labels"]) if label != -100)
     num_prompt = num_prompt or max(1, len(ids) // 2)  # plain text has no prompt: continue its first half
-    return tuple(ids[:num_prompt]), str(tokenizer.decode(ids[num_prompt:], skip_special_tokens=True))
+    return {"input_ids": ids[:num_prompt]}, str(tokenizer.decode(ids[num_prompt:], skip_special_tokens=True))

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from lsp_ray.runtime.cluster import ray_cluster
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """The suite's only Ray; at its end no process and no shared memory of it may be left."""
+    segments_before = _shared_memory()
+    children_before = set(psutil.Process().children(recursive=True))
+    with ray_cluster(num_cpus=16, slot_bytes=64 << 20):
+        assert ray.is_initialized()
+        yield
+    helper = multiprocessing.resource_tracker  # the interpreter's own child may have started meanwhile
+    own = {getattr(helper._resource_tracker, "_pid", None)}
+    started = [child for child in psutil.Process().children(recursive=True) if child not in children_before]
+    _, alive = psutil.wait_procs([child for child in started if child.pid not in own], timeout=10)
+    assert not alive
+    assert _shared_memory() <= segments_before

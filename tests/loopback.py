@@ -1,0 +1,59 @@
+"""A DeviceWorker, one OptimizerShard and buffers between them on one thread: a whole run without any runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from lsp_ray.device.backend import CpuBackend
+from lsp_ray.device.unit import Unit
+from lsp_ray.device.worker import DeviceWorker, StepReport
+from lsp_ray.models.loss import Batch
+from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.schedule.ops import GradientReady
+
+
+class Loopback:
+    """Runs steps; after each, every payload goes down, through its update and up."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        units: Sequence[Unit],
+        *,
+        learning_rates: Sequence[float],
+        weight_decay: float = 0.0,
+        native: bool = False,
+        seed: int = 0,
+    ) -> None:
+        sizes = {unit.index: unit.numel for unit in units}
+        self.announced: list[GradientReady] = []
+        self.gradients: dict[int, torch.Tensor] = {}
+        self._learning_rates = learning_rates
+        self._shard = OptimizerShard(sizes)
+        self._slots = {index: torch.empty(numel) for index, numel in sizes.items()}
+        self.worker = DeviceWorker(
+            model,
+            units,
+            CpuBackend(),
+            learning_rates=learning_rates,
+            weight_decay=weight_decay,
+            seed=seed,
+            on_gradients=self.announced.append,
+            local_shard=OptimizerShard(sizes) if native else None,
+        )
+
+    def step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
+        """Run one update; its deltas are added by the next forward, or by `worker.flush`."""
+        self.announced.clear()
+        report = self.worker.run_step(step, micro_batches)
+        for ready in self.announced:
+            slot = self._slots[ready.layer]
+            self.worker.send(step, ready.layer, slot)
+            self.gradients[ready.layer] = slot.clone()
+            delta = torch.empty_like(slot)
+            self._shard.update(ready.layer, slot, delta, learning_rate=self._learning_rates[step])
+            self.worker.prefetch(step, ready.layer, delta)
+        return report

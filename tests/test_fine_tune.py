@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from lsp_ray.models.load import load_model, load_tokenizer, save_model
+from lsp_ray.models.loss import num_targets, summed_loss
+from lsp_ray.runtime.event_log import read_event_log
+from tests.tiny import CLASSIFIERS, Family
+from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
+
+
+def weights_after(folder: Path, name: str, **changes: Any) -> dict[str, torch.Tensor]:
+    job = tiny_job(folder, **changes)
+    run_on_threads(job, folder / name)
+    return saved_weights(job, folder / name)
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma", "opt", "mistral", "bert", "roberta"])
+def test_every_family_learns_and_its_checkpoint_is_one_that_transformers_loads(tmp_path: Path, family: Family) -> None:
+    job = tiny_job(tmp_path, family, max_steps=30, learning_rate=5e-3)
+    summary, _ = run_on_threads(job, tmp_path / "out")
+    assert summary.eval_loss_after < 0.9 * summary.eval_loss_before
+    auto = AutoModelForSequenceClassification if family in CLASSIFIERS else AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<eos>"
+    batches = job.micro_batches.eval_batches()
+    with torch.no_grad():
+        total = sum(float(summed_loss(model, batch)) for batch in batches)
+    assert total / sum(map(num_targets, batches)) == pytest.approx(summary.eval_loss_after, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lsp", "zero_offload"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_neither_shards_nor_policy_change_a_bit(tmp_path: Path, method: str, bf16: bool) -> None:
+    base = weights_after(tmp_path, "one", method=method, bf16=bf16, runtime={"policy": "layerwise"})
+    for shards, policy in ((1, "sequential"), (2, "layerwise"), (3, "sequential")):
+        runtime = {"num_shards": shards, "policy": policy}
+        name = f"{shards}-{policy}"
+        assert_same_bits(base, weights_after(tmp_path, name, method=method, bf16=bf16, runtime=runtime))
+
+
+def test_native_and_zero_offload_end_with_the_same_weights(tmp_path: Path) -> None:
+    native = weights_after(tmp_path, "native", method="native", weight_decay=0.1)
+    assert_same_bits(native, weights_after(tmp_path, "zero", method="zero_offload", weight_decay=0.1))
+
+
+def test_gradient_checkpointing_changes_no_weight(tmp_path: Path) -> None:
+    plain = weights_after(tmp_path, "plain")
+    assert_same_bits(plain, weights_after(tmp_path, "recomputed", gradient_checkpointing=True))
+
+
+def test_accumulation_equals_one_larger_batch(tmp_path: Path) -> None:
+    random = {"max_steps": 3, "lsp": {"fit": "random"}}  # calibration micro-batches would be of another size
+    large = weights_after(tmp_path, "large", per_device_train_batch_size=4, **random)
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    small = weights_after(tmp_path, "small", **halves, **random)
+    for name, tensor in large.items():
+        assert float((tensor - small[name]).norm() / tensor.norm()) <= 1e-6, name
+
+
+def test_a_recorded_run_replays_to_the_same_actions(tmp_path: Path) -> None:
+    for name in ("layerwise", "sequential"):
+        job = tiny_job(tmp_path, runtime={"policy": name, "num_shards": 2})
+        run_on_threads(job, tmp_path / name)
+        policy, decisions = read_event_log(tmp_path / name / "events.jsonl")
+        replayed = [(policy.handle(decision.event), decision.actions) for decision in decisions]
+        assert len(replayed) == 4 * job.num_steps * len(job.payload_sizes)
+        assert all(ours == logged for ours, logged in replayed)
+
+
+def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, max_steps=3, gradient_accumulation_steps=2)
+    summary, listener = run_on_threads(job, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines == [asdict(metrics) for metrics in listener.steps]
+    assert set(lines[0]) == {
+        *("step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "step_time_s"),
+        *("gpu_busy_s", "d2h_busy_s", "cpu_busy_s", "h2d_busy_s"),
+        *("exposed_d2h_s", "exposed_cpu_s", "exposed_h2d_s", "bytes_d2h", "bytes_h2d"),
+    }
+    for line in lines:
+        assert line["bytes_d2h"] == line["bytes_h2d"] == 4 * sum(job.payload_sizes)
+        busy_and_exposed = line["gpu_busy_s"] + line["exposed_d2h_s"] + line["exposed_cpu_s"] + line["exposed_h2d_s"]
+        assert busy_and_exposed == pytest.approx(line["step_time_s"])
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written == asdict(summary)
+    assert set(written) == {
+        *("method", "policy", "device", "num_shards", "eval_loss_before", "eval_loss_after", "step_time_s_median"),
+        *("tokens_per_second", "overlap_fraction", "peak_device_bytes", "bytes_d2h_per_step", "bytes_h2d_per_step"),
+        "trainable_subspace_dims",
+    }
+    assert written["peak_device_bytes"] > 0
+    assert 0 <= written["overlap_fraction"] <= 1
+
+
+def test_the_gradient_norm_is_the_same_wherever_the_update_runs(tmp_path: Path) -> None:
+    _, native = run_on_threads(tiny_job(tmp_path, method="native"), tmp_path / "native")
+    _, offloaded = run_on_threads(tiny_job(tmp_path, method="zero_offload"), tmp_path / "zero")
+    norms = [[metrics.grad_norm for metrics in listener.steps] for listener in (native, offloaded)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert all(norm > 0 for norm in norms[0])
+
+
+def test_layers_without_a_gradient_keep_random_projectors_and_that_is_said_once(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, max_steps=2)
+    model = load_model(job.model_folder, dtype=torch.float32, task="causal_lm")
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.down_proj").get_parameter("weight").zero_()
+    save_model(model, load_tokenizer(job.model_folder), job.model_folder)
+    _, listener = run_on_threads(job, tmp_path / "out")
+    said = [note for note in listener.notes if "random" in note]
+    assert said == [
+        "2 of 14 projectors stay random, as calibration gave their layers no gradient: "
+        "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj"
+    ]
