@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError, LspRayError
@@ -43,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> RunConfig:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under each field is its help
     parser = ArgumentParser(
         prog="python -m lsp_ray.run",
         description="Fine-tune a language model on the GPU you own: sparse projectors, offloaded optimizer.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options; later options win.")
     parser.add_class_arguments(RunConfig)
@@ -97,7 +99,7 @@ def _fine_tune(config: RunConfig) -> None:
         progress.note(_plan_line(job))
         progress.phase("starting Ray")
         with ray_cluster(
-            num_cpus=job.layout.total_threads,
+            num_actors=1 + job.layout.num_shards,
             num_gpus=int(job.device == "cuda"),
             slot_bytes=job.slot_bytes,
             dashboard=config.runtime.dashboard,

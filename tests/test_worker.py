@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_gradient_leaves() -> None:
     run = Loopback(model, full_units(find_layers(model)), learning_rates=LEARNING_RATES)
     with torch.no_grad():
         model.get_output_embeddings().get_parameter("weight").fill_(float("nan"))
-    with pytest.raises(NonFiniteLossError, match="loss of step 0 is nan; learning_rate was 0.001 there"):
+    with pytest.raises(NonFiniteLossError, match=r"loss of step 0 is nan; learning_rate was 0\.001 there"):
         run.step(0, [batch(0)])
     assert not run.announced
 

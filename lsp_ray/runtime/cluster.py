@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
@@ -32,12 +33,12 @@ class ClusterInfo:
 
 @contextmanager
 def ray_cluster(
-    *, num_cpus: int, num_gpus: int = 0, slot_bytes: int = 0, dashboard: bool = False
+    *, num_actors: int, num_gpus: int = 0, slot_bytes: int = 0, dashboard: bool = False
 ) -> Iterator[ClusterInfo]:
     """Start Ray, stop it on leaving. A Ray that this process has already started is used and left running.
 
     Args:
-        num_cpus: Threads of all actors, which is what they ask for.
+        num_actors: Actors at once, each of which asks for one CPU.
         num_gpus: 1 if a GPU computes.
         slot_bytes: Object store that the slots need.
         dashboard: Serve the dashboard on 127.0.0.1.
@@ -50,7 +51,7 @@ def ray_cluster(
     try:
         context = _started(
             address="local",
-            num_cpus=num_cpus,
+            num_cpus=num_actors,  # a unit of Ray's, not a core: Ray starts that many processes at once, torch in each
             num_gpus=num_gpus,
             object_store_memory=slot_bytes + SPARE_STORE_BYTES,
             include_dashboard=dashboard,
@@ -69,6 +70,9 @@ def ray_cluster(
 
 def _started(**options: Any) -> Any:
     """Return ray.init's answer; its many kinds of failure become one line."""
+    # Ray answers "127.0.0.1" by looking for an address that others can reach, and listens on all interfaces; with this
+    # setting of its own (from the environment, but read when it is imported) every port is on the loopback interface
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         return ray.init(**options)
     except (RuntimeError, OSError, ValueError, RayError) as error:
@@ -85,6 +89,7 @@ def _set_environment(private: Path) -> dict[str, str | None]:
     token_path.write_text(secrets.token_hex(32))
     wanted = {
         "RAY_AUTH_TOKEN_PATH": str(token_path),  # Ray asks for a token by default; this one is this cluster's alone
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the name is history: it keeps Ray's processes on the loopback
         "RAY_worker_niceness": "0",  # Ray's default of 15 starves the actors beside other programs
         "RAY_preallocate_plasma_memory": "1",  # no page faults in the first steps
         "RAY_preload_python_modules": "torch",  # forked workers start in 0.2 s, not 1.7 s

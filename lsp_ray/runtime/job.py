@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
     _note_data(tokenized, config, note)
     label_names = tuple(tokenized.label_names)
     skeleton = load_skeleton(model_folder, task=tokenized.task, num_labels=len(label_names))
-    _check_positions(skeleton, config)
+    _check_positions(skeleton, tokenizer, config)
     layers = find_layers(skeleton)
     dims = subspace_dims(layers, config.lsp) if config.method == "lsp" else {}
     payload_sizes = _payload_sizes(layers, config)
@@ -173,9 +174,10 @@ def _payload_sizes(layers: Sequence[Layer], config: RunConfig) -> list[int]:
     return full_payload_sizes(layers) if config.method == "zero_offload" else []
 
 
-def _check_positions(skeleton: PreTrainedModel, config: RunConfig) -> None:
-    bound = getattr(skeleton.config, "max_position_embeddings", None)
-    if bound is not None and config.max_seq_length > bound:
+def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    # RoBERTa's config counts two positions that no token can have; its tokenizer knows. Others say 1e30
+    bound = min(getattr(skeleton.config, "max_position_embeddings", sys.maxsize), tokenizer.model_max_length)
+    if config.max_seq_length > bound:
         raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", config.max_seq_length)
 
 
@@ -194,9 +196,10 @@ def _learning_rates(config: RunConfig, num_steps: int) -> list[float]:
 def _note_data(tokenized: TokenizedRows, config: RunConfig, note: Callable[[str], None]) -> None:
     note(f"data: {len(tokenized.train)} train and {len(tokenized.eval)} eval examples of {config.dataset}")
     if tokenized.num_truncated or tokenized.num_dropped:
+        why = "had no label" if tokenized.task == "sequence_classification" else "had nothing to learn left"
         note(
-            f"data: {tokenized.num_truncated} examples cut to {config.max_seq_length} tokens, "
-            f"{tokenized.num_dropped} dropped because nothing to learn was left (--max_seq_length)"
+            f"data: {tokenized.num_truncated} examples cut to {config.max_seq_length} tokens (--max_seq_length), "
+            f"{tokenized.num_dropped} dropped as they {why}"
         )
 
 

@@ -39,12 +39,12 @@ class RayWorkers:
         layout = job.layout
         self._gpu: Any = (
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
-            .options(num_cpus=layout.device_threads, num_gpus=int(job.device == "cuda"), max_restarts=0)
+            .options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0)
             .remote(job, pairs)
         )
         self._shards: list[Any] = [
             ray.remote(ShardActor)
-            .options(num_cpus=layout.shard_threads, max_restarts=0)
+            .options(num_cpus=1, max_restarts=0)
             .remote([pairs[unit] for unit in layout.units_of(index)], layout.shard_threads)
             for index in range(layout.num_shards if pairs else 0)
         ]

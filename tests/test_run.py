@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lsp_ray.run import main
+from tests.tiny import write_tiny_jsonl, write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "model", "llama")
+    write_tiny_jsonl(folder / "data.jsonl", "prompt_completion", 100)
+    return folder
+
+
+def arguments(tiny: Path, output_dir: Path) -> list[str]:
+    return [
+        *("--model_name_or_path", str(tiny / "model"), "--dataset", str(tiny / "data.jsonl")),
+        *("--output_dir", str(output_dir), "--max_steps", "3", "--lsp.subspace_dim", "16", "--lsp.nnz_per_row", "2"),
+    ]
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys\n"
+        "from lsp_ray.run import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--lsp.subspace_dim" in done.stdout
+    assert "Non-zeros r in every row" in done.stdout
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_run_goes_from_options_to_a_checkpoint(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*arguments(tiny, out), "--gradient_checkpointing"]) == 0
+    shown = capsys.readouterr().out
+    for expected in ("plan: lsp on cpu", "eval loss before", "sample before", "step 3/3", "eval loss after", "done:"):
+        assert expected in shown
+    AutoModelForCausalLM.from_pretrained(out)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["gradient_checkpointing"] is True
+    assert config["runtime"]["num_shards"] == json.loads((out / "summary.json").read_text())["num_shards"]
+    assert None not in (*config.values(), *config["runtime"].values())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_runs_config_repeats_it_and_later_options_win(tiny: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main(arguments(tiny, first)) == 0
+    assert main(["--config", str(first / "config.yaml"), "--output_dir", str(again), "--seed", "43"]) == 0
+    ours, theirs = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (again, first))
+    assert ours == {**theirs, "output_dir": str(again), "seed": 43}
+
+
+BAD = [
+    (["--lsp.subspace_dim", "500"], r"lsp\.subspace_dim must be at most 64 for .* \(.* × .*\), .*, got 500"),
+    (["--lsp.subspace_dim", "0"], r"lsp\.subspace_dim must be at least 1, got 0"),
+    (["--lsp.nnz_per_row", "17"], r"lsp\.nnz_per_row must be at most lsp\.subspace_dim \(16\), got 17"),
+    (["--learning_rate", "fast"], r"learning_rate must be float, got 'fast'"),
+    (["--method", "magic"], r"method must be one of 'lsp', 'zero_offload', 'native', got 'magic'"),
+    (["--max_step", "3"], r"options must be those that --help lists, .*--max_step"),
+    (["--dataset", "/nowhere/rows.jsonl"], r"dataset must .*got '/nowhere/rows\.jsonl'"),
+    (["--model_name_or_path", "/nowhere/model"], r"model_name_or_path must .*got '/nowhere/model'"),
+    (["--config", "/nowhere/run.yaml"], r"options must .*/nowhere/run\.yaml"),
+    (["--max_seq_length", "4096"], r"max_seq_length must be at most \d+, the positions of this model, got 4096"),
+    (["--runtime.device", "cuda"], r"runtime\.device must be cpu or auto where torch finds no GPU, got 'cuda'"),
+    (["--output_dir", "/proc/out"], r"output_dir must be writable.* got '/proc/out'"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD, ids=[" ".join(bad) for bad, _ in BAD])
+def test_a_bad_option_ends_in_one_line_with_code_2_before_anything_is_written(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: Sequence[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    assert main([*arguments(tiny, out), *bad]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"error: {message}.*\n", said), said
+    assert not out.exists()
+
+
+def test_a_dataset_without_known_columns_names_those_that_would_do(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "odd.jsonl"
+    data.write_text('{"colour": "red"}\n{"colour": "blue"}\n')
+    assert main([*arguments(tiny, tmp_path / "out"), "--dataset", str(data)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(word in said for word in ("dataset", "prompt", "messages", "colour"))
+
+
+def test_a_folder_with_content_is_never_written_to(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_text("precious")
+    assert main(arguments(tiny, tmp_path)) == 2
+    assert "output_dir must be a new or empty folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_without_an_output_folder_runs_are_numbered(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lsp_output").mkdir()
+    (tmp_path / "lsp_output" / "kept").touch()
+    options = arguments(tiny, tmp_path)
+    del options[options.index("--output_dir") : options.index("--output_dir") + 2]
+    assert main(options) == 0
+    assert (tmp_path / "lsp_output-2" / "summary.json").exists()
+    assert [path.name for path in (tmp_path / "lsp_output").iterdir()] == ["kept"]
