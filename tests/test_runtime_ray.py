@@ -142,12 +142,11 @@ def test_a_loss_that_is_not_finite_reaches_the_driver_as_what_it_is(tmp_path: Pa
 
 
 def test_every_port_of_ray_is_on_the_loopback_interface_and_its_token_is_private() -> None:
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    ours = {psutil.Process().pid, *(child.pid for child in psutil.Process().children(recursive=True))}
     listening = [
         connection.laddr.ip
-        for process in processes
-        for connection in process.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
+        for connection in psutil.net_connections(kind="tcp")
+        if connection.pid in ours and connection.status == psutil.CONN_LISTEN
     ]
     assert listening
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
