@@ -188,7 +188,7 @@ def test_a_scaled_update_is_as_large_as_a_full_one_at_any_dim_and_nnz(dim: int, 
 
 
 def test_a_projector_of_zeros_makes_no_update() -> None:
-    zeros = SparseFactor(torch.zeros(4, 1, dtype=torch.int32), torch.zeros(4, 1), 2)
+    zeros = SparseFactor(torch.tensor([[0], [1], [0], [1]]), torch.zeros(4, 1), 2)
     assert SparseProjector(zeros, zeros).update_scale == 0.0
 
 
@@ -199,14 +199,27 @@ def test_factors_of_different_dims_make_no_projector() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "value_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_device_memory_is_independent_of_the_dim_up_to_where_the_columns_start(
+def test_device_memory_is_a_value_and_an_int16_for_each_non_zero_whatever_the_dim(
     dtype: torch.dtype, value_bytes: int
 ) -> None:
-    rows, columns, nnz_per_row, index_bytes = 600, 400, 4, 4
-    both_forms = 2 * (rows + columns) * nnz_per_row * (index_bytes + value_bytes)
+    rows, columns, nnz_per_row, index_bytes = 600, 400, 4, 2
     for dim in (8, 64, 200):
         projector = SparseProjector.random((rows, columns), dim, nnz_per_row, SIZE.generator).to(CPU, dtype)
-        assert projector.nbytes == both_forms + 2 * index_bytes * dim
+        assert projector.nbytes == (rows + columns) * nnz_per_row * (value_bytes + index_bytes)
+        held = [tensor for factor in (projector.left, projector.right) for tensor in vars(factor).values()]
+        assert sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor)) == projector.nbytes
+
+
+def test_more_rows_than_int16_can_count_take_int32() -> None:
+    factor = SparseFactor(random_positions(40_000, 8, 1, SIZE.generator), torch.ones(40_000, 1), 8)
+    assert factor.nbytes == 40_000 * (4 + 4)
+    table_DK = SIZE.normal(8, 2)
+    assert torch.equal(factor.times(table_DK), table_DK[factor.index_FR[:, 0].long()])
+
+
+def test_positions_that_do_not_keep_to_their_blocks_are_refused() -> None:
+    with pytest.raises(AssertionError, match="blocks"):
+        SparseFactor(torch.tensor([[0], [0], [0], [1]]), torch.ones(4, 1), 2)
 
 
 def test_a_converted_projector_has_the_same_values_in_the_other_dtype() -> None:

@@ -47,11 +47,11 @@ def fit_factor(target_FS: torch.Tensor, dim: int, nnz_per_row: int, generator: t
     num_rows = target_FS.shape[0]
     index_FR = random_positions(num_rows, dim, nnz_per_row, generator).to(target_FS.device)
     start_FR = torch.randn(num_rows, nnz_per_row, generator=generator).to(target_FS)
-    value_FR = start_FR
+    factor = SparseFactor(index_FR, start_FR, dim)
     for _ in range(ITERATIONS):
-        basis_DS = _solve_basis(SparseFactor(index_FR, value_FR, dim), target_FS)
-        value_FR = _solve_rows(index_FR, basis_DS, target_FS)
-    return _with_unit_columns(index_FR, value_FR, start_FR, dim)
+        basis_DS = _solve_basis(factor, target_FS)
+        factor = factor.with_values(_solve_rows(index_FR, basis_DS, target_FS))
+    return _with_unit_columns(factor, start_FR)
 
 
 def _solve_basis(factor: SparseFactor, target_FS: torch.Tensor) -> torch.Tensor:
@@ -76,14 +76,12 @@ def _solve_rows(index_FR: torch.Tensor, basis_DS: torch.Tensor, target_FS: torch
     return torch.cat(solved)
 
 
-def _with_unit_columns(
-    index_FR: torch.Tensor, value_FR: torch.Tensor, start_FR: torch.Tensor, dim: int
-) -> SparseFactor:
+def _with_unit_columns(factor: SparseFactor, start_FR: torch.Tensor) -> SparseFactor:
     """Scale columns to length 1; one whose rows all had no gradient keeps its random start and stays trainable."""
-    at_FR = index_FR.long()
-    dead_D = _column_squares(at_FR, value_FR, dim) == 0
-    value_FR = torch.where(dead_D[at_FR], start_FR, value_FR)
-    return SparseFactor(index_FR, value_FR * _column_squares(at_FR, value_FR, dim).rsqrt()[at_FR], dim)
+    at_FR = factor.index_FR.long()
+    dead_D = _column_squares(at_FR, factor.value_FR, factor.dim) == 0
+    value_FR = torch.where(dead_D[at_FR], start_FR, factor.value_FR)
+    return factor.with_values(value_FR * _column_squares(at_FR, value_FR, factor.dim).rsqrt()[at_FR])
 
 
 def _column_squares(at_FR: torch.Tensor, value_FR: torch.Tensor, dim: int) -> torch.Tensor:

@@ -1,99 +1,150 @@
 """SparseFactor: one side of a projector, a sparse matrix with exactly R non-zeros in every row.
 
-Legend: F rows of the factor (M for the left one, N for the right one), D subspace, R non-zeros a row, K any width.
+Positions: the D columns are cut into R blocks of consecutive columns, a row has one non-zero in each, and within a block
+columns are used equally often (±1), as in block-structured sparse embeddings (Nelson and Nguyen, OSNAP, 2013). So where
+a column starts follows from (F, D, R) alone, and memory is F · R values and as many row numbers, whatever D is.
+
+A slot is one non-zero; slots are numbered column by column.
+
+Legend: F rows of the factor (M for the left one, N for the right one), D subspace, R non-zeros a row, K any width,
+S = F · R slots.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.nn.functional import embedding_bag
 
+_INT16_BOUND = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """What every factor of one shape shares: int32 first slot of a column (D,), and of each slot its column and block."""
+
+    starts_D: torch.Tensor
+    column_S: torch.Tensor
+    block_S: torch.Tensor
+
 
 class SparseFactor:
-    """A (F, D) matrix with R non-zeros in every row, kept in row form and in column form.
+    """A (F, D) matrix with R non-zeros in every row.
 
     A product with it is a weighted sum of a few rows of the other matrix for every output row: the operation of
-    `torch.nn.functional.embedding_bag`, on the CPU and on CUDA. Memory is O(F · R), whatever D is.
+    `torch.nn.functional.embedding_bag`, on the CPU and on CUDA.
 
     Args:
-        index_FR: int32 or int64 column numbers; distinct within a row.
+        index_FR: Column numbers as `random_positions` draws them, of any integer type; not kept.
         value_FR: The non-zeros, in the dtype of the products.
         dim: D.
     """
 
     def __init__(self, index_FR: torch.Tensor, value_FR: torch.Tensor, dim: int) -> None:
-        self.index_FR = index_FR.to(torch.int32)
-        self.value_FR = value_FR
-        self.dim = dim
+        num_rows, nnz_per_row = index_FR.shape
+        sorted_RF, order_RF = torch.sort(index_FR.t(), dim=1, stable=True)
+        value_S = value_FR.t().gather(1, order_RF).reshape(-1)
+        self._set(order_RF.reshape(-1).to(_index_dtype(num_rows)), value_S, dim, nnz_per_row)
+        assert torch.equal(sorted_RF.reshape(-1).to(torch.int32), self._slots.column_S), "not random_positions' blocks"
+
+    def _set(self, row_S: torch.Tensor, value_S: torch.Tensor, dim: int, nnz_per_row: int) -> None:
+        self._row_S, self._value_S = row_S, value_S
+        self.dim, self.nnz_per_row = dim, nnz_per_row
 
     @property
     def num_rows(self) -> int:
         """F."""
-        return self.index_FR.shape[0]
+        return self._row_S.numel() // self.nnz_per_row
 
     @property
-    def nnz_per_row(self) -> int:
-        """R."""
-        return self.index_FR.shape[1]
+    def index_FR(self) -> torch.Tensor:
+        """int32 column numbers, ascending within a row."""
+        return self._slots.column_S[self._slot_FR]
 
-    @cached_property
-    def _columns(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Column form: row numbers sorted by column, where each column starts, values in that order."""
-        flat = self.index_FR.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=self.dim)
-        starts = torch.cumsum(counts, dim=0) - counts
-        rows = torch.div(order, self.nnz_per_row, rounding_mode="floor")
-        return rows.to(torch.int32), starts.to(torch.int32), self.value_FR.reshape(-1)[order].contiguous()
+    @property
+    def value_FR(self) -> torch.Tensor:
+        """The non-zeros in the order of `index_FR`."""
+        return self._value_S[self._slot_FR]
 
     def transposed_times(self, table_FK: torch.Tensor) -> torch.Tensor:
         """Return the (D, K) product of this factor's transpose with a contiguous (F, K) table."""
-        rows, starts, values = self._columns
-        return embedding_bag(rows, table_FK, starts, mode="sum", per_sample_weights=values.to(table_FK.dtype))
+        weight_S = self._value_S.to(table_FK.dtype)
+        rows_S = self._row_S.to(torch.int32)  # embedding_bag takes no int16
+        return embedding_bag(rows_S, table_FK, self._slots.starts_D, mode="sum", per_sample_weights=weight_S)
 
     def times(self, table_DK: torch.Tensor, first_row: int = 0, num_rows: int | None = None) -> torch.Tensor:
         """Return rows first_row … first_row+num_rows of the (F, K) product of this factor with a (D, K) table."""
         end = self.num_rows if num_rows is None else first_row + num_rows
-        values = self.value_FR[first_row:end].to(table_DK.dtype)
-        return embedding_bag(self.index_FR[first_row:end], table_DK, mode="sum", per_sample_weights=values)
+        slot_FR = self._slot_FR[first_row:end]
+        weight_FR = self._value_S[slot_FR].to(table_DK.dtype)
+        return embedding_bag(self._slots.column_S[slot_FR], table_DK, mode="sum", per_sample_weights=weight_FR)
 
     def square_sum(self) -> float:
         """Square of the Frobenius norm."""
-        return float(self.value_FR.double().square().sum())
+        return float(self._value_S.double().square().sum())
+
+    def with_values(self, value_FR: torch.Tensor) -> SparseFactor:
+        """A factor with other non-zeros at the same positions."""
+        return self._like(self._row_S, value_FR[self._row_S.long(), self._slots.block_S])
 
     def dense(self) -> torch.Tensor:
         """The (F, D) matrix with its zeros, for tests and analysis."""
-        dense_FD = self.value_FR.new_zeros(self.num_rows, self.dim)
-        return dense_FD.scatter_(1, self.index_FR.long(), self.value_FR)
+        dense_FD = self._value_S.new_zeros(self.num_rows, self.dim)
+        dense_FD[self._row_S.long(), self._slots.column_S.long()] = self._value_S
+        return dense_FD
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> SparseFactor:
         """The same factor on `device`, its values in `dtype` (default: unchanged)."""
-        return SparseFactor(self.index_FR.to(device), self.value_FR.to(device, dtype or self.value_FR.dtype), self.dim)
+        return self._like(self._row_S.to(device), self._value_S.to(device, dtype or self._value_S.dtype))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both forms."""
-        held = (self.index_FR, self.value_FR, *self._columns)
-        return sum(tensor.nbytes for tensor in held)
+        """Bytes that this factor alone holds: F · R values and row numbers."""
+        return self._row_S.nbytes + self._value_S.nbytes
+
+    def _like(self, row_S: torch.Tensor, value_S: torch.Tensor) -> SparseFactor:
+        other = SparseFactor.__new__(SparseFactor)
+        other._set(row_S, value_S, self.dim, self.nnz_per_row)
+        return other
+
+    @property
+    def _slots(self) -> _Slots:
+        return _slots(self.num_rows, self.dim, self.nnz_per_row, self._row_S.device)
+
+    @property
+    def _slot_FR(self) -> torch.Tensor:
+        """The slots of every row: the column form turned into the row form, at each use, to keep one form only."""
+        slot_FR = torch.empty(self.num_rows, self.nnz_per_row, dtype=torch.int64, device=self._row_S.device)
+        slot_FR[self._row_S.long(), self._slots.block_S] = torch.arange(self._row_S.numel(), device=slot_FR.device)
+        return slot_FR
 
 
 def random_positions(num_rows: int, dim: int, nnz_per_row: int, generator: torch.Generator) -> torch.Tensor:
-    """Return int32 (F, R) column numbers, distinct within a row.
-
-    The columns are cut into R blocks and a row takes one of each, as in block-structured sparse embeddings (Nelson
-    and Nguyen, OSNAP, 2013). Within a block columns are used equally often (±1), so none stays empty where
-    F > D / R, which independent draws do not promise. Needs 1 ≤ R ≤ D.
-    """
+    """Return int32 (F, R) column numbers, one of each block in every row; on the CPU. Needs 1 ≤ R ≤ D."""
     assert 1 <= nnz_per_row <= dim, f"{nnz_per_row} distinct columns of {dim}"
-    order = torch.randperm(dim, generator=generator)
+    cyclic_S = _slots(num_rows, dim, nnz_per_row, torch.device("cpu")).column_S
+    drawn = [block_F[torch.randperm(num_rows, generator=generator)] for block_F in cyclic_S.split(num_rows)]
+    return torch.stack(drawn, dim=1)
+
+
+@lru_cache(maxsize=64)
+def _slots(num_rows: int, dim: int, nnz_per_row: int, device: torch.device) -> _Slots:
+    """In a block of L columns the first F mod L have one slot more than the others."""
     bounds = [block * dim // nnz_per_row for block in range(nnz_per_row + 1)]
-    picks = []
-    for first, last in pairwise(bounds):
-        block = order[first:last]
-        repeats = -(-num_rows // len(block))
-        cyclic = block.repeat(repeats)[:num_rows]
-        picks.append(cyclic[torch.randperm(num_rows, generator=generator)])
-    return torch.stack(picks, dim=1).to(torch.int32)
+    widths_R = torch.tensor(bounds[1:]) - torch.tensor(bounds[:-1])
+    first_D = torch.repeat_interleave(torch.tensor(bounds[:-1]), widths_R)
+    width_D = torch.repeat_interleave(widths_R, widths_R)
+    within_D = torch.arange(dim) - first_D
+    count_D = num_rows // width_D + (within_D < num_rows % width_D)
+    column_S = torch.repeat_interleave(torch.arange(dim), count_D)
+    return _Slots(
+        starts_D=(torch.cumsum(count_D, 0) - count_D).to(device, torch.int32),
+        column_S=column_S.to(device, torch.int32),
+        block_S=torch.repeat_interleave(torch.arange(nnz_per_row), num_rows).to(device),
+    )
+
+
+def _index_dtype(bound: int) -> torch.dtype:
+    return torch.int16 if bound <= _INT16_BOUND else torch.int32
