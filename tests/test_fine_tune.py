@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from lsp_ray.errors import ConfigError
 from lsp_ray.models.load import load_model, load_tokenizer, save_model
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.runtime.event_log import read_event_log
@@ -127,3 +128,17 @@ def test_layers_without_a_gradient_keep_random_projectors_and_that_is_said_once(
         "2 of 14 projectors stay random, as calibration gave their layers no gradient: "
         "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj"
     ]
+
+
+def test_a_run_that_starts_from_anothers_projectors_trains_in_the_same_subspaces(tmp_path: Path) -> None:
+    first = weights_after(tmp_path, "first")
+    job = tiny_job(tmp_path, lsp={"init_from": str(tmp_path / "first")})
+    _, listener = run_on_threads(job, tmp_path / "again")
+    assert not [phase for phase in listener.phases if "projectors" in phase]
+    assert_same_bits(first, saved_weights(job, tmp_path / "again"))
+
+
+def test_the_projectors_of_another_model_are_refused_before_any_actor(tmp_path: Path) -> None:
+    run_on_threads(tiny_job(tmp_path), tmp_path / "llama run")
+    with pytest.raises(ConfigError, match=r"lsp\.init_from must hold transformer\.h\.0\..*; there it is missing"):
+        tiny_job(tmp_path, "gpt2", lsp={"init_from": str(tmp_path / "llama run")})

@@ -218,7 +218,7 @@ def test_more_rows_than_int16_can_count_take_int32() -> None:
 
 
 def test_positions_that_do_not_keep_to_their_blocks_are_refused() -> None:
-    with pytest.raises(AssertionError, match="blocks"):
+    with pytest.raises(ValueError, match="blocks of 2 columns"):
         SparseFactor(torch.tensor([[0], [0], [0], [1]]), torch.ones(4, 1), 2)
 
 

@@ -82,6 +82,7 @@ BAD = [
     (["--config", "/nowhere/run.yaml"], r"options must .*/nowhere/run\.yaml"),
     (["--max_seq_length", "4096"], r"max_seq_length must be at most \d+, the positions of this model, got 4096"),
     (["--runtime.device", "cuda"], r"runtime\.device must be cpu or auto where torch finds no GPU, got 'cuda'"),
+    (["--lsp.init_from", "/nowhere"], r"lsp\.init_from must be a file of projectors .*got '/nowhere'"),
     (["--output_dir", "/proc/out"], r"output_dir must be writable.* got '/proc/out'"),
 ]
 

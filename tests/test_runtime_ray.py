@@ -144,9 +144,9 @@ def test_a_loss_that_is_not_finite_reaches_the_driver_as_what_it_is(tmp_path: Pa
 def test_every_port_of_ray_is_on_the_loopback_interface_and_its_token_is_private() -> None:
     ours = {psutil.Process().pid, *(child.pid for child in psutil.Process().children(recursive=True))}
     listening = [
-        connection.laddr.ip
+        connection.laddr[0]
         for connection in psutil.net_connections(kind="tcp")
-        if connection.pid in ours and connection.status == psutil.CONN_LISTEN
+        if connection.pid in ours and connection.status == psutil.CONN_LISTEN and connection.laddr
     ]
     assert listening
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}

@@ -13,6 +13,7 @@ from lsp_ray.device.unit import Target, Unit
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.units import as_units, raw_targets
 from lsp_ray.models.layers import Layer, LinearSite
+from lsp_ray.projection.projector_file import ProjectedShape
 from lsp_ray.projection.sparse_projector import SparseProjector, subspace_dim_for
 
 MIN_SIDE_PER_NNZ = 4  # a matrix with a smaller side than this times r is sent as it is: a projector would not shrink it
@@ -38,6 +39,13 @@ def subspace_dims(layers: Sequence[Layer], lsp: LspConfig) -> dict[str, int]:
 
 def _is_projected(site: LinearSite, lsp: LspConfig) -> bool:
     return min(site.shape) >= MIN_SIDE_PER_NNZ * lsp.nnz_per_row
+
+
+def projected_shapes(layers: Sequence[Layer], lsp: LspConfig) -> dict[str, ProjectedShape]:
+    """What a file of projectors must hold for these layers, by name of the linear."""
+    dims = subspace_dims(layers, lsp)
+    sites = [site for layer in layers for site in layer.linears if site.name in dims]
+    return {site.name: ProjectedShape(shape=site.shape, dim=dims[site.name]) for site in sites}
 
 
 def lsp_payload_sizes(layers: Sequence[Layer], lsp: LspConfig) -> list[int]:

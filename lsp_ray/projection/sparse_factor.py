@@ -1,8 +1,8 @@
 """SparseFactor: one side of a projector, a sparse matrix with exactly R non-zeros in every row.
 
-Positions: the D columns are cut into R blocks of consecutive columns, a row has one non-zero in each, and within a block
-columns are used equally often (±1), as in block-structured sparse embeddings (Nelson and Nguyen, OSNAP, 2013). So where
-a column starts follows from (F, D, R) alone, and memory is F · R values and as many row numbers, whatever D is.
+Positions: the D columns are cut into R blocks of consecutive columns, a row has one non-zero in each, and within a
+block columns are used equally often (±1), as in block-structured sparse embeddings (Nelson and Nguyen, OSNAP, 2013). So
+where a column starts follows from (F, D, R) alone, and memory is F · R values and as many row numbers, whatever D is.
 
 A slot is one non-zero; slots are numbered column by column.
 
@@ -23,7 +23,7 @@ _INT16_BOUND = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """What every factor of one shape shares: int32 first slot of a column (D,), and of each slot its column and block."""
+    """What factors of one shape share: a column's first slot (int32), a slot's column (int32) and block (int64)."""
 
     starts_D: torch.Tensor
     column_S: torch.Tensor
@@ -40,6 +40,9 @@ class SparseFactor:
         index_FR: Column numbers as `random_positions` draws them, of any integer type; not kept.
         value_FR: The non-zeros, in the dtype of the products.
         dim: D.
+
+    Raises:
+        ValueError: The positions do not keep to their blocks.
     """
 
     def __init__(self, index_FR: torch.Tensor, value_FR: torch.Tensor, dim: int) -> None:
@@ -47,7 +50,8 @@ class SparseFactor:
         sorted_RF, order_RF = torch.sort(index_FR.t(), dim=1, stable=True)
         value_S = value_FR.t().gather(1, order_RF).reshape(-1)
         self._set(order_RF.reshape(-1).to(_index_dtype(num_rows)), value_S, dim, nnz_per_row)
-        assert torch.equal(sorted_RF.reshape(-1).to(torch.int32), self._slots.column_S), "not random_positions' blocks"
+        if not torch.equal(sorted_RF.reshape(-1).to(torch.int32), self._slots.column_S):
+            raise ValueError(f"positions are not one of each of {nnz_per_row} blocks of {dim} columns, equally often")
 
     def _set(self, row_S: torch.Tensor, value_S: torch.Tensor, dim: int, nnz_per_row: int) -> None:
         self._row_S, self._value_S = row_S, value_S

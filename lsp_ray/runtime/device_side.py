@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,13 @@ from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker, StepReport
-from lsp_ray.methods.lsp import lsp_units
+from lsp_ray.methods.lsp import lsp_units, projected_shapes
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_model, load_tokenizer, save_model
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors
+from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
 from lsp_ray.schedule.ops import GradientReady
 
@@ -38,6 +40,7 @@ class DeviceSide:
         self._on_gradients = on_gradients
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
         self.progress = ""
+        self._linears: list[tuple[str, ProjectedLinear]] = []
 
     def setup(self) -> list[str]:
         """Load, wrap and fit; returns the names of linears whose projectors could not be learned and stay random."""
@@ -89,25 +92,34 @@ class DeviceSide:
             return self.worker.predict(inputs)
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint with every delta added."""
+        """Write the checkpoint with every delta added, and the projectors beside it."""
         self.worker.flush()
         save_model(self._model, self._tokenizer, folder)
+        if self._linears:
+            save_projectors(folder / FILE_NAME, {name: module.projector for name, module in self._linears})
 
     def _build_units(self, layers: Sequence[Layer]) -> tuple[list[Unit], list[str]]:
         config = self._job.config
         if config.method != "lsp":
             return full_units(layers), []
-        units, linears = lsp_units(layers, config.lsp, seed=config.seed)
-        unfitted = self._fit(linears) if config.lsp.fit == "closed_form" else []
-        return units, unfitted
+        shapes = projected_shapes(layers, config.lsp)
+        units, self._linears = lsp_units(layers, config.lsp, seed=config.seed)
+        if config.lsp.init_from is not None:
+            self._take(load_projectors(Path(config.lsp.init_from), shapes))
+            return units, []
+        return units, self._fit() if config.lsp.fit == "closed_form" else []
 
-    def _fit(self, linears: Sequence[tuple[str, ProjectedLinear]]) -> list[str]:
+    def _take(self, projectors: Mapping[str, SparseProjector]) -> None:
+        for name, module in self._linears:
+            module.set_projector(projectors[name].to(module.weight.device, module.weight.dtype))
+
+    def _fit(self) -> list[str]:
         def note(done: int, total: int) -> None:
             self.progress = f"fitting projectors: {done} of {total}"
 
         self.progress = "collecting gradients for the projectors"
         batches = self._job.micro_batches.calibration(self._job.config.lsp.calibration_batches)
-        return fit_projectors(self._model, linears, batches, seed=self._job.config.seed, on_fitted=note)
+        return fit_projectors(self._model, self._linears, batches, seed=self._job.config.seed, on_fitted=note)
 
     def _local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:
         if self._job.config.method != "native":

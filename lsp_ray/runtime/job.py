@@ -18,11 +18,12 @@ from lsp_ray.data.dataset import load_rows
 from lsp_ray.data.micro_batches import MicroBatches
 from lsp_ray.data.tokenize import TokenizedRows, tokenize_rows
 from lsp_ray.errors import ConfigError
-from lsp_ray.methods.lsp import lsp_payload_sizes, subspace_dims
+from lsp_ray.methods.lsp import lsp_payload_sizes, projected_shapes, subspace_dims
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_skeleton, load_tokenizer
 from lsp_ray.models.resolve import resolve_model
+from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.slots import slot_bytes
 
@@ -98,6 +99,8 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
     _check_positions(skeleton, tokenizer, config)
     layers = find_layers(skeleton)
     dims = subspace_dims(layers, config.lsp) if config.method == "lsp" else {}
+    if config.method == "lsp" and config.lsp.init_from is not None:
+        load_projectors(Path(config.lsp.init_from), projected_shapes(layers, config.lsp))  # complains before any actor
     payload_sizes = _payload_sizes(layers, config)
     micro_batches = MicroBatches(
         tokenized,

@@ -1,0 +1,89 @@
+"""Projectors in a safetensors file, so that another run can start from them.
+
+For each linear NAME: NAME.left.index (M, R) and NAME.right.index (N, R), int16 or int32 column numbers, and
+NAME.left.value, NAME.right.value of the same shapes; the subspace dimensions are in the metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lsp_ray.errors import ConfigError
+from lsp_ray.projection.sparse_factor import SparseFactor
+from lsp_ray.projection.sparse_projector import SparseProjector
+
+FILE_NAME = "lsp_projectors.safetensors"
+_DIMS = "subspace_dims"
+_FIELD = "lsp.init_from"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectedShape:
+    """(M, N) of a linear and the D of its projector."""
+
+    shape: tuple[int, int]
+    dim: int
+
+
+def save_projectors(path: Path, projectors: Mapping[str, SparseProjector]) -> None:
+    """Write every projector, by the name of its linear."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, projector in projectors.items():
+        index_dtype = torch.int16 if projector.dim < 1 << 15 else torch.int32
+        for side, factor in (("left", projector.left), ("right", projector.right)):
+            tensors[f"{name}.{side}.index"] = factor.index_FR.to("cpu", index_dtype).contiguous()
+            tensors[f"{name}.{side}.value"] = factor.value_FR.cpu().contiguous()
+    dims = {name: projector.dim for name, projector in projectors.items()}
+    save_file(tensors, path, metadata={_DIMS: json.dumps(dims)})
+
+
+def load_projectors(path: Path, linears: Mapping[str, ProjectedShape]) -> dict[str, SparseProjector]:
+    """Read a projector for each linear.
+
+    Args:
+        path: The file, or the folder of a run that left one.
+        linears: What each linear needs, by name.
+
+    Raises:
+        ConfigError: There is no such file, it is damaged, or a linear is missing or has other sizes in it.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(_FIELD, f"be a file of projectors or a run's folder with {FILE_NAME} in it", str(path))
+    try:
+        with safe_open(file, framework="pt") as content:
+            dims = json.loads((content.metadata() or {}).get(_DIMS, "{}"))
+            for name, needed in linears.items():
+                if dims.get(name) != needed.dim:
+                    held = f"has d = {dims[name]}" if name in dims else "is missing"
+                    raise ConfigError(_FIELD, f"hold {name} with d = {needed.dim}; there it {held}", str(path))
+            return {name: _read(content, name, needed, path) for name, needed in linears.items()}
+    except ConfigError:
+        raise
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:  # whatever a damaged file holds
+        raise ConfigError(_FIELD, f"hold intact projectors ({str(error).splitlines()[0]})", str(path)) from error
+
+
+def _read(content: Any, name: str, needed: ProjectedShape, path: Path) -> SparseProjector:
+    factors = []
+    for side, num_rows in zip(("left", "right"), needed.shape, strict=True):
+        index_FR: torch.Tensor = content.get_tensor(f"{name}.{side}.index")
+        value_FR: torch.Tensor = content.get_tensor(f"{name}.{side}.value")
+        if index_FR.shape != value_FR.shape or index_FR.ndim != 2 or not torch.isfinite(value_FR).all():
+            raise ValueError(f"{name}.{side} has no finite value for each position")
+        if index_FR.shape[0] != num_rows:
+            sizes = f"{needed.shape[0]} × {needed.shape[1]}"
+            bound = f"hold {name} as {sizes}; there its {side} factor has {index_FR.shape[0]} rows"
+            raise ConfigError(_FIELD, bound, str(path))
+        if not 1 <= index_FR.shape[1] <= needed.dim:
+            raise ValueError(f"{name}.{side} has {index_FR.shape[1]} non-zeros a row in {needed.dim} columns")
+        factors.append(SparseFactor(index_FR.to(torch.int32), value_FR, needed.dim))
+    return SparseProjector(*factors)
