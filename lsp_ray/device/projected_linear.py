@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from lsp_ray.device.rounding import MAX_ELEMENTS
 from lsp_ray.device.unit import Update
+from lsp_ray.projection.bias import Bias, bias_of, grad_square_sum
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 
@@ -35,7 +36,8 @@ class ProjectedLinear(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", dict(module.named_parameters(recurse=False)).get("bias"))
         self.transposed = transposed
-        self.sketch: GradientSketch | None = None
+        self.sketch: GradientSketch | None = None  # while set, every gradient is added to it
+        self.probe: BiasProbe | None = None  # while set, it sees every gradient
         self.set_projector(projector)
 
     def set_projector(self, projector: SparseProjector) -> None:
@@ -60,8 +62,7 @@ class ProjectedLinear(nn.Module):
         """Return X Wᵀ + b for (..., N)."""
         if not torch.is_grad_enabled():
             return linear(input_TN, self.weight_MN, self.bias)
-        function = _Projected if self.sketch is None else _Sketched
-        output: torch.Tensor = function.apply(input_TN, self.weight_MN, self.bias, self.leaf, self)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Projected.apply(input_TN, self.weight_MN, self.bias, self.leaf, self)  # type: ignore[no-untyped-call]
         return output
 
 
@@ -121,8 +122,29 @@ class GradientSketch:
         return torch.randn(rows, width, generator=self._generator).to(like)
 
 
+class BiasProbe:
+    """Holds the bias of the last gradient that passed through the module, until it is read."""
+
+    def __init__(self) -> None:
+        self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def see(self, compressed_DD: torch.Tensor, grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> None:
+        """Note one micro-batch's g and the norm of its gradient; nothing is synchronised yet."""
+        self._parts = compressed_DD, grad_square_sum(grad_output_TM, input_TN)
+
+    def read(self, projector: SparseProjector) -> Bias | None:
+        """The bias of what was seen last; None if nothing was, or if it was zero or not finite."""
+        if self._parts is None:
+            return None
+        compressed_DD, square_sum = self._parts
+        return bias_of(projector, compressed_DD, float(square_sum))
+
+
 class _Projected(torch.autograd.Function):
-    """Forward keeps (XQ)ᵀ in place of X; backward returns dX and, as the leaf's gradient, g."""
+    """Forward keeps (XQ)ᵀ in place of X; backward returns dX and, as the leaf's gradient, g.
+
+    Only a module that is observed keeps X as well.
+    """
 
     @staticmethod
     def forward(
@@ -133,40 +155,22 @@ class _Projected(torch.autograd.Function):
         leaf_DD: torch.Tensor,
         module: ProjectedLinear,
     ) -> torch.Tensor:
-        ctx.projector = module.projector
-        projected_DT = module.projector.project_input(input_TN.reshape(-1, input_TN.shape[-1]))
-        ctx.save_for_backward(projected_DT, weight_MN)
+        ctx.projector, ctx.sketch, ctx.probe = module.projector, module.sketch, module.probe
+        is_observed = ctx.sketch is not None or ctx.probe is not None
+        flat_TN = input_TN.reshape(-1, input_TN.shape[-1])
+        projected_DT = module.projector.project_input(flat_TN)
+        ctx.save_for_backward(projected_DT, weight_MN, flat_TN if is_observed else None)
         return linear(input_TN, weight_MN, bias_M)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        projected_DT, weight_MN = ctx.saved_tensors
+        projected_DT, weight_MN, input_TN = ctx.saved_tensors
         grad_output_TM = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_output @ weight_MN if ctx.needs_input_grad[0] else None
         grad_bias_M = grad_output_TM.sum(dim=0) if ctx.needs_input_grad[2] else None
         grad_DD = ctx.projector.compress_outer(grad_output_TM, projected_DT)
+        if ctx.sketch is not None:
+            ctx.sketch.add(grad_output_TM, input_TN)
+        if ctx.probe is not None:
+            ctx.probe.see(grad_DD, grad_output_TM, input_TN)
         return grad_input, None, grad_bias_M, grad_DD, None
-
-
-class _Sketched(torch.autograd.Function):
-    """Backward adds to the module's sketch and yields no weight gradient at all."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input_TN: torch.Tensor,
-        weight_MN: torch.Tensor,
-        bias_M: torch.Tensor | None,
-        leaf_DD: torch.Tensor,
-        module: ProjectedLinear,
-    ) -> torch.Tensor:
-        ctx.sketch = module.sketch
-        ctx.save_for_backward(input_TN, weight_MN)
-        return linear(input_TN, weight_MN, bias_M)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input_TN, weight_MN = ctx.saved_tensors
-        ctx.sketch.add(grad_output.reshape(-1, grad_output.shape[-1]), input_TN.reshape(-1, input_TN.shape[-1]))
-        grad_input = grad_output @ weight_MN if ctx.needs_input_grad[0] else None
-        return grad_input, None, None, None, None

@@ -99,6 +99,10 @@ class SparseFactor:
         dense_FD[self._row_S.long(), self._slots.column_S.long()] = self._value_S
         return dense_FD
 
+    def gram(self) -> torch.Tensor:
+        """This factor's transpose times itself, float32 (D, D)."""
+        return self.transposed_times(self.dense().float())
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> SparseFactor:
         """The same factor on `device`, its values in `dtype` (default: unchanged)."""
         return self._like(self._row_S.to(device), self._value_S.to(device, dtype or self._value_S.dtype))

@@ -1,0 +1,54 @@
+"""How much of a gradient a projector loses, without forming the gradient.
+
+With G = dYᵀX, g = PᵀGQ and A = PPᵀGQQᵀ (paper, Definition 2: the bias is A − G):
+
+    <A, G> = ‖g‖²      <A, A> = <PᵀP g QᵀQ, g>      <G, G> = Σ (dY dYᵀ) ∘ (X Xᵀ)
+
+Legend: T tokens, M rows (out), N columns (in), D subspace, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lsp_ray.projection.sparse_projector import SparseProjector
+
+CHUNK_ELEMENTS = 1 << 22  # bounds the (C, T) products to 16 MB each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bias:
+    """Relative to ‖G‖: `raw` is ‖A − G‖, `relative` the least of ‖cA − G‖ over scalars c; `cosine` is between A and G.
+
+    Adam does not care for c, and the scale of a projector's columns is arbitrary, so `relative` is the one to judge by.
+    """
+
+    raw: float
+    relative: float
+    cosine: float
+
+
+def bias_of(projector: SparseProjector, compressed_DD: torch.Tensor, grad_square_sum: float) -> Bias | None:
+    """Bias of a gradient, given its compressed form and ‖G‖²; None for a gradient that is zero or not finite."""
+    compressed_DD = compressed_DD.double()
+    along = float(compressed_DD.square().sum())
+    left_DD, right_DD = projector.left.gram().double(), projector.right.gram().double()
+    kept = float((left_DD @ compressed_DD @ right_DD * compressed_DD).sum())
+    if not (0 < grad_square_sum < math.inf and 0 < along < math.inf and 0 < kept < math.inf):
+        return None
+    cosine = min(1.0, along / math.sqrt(kept * grad_square_sum))
+    raw = math.sqrt(max(0.0, kept - 2 * along + grad_square_sum) / grad_square_sum)
+    return Bias(raw=raw, relative=math.sqrt(1 - cosine**2), cosine=cosine)
+
+
+def grad_square_sum(grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> torch.Tensor:
+    """Return ‖dYᵀX‖², a float32 scalar, without forming dYᵀX."""
+    tokens_at_once = max(1, CHUNK_ELEMENTS // input_TN.shape[0])
+    total = torch.zeros((), device=input_TN.device)
+    pairs = zip(grad_output_TM.split(tokens_at_once), input_TN.split(tokens_at_once), strict=True)
+    for grad_output_CM, input_CN in pairs:
+        total += ((grad_output_CM @ grad_output_TM.t()).float() * (input_CN @ input_TN.t()).float()).sum()
+    return total
