@@ -45,11 +45,17 @@ class LspConfig:
     """Start from the projectors of an earlier run (its folder, or its lsp_projectors.safetensors) instead of a fit."""
     calibration_batches: int = 4
     """Micro-batches whose gradients the closed form learns from."""
+    check_every: int = 100
+    """Steps between measurements of bias on a random eighth of the matrices; 0 never measures nor refits."""
+    max_bias: float = 0.9
+    """Relative bias (at its best scalar) above which a measured matrix's projectors are learned anew."""
 
     def __post_init__(self) -> None:
         _at_least("lsp.subspace_dim", self.subspace_dim, 1)
         _at_least("lsp.nnz_per_row", self.nnz_per_row, 1)
         _at_least("lsp.calibration_batches", self.calibration_batches, 1)
+        _at_least("lsp.check_every", self.check_every, 0)
+        _at_least("lsp.max_bias", self.max_bias, 0)
         if self.nnz_per_row > self.subspace_dim:
             raise ConfigError("lsp.nnz_per_row", f"be at most lsp.subspace_dim ({self.subspace_dim})", self.nnz_per_row)
 
@@ -130,8 +136,18 @@ class RunConfig:
             _at_least("max_steps", self.max_steps, 1)
         if not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
             raise ConfigError("num_train_epochs", "be above 0", self.num_train_epochs)
+        shortest = 2 * (self.num_sketched_steps + 1)
+        if 0 < self.lsp.check_every < shortest:
+            raise ConfigError(
+                "lsp.check_every", f"be 0 or at least {shortest}, so that a refit ends in time", self.lsp.check_every
+            )
         if self.output_dir == "":
             raise ConfigError("output_dir", "name a folder", self.output_dir)
+
+    @property
+    def num_sketched_steps(self) -> int:
+        """Steps that have as many micro-batches as projectors are learned from."""
+        return -(-self.lsp.calibration_batches // self.gradient_accumulation_steps)
 
     @property
     def policy(self) -> PolicyName:

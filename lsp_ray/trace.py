@@ -61,7 +61,8 @@ class StepMetrics:
 
     `step` is the number of updates made, so the first line says 1 as in HF's logs; elsewhere steps count from 0.
     `grad_norm` is the norm of what was sent (for lsp: of the compressed gradients), before any clipping.
-    `exposed_*_s` is the time in which this step's forward waited for the previous step's deltas.
+    `exposed_*_s` is the time in which this step's forward waited for the previous step's deltas. `bias` (raw, relative,
+    cosine; see `Bias`) is there in the steps that measured it, with the number of projectors that are refitted for it.
     """
 
     step: int
@@ -80,6 +81,8 @@ class StepMetrics:
     exposed_h2d_s: float
     bytes_d2h: int
     bytes_h2d: int
+    bias: dict[str, float] | None = None
+    num_refitted: int | None = None
 
     @property
     def exposed_s(self) -> float:

@@ -12,6 +12,7 @@ from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker, StepReport
 from lsp_ray.models.loss import Batch
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.runtime.shard_actor import carry_over
 from lsp_ray.schedule.ops import GradientReady
 
 
@@ -51,7 +52,8 @@ class Loopback:
         report = self.worker.run_step(step, micro_batches)
         for ready in self.announced:
             slot = self._slots[ready.layer]
-            self.worker.send(step, ready.layer, slot)
+            _, reprojections = self.worker.send(step, ready.layer, slot)
+            carry_over(self._shard, ready.layer, reprojections)
             self.gradients[ready.layer] = slot.clone()
             delta = torch.empty_like(slot)
             self._shard.update(ready.layer, slot, delta, learning_rate=self._learning_rates[step])

@@ -10,8 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.models.load import load_model, load_tokenizer, save_model
+from lsp_ray.methods.lsp import projected_shapes
+from lsp_ray.models.layers import find_layers
+from lsp_ray.models.load import load_model, load_skeleton, load_tokenizer, save_model
 from lsp_ray.models.loss import num_targets, summed_loss
+from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.event_log import read_event_log
 from tests.tiny import CLASSIFIERS, Family
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
@@ -91,7 +94,7 @@ def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
     assert set(lines[0]) == {
         *("step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "step_time_s"),
         *("gpu_busy_s", "d2h_busy_s", "cpu_busy_s", "h2d_busy_s"),
-        *("exposed_d2h_s", "exposed_cpu_s", "exposed_h2d_s", "bytes_d2h", "bytes_h2d"),
+        *("exposed_d2h_s", "exposed_cpu_s", "exposed_h2d_s", "bytes_d2h", "bytes_h2d", "bias", "num_refitted"),
     }
     for line in lines:
         assert line["bytes_d2h"] == line["bytes_h2d"] == 4 * sum(job.payload_sizes)
@@ -114,6 +117,42 @@ def test_the_gradient_norm_is_the_same_wherever_the_update_runs(tmp_path: Path) 
     norms = [[metrics.grad_norm for metrics in listener.steps] for listener in (native, offloaded)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
     assert all(norm > 0 for norm in norms[0])
+
+
+REFITS: dict[str, Any] = {"max_steps": 24, "lsp": {"check_every": 6, "max_bias": 0.0, "calibration_batches": 2}}
+
+
+def test_refits_are_measured_reported_and_take_over(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, **REFITS)
+    _, listener = run_on_threads(job, tmp_path / "out")
+    measured = {metrics.step: metrics for metrics in listener.steps if metrics.bias is not None}
+    assert list(measured) == [7, 13, 19]  # steps 6, 12, 18, counted from 1 in the metrics
+    for metrics in measured.values():
+        assert metrics.bias is not None
+        assert 0 < metrics.bias["relative"] <= 1
+        assert metrics.num_refitted == 2  # an eighth of 14, rounded up
+    layers = find_layers(load_skeleton(job.model_folder, task="causal_lm"))
+    shapes = projected_shapes(layers, job.config.lsp)
+    before, after = (load_projectors(folder, shapes) for folder in (_unrefitted(tmp_path), tmp_path / "out"))
+    changed = [name for name in before if not torch.equal(before[name].left.dense(), after[name].left.dense())]
+    assert 2 <= len(changed) <= 6
+
+
+def _unrefitted(folder: Path) -> Path:
+    run_on_threads(tiny_job(folder, max_steps=1), folder / "unrefitted")
+    return folder / "unrefitted"
+
+
+def test_with_refits_neither_shards_nor_policy_change_a_bit(tmp_path: Path) -> None:
+    base = weights_after(tmp_path, "one", **REFITS)
+    other = weights_after(tmp_path, "two", runtime={"num_shards": 2, "policy": "sequential"}, **REFITS)
+    assert_same_bits(base, other)
+
+
+def test_a_bound_that_nothing_exceeds_changes_nothing(tmp_path: Path) -> None:
+    never = weights_after(tmp_path, "never", max_steps=24, lsp={"check_every": 0})
+    unexceeded = weights_after(tmp_path, "unexceeded", max_steps=24, lsp={"check_every": 6, "max_bias": 1.0})
+    assert_same_bits(never, unexceeded)
 
 
 def test_layers_without_a_gradient_keep_random_projectors_and_that_is_said_once(tmp_path: Path) -> None:

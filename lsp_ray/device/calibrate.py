@@ -41,7 +41,7 @@ def fit_projectors(
         for key, (_, module) in enumerate(group, start=done):
             generator = torch.Generator().manual_seed(mixed(seed, key))
             module.sketch = GradientSketch(module.projector.shape, module.projector.dim, generator)
-        _backward_all(model, batches)
+        _backward_all(model, [module for _, module in linears], batches)
         for name, module in group:
             if not _fit(module, seed, done):
                 unfitted.append(name)
@@ -66,7 +66,8 @@ def _groups(linears: Sequence[tuple[str, ProjectedLinear]]) -> Iterator[list[tup
         yield group
 
 
-def _backward_all(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+def _backward_all(model: PreTrainedModel, modules: Sequence[ProjectedLinear], batches: Sequence[Batch]) -> None:
+    """Let the sketches see every batch; no gradient is left behind for the first step to add to."""
     device = next(model.parameters()).device
     for position, batch in enumerate(batches):
         torch.manual_seed(position)
@@ -74,6 +75,8 @@ def _backward_all(model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         loss = summed_loss(model, on_device) / max(1, num_targets(batch))
         loss.backward()
         model.zero_grad(set_to_none=True)
+        for module in modules:
+            module.leaf.grad = None
 
 
 def _fit(module: ProjectedLinear, seed: int, key: int) -> bool:

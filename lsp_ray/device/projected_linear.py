@@ -36,15 +36,18 @@ class ProjectedLinear(nn.Module):
         self.bias: nn.Parameter | None
         self.register_parameter("bias", dict(module.named_parameters(recurse=False)).get("bias"))
         self.transposed = transposed
+        self._leaf: tuple[nn.Parameter, ...] = ()
         self.sketch: GradientSketch | None = None  # while set, every gradient is added to it
         self.probe: BiasProbe | None = None  # while set, it sees every gradient
         self.set_projector(projector)
 
     def set_projector(self, projector: SparseProjector) -> None:
-        """Train in another subspace from now on; its dimension may differ before the first step only."""
+        """Train in another subspace from now on. With another dimension there is a new leaf, without its hooks."""
         self.projector = projector
         self.update_scale = projector.update_scale
         shape = (projector.dim, projector.dim)
+        if self._leaf and self.leaf.shape == shape:
+            return
         leaf = nn.Parameter(torch.zeros((), device=self.weight.device).expand(shape), requires_grad=True)
         self._leaf = (leaf,)  # in a tuple, so that it is no parameter of the module and not in its state
 

@@ -19,11 +19,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from lsp_ray.device.backend import Backend, Fence
 from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
 from lsp_ray.device.memory import LiveStorage, peak_of
+from lsp_ray.device.refit import BiasReport, Refitter
 from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.unit import Target, Unit, Update
 from lsp_ray.errors import NonFiniteLossError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.trace import Span, Wait, WorkStream
 
@@ -45,6 +47,7 @@ class StepReport:
     waits: tuple[Wait, ...]
     grad_square_sum: float
     peak_device_bytes: int | None
+    bias: BiasReport | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,7 @@ class DeviceWorker:
         seed: Of dropout and rounding.
         on_gradients: Told, on the compute thread, that a unit's payload is ready to be sent.
         local_shard: Optimizer state on the device (native): gradients then go nowhere else.
+        refitter: Renews projectors while training.
         measured_step: The step over which `peak_device_bytes` is measured.
     """
 
@@ -79,6 +83,7 @@ class DeviceWorker:
         seed: int,
         on_gradients: Callable[[GradientReady], None],
         local_shard: OptimizerShard | None = None,
+        refitter: Refitter | None = None,
         measured_step: int = 1,
     ) -> None:
         self.model = model
@@ -90,6 +95,8 @@ class DeviceWorker:
         self._seed = seed
         self._rounding = Rounding(seed, backend.device)
         self._local_shard = local_shard
+        self._refitter = refitter
+        self._reprojections: dict[tuple[int, int], tuple[Reprojection, ...]] = {}
         self._measured_step = measured_step
         self._live: LiveStorage | None = None
         self._mailbox = DeltaMailbox()
@@ -123,16 +130,22 @@ class DeviceWorker:
             self._live = None
         return replace(report, peak_device_bytes=live.peak_bytes)
 
-    def send(self, step: int, unit: int, slot: torch.Tensor) -> Span:
-        """Copy the unit's payload of `step` into the host slot; called on the d2h thread."""
+    def send(self, step: int, unit: int, slot: torch.Tensor) -> tuple[Span, tuple[Reprojection, ...]]:
+        """Copy the unit's payload of `step` into the host slot; called on the d2h thread.
+
+        With the span come the matrices that this payload is the first of in a new subspace: their moments must follow
+        before the update.
+        """
         with self._payloads_lock:
             payload = self._payloads.pop((step, unit))
+            reprojections = self._reprojections.pop((step, unit), ())
         payload.fence.synchronize()  # the span then holds the copy alone, not the compute before it
         start_s = time.monotonic()
         self._backend.wait(WorkStream.D2H, payload.fence)
         self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
         self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
-        return Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+        span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+        return span, reprojections
 
     def prefetch(self, step: int, unit: int, slot: torch.Tensor) -> Span:
         """Copy the unit's delta of `step` from the host slot to the device; called on the h2d thread."""
@@ -193,6 +206,8 @@ class DeviceWorker:
         start_s = time.monotonic()
         self._step = step
         self._waits = []
+        if self._refitter is not None:
+            self._refitter.before_step(step)
         torch.manual_seed(mixed(self._seed, step))  # dropout depends on the step alone, not on what ran before
         total_targets = max(1, sum(num_targets(batch) for batch in micro_batches))
         mean_loss = 0.0
@@ -212,6 +227,7 @@ class DeviceWorker:
             waits=tuple(self._waits),
             grad_square_sum=grad_square_sum,
             peak_device_bytes=None,
+            bias=self._refitter.after_step(step) if self._refitter else None,
         )
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -283,6 +299,14 @@ class DeviceWorker:
         self._backend.hand_over(arrived.delta, WorkStream.GPU)
         with torch.no_grad():
             unit.apply(arrived.delta, self._update(step))
+        self._switch(unit)
+
+    def _switch(self, unit: Unit) -> None:
+        """Let new projectors take over, if there are any: the gradient of the step under way is the first in theirs."""
+        reprojections = self._refitter.switch(unit.index) if self._refitter else ()
+        if reprojections:
+            with self._payloads_lock:
+                self._reprojections[self._step, unit.index] = reprojections
 
     def _update_in_place(self) -> float:
         """Native's update after the backward, one unit at a time; returns the sum of squares of the gradients."""

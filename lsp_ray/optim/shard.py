@@ -34,6 +34,11 @@ class OptimizerShard:
         adamw_delta_(delta, grad, self._states[layer], learning_rate=learning_rate, hyper=self._hyper)
         return torch.dot(grad, grad)
 
+    def moments(self, layer: int, first: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """m and v of one (dim, dim) matrix of a layer's payload, views into this shard's state."""
+        state, part = self._states[layer], slice(first, first + dim * dim)
+        return state.exp_avg[part].view(dim, dim), state.exp_avg_sq[part].view(dim, dim)
+
     @property
     def state_bytes(self) -> int:
         """Bytes of m and v."""

@@ -10,12 +10,23 @@ and the identity for a projector onto itself. v holds squares, so it is carried 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from lsp_ray.projection.sparse_factor import SparseFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 RIDGE = 1e-9  # relative to the mean diagonal, in float64: fitted columns can be nearly dependent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reprojection:
+    """A matrix of a payload gets another projector: elements first … first + D² belong to it. Projectors on the CPU."""
+
+    first: int
+    old: SparseProjector
+    new: SparseProjector
 
 
 def transition(old: SparseFactor, new: SparseFactor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.refit import Refitter
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker, StepReport
 from lsp_ray.methods.lsp import lsp_units, projected_shapes
@@ -67,6 +68,7 @@ class DeviceSide:
             seed=config.seed,
             on_gradients=self._on_gradients,
             local_shard=self._local_shard(units),
+            refitter=self._refitter(units),
             measured_step=min(1, job.num_steps - 1),
         )
         self._micro_batches = job.micro_batches.read_ahead(job.num_steps)
@@ -120,6 +122,18 @@ class DeviceSide:
         self.progress = "collecting gradients for the projectors"
         batches = self._job.micro_batches.calibration(self._job.config.lsp.calibration_batches)
         return fit_projectors(self._model, self._linears, batches, seed=self._job.config.seed, on_fitted=note)
+
+    def _refitter(self, units: Sequence[Unit]) -> Refitter | None:
+        lsp, config = self._job.config.lsp, self._job.config
+        if config.method != "lsp" or lsp.fit == "random" or lsp.check_every == 0:
+            return None
+        return Refitter(
+            units,
+            check_every=lsp.check_every,
+            max_bias=lsp.max_bias,
+            num_sketched=config.num_sketched_steps,
+            seed=config.seed,
+        )
 
     def _local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:
         if self._job.config.method != "native":

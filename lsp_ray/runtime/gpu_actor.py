@@ -61,9 +61,9 @@ class GpuActor:
     def send(self, step: int, unit: int) -> OpReport:
         """Copy a unit's payload into its down-slot."""
         slot = self._slots[unit].down
-        span = self._side.worker.send(step, unit, slot.to_write())
+        span, reprojections = self._side.worker.send(step, unit, slot.to_write())
         slot.publish(step)
-        return OpReport(span=span, size_bytes=slot.payload.nbytes)
+        return OpReport(span=span, size_bytes=slot.payload.nbytes, reprojections=reprojections)
 
     @ray.method(concurrency_group="h2d")
     def prefetch(self, step: int, unit: int) -> OpReport:

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from lsp_ray.device.worker import StepReport
+from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.trace import Span, StepMetrics, WorkStream, busy_s, exposed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpReport:
-    """A finished operation of a lane: its span, the bytes it moved (copies) or the squares it summed (updates)."""
+    """A finished operation of a lane: its span, the bytes it moved (copies) or the squares it summed (updates).
+
+    `reprojections` come with a payload that is the first in new subspaces: its update must carry the moments over.
+    """
 
     span: Span
     size_bytes: int = 0
     grad_square_sum: float = 0.0
+    reprojections: tuple[Reprojection, ...] = ()
 
 
 class Ledger:
@@ -98,4 +103,6 @@ class Ledger:
             exposed_h2d_s=late.h2d_s,
             bytes_d2h=moved(WorkStream.D2H),
             bytes_h2d=moved(WorkStream.H2D),
+            bias=asdict(report.bias.bias) if report.bias else None,
+            num_refitted=report.bias.num_refitted if report.bias else None,
         )

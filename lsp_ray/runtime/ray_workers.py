@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from lsp_ray.device.worker import StepReport
 from lsp_ray.errors import DeadlineError, LspRayError, WorkerLostError
+from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.gpu_actor import CONCURRENCY_GROUPS, GpuActor
 from lsp_ray.runtime.job import Job
@@ -35,6 +36,7 @@ class RayWorkers:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._pending: dict[ray.ObjectRef[Any], str] = {}
+        self._reprojections: dict[tuple[int, int], Sequence[Reprojection]] = {}  # on their way to an update
         pairs = [_new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
         layout = job.layout
         self._gpu: Any = (
@@ -97,7 +99,9 @@ class RayWorkers:
             case _:
                 index = self._job.layout.shard_of_unit[op.layer]
                 learning_rate = self._job.learning_rates[op.step]
-                ref, who = self._shards[index].update.remote(op.step, op.layer, learning_rate), f"shard {index}: update"
+                reprojections = self._reprojections.pop((op.step, op.layer), ())
+                ref = self._shards[index].update.remote(op.step, op.layer, learning_rate, reprojections)
+                who = f"shard {index}: update"
         self._pending[ref] = f"{who} of unit {op.layer}, step {op.step}"
 
     def next_completions(self) -> list[Completion]:
@@ -108,6 +112,8 @@ class RayWorkers:
                 waiting = ", ".join(sorted(self._pending.values()))
                 raise DeadlineError(f"nothing happened for {COMPLETION_TIMEOUT_S:.0f} s; waiting for {waiting}")
             result = self._result(done[0], self._pending.pop(done[0]))
+            if isinstance(result, OpReport) and result.reprojections:
+                self._reprojections[result.span.step, result.span.layer] = result.reprojections
             if isinstance(result, StepReport | OpReport):
                 return [result]
             if isinstance(result, ShardReport):

@@ -11,6 +11,7 @@ import ray
 import torch
 
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.projection.reproject import Reprojection, reproject_moments_
 from lsp_ray.runtime.slots import Slot
 from lsp_ray.trace import Span, WorkStream
 
@@ -46,6 +47,13 @@ class ShardReport:
     grad_square_sum: float
 
 
+def carry_over(shard: OptimizerShard, unit: int, reprojections: Sequence[Reprojection]) -> None:
+    """Move the moments of matrices that have new projectors."""
+    for change in reprojections:
+        exp_avg_DD, exp_avg_sq_DD = shard.moments(unit, change.first, change.new.dim)
+        reproject_moments_(exp_avg_DD, exp_avg_sq_DD, change.old, change.new)
+
+
 class ShardActor:
     """Thin shell over OptimizerShard.
 
@@ -63,11 +71,14 @@ class ShardActor:
         """Bytes of optimizer state, once the constructor is done."""
         return self._shard.state_bytes
 
-    def update(self, step: int, unit: int, learning_rate: float) -> ShardReport:
+    def update(
+        self, step: int, unit: int, learning_rate: float, reprojections: Sequence[Reprojection] = ()
+    ) -> ShardReport:
         """Read the unit's gradient of `step` from its down-slot, write the delta into its up-slot."""
         start_s = time.monotonic()
         pair = self._pairs[unit]
         gradient = pair.down.to_read(step)
+        carry_over(self._shard, unit, reprojections)
         square_sum = self._shard.update(unit, gradient, pair.up.to_write(), learning_rate=learning_rate)
         pair.up.publish(step)
         span = Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import torch
 
 from lsp_ray.device.worker import StepReport
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.runtime.device_side import DeviceSide
 from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
+from lsp_ray.runtime.shard_actor import carry_over
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import Span, WorkStream
 
@@ -33,6 +35,7 @@ class ThreadWorkers:
         self.side = DeviceSide(job, self._completions.put)
         self._down = [torch.empty(numel) for numel in job.payload_sizes]
         self._up = [torch.empty(numel) for numel in job.payload_sizes]
+        self._reprojections: dict[int, Sequence[Reprojection]] = {}
         layout = job.layout
         self._shards = [
             OptimizerShard({unit: job.payload_sizes[unit] for unit in layout.units_of(index)})
@@ -86,7 +89,9 @@ class ThreadWorkers:
 
     def _send(self, op: Op) -> OpReport:
         slot = self._down[op.layer]
-        return OpReport(span=self.side.worker.send(op.step, op.layer, slot), size_bytes=slot.nbytes)
+        span, reprojections = self.side.worker.send(op.step, op.layer, slot)
+        self._reprojections[op.layer] = reprojections  # read by this layer's next update, which this copy precedes
+        return OpReport(span=span, size_bytes=slot.nbytes, reprojections=reprojections)
 
     def _prefetch(self, op: Op) -> OpReport:
         slot = self._up[op.layer]
@@ -96,6 +101,7 @@ class ThreadWorkers:
         start_s = time.monotonic()
         shard = self._shards[self._job.layout.shard_of_unit[op.layer]]
         learning_rate = self._job.learning_rates[op.step]
+        carry_over(shard, op.layer, self._reprojections[op.layer])
         square_sum = shard.update(op.layer, self._down[op.layer], self._up[op.layer], learning_rate=learning_rate)
         span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=start_s, end_s=time.monotonic())
         return OpReport(span=span, grad_square_sum=float(square_sum))

@@ -1,0 +1,161 @@
+"""Refitter: measure bias every so often and refit what exceeds a bound, while training goes on. Paper, MAYBEUPDATE.
+
+A period of `check_every` steps:
+
+    its first step          the bias of a random eighth of the matrices is measured on that step's own gradients
+    the next few steps      their gradients also go into sketches of the matrices above the bound
+    until half the period   a thread fits, beside the steps
+    half the period         the new projectors take over, before the forward
+
+All of it happens at steps that the configuration alone decides, so neither a schedule nor a slow thread changes values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+
+from lsp_ray.device.projected_linear import BiasProbe, GradientSketch, ProjectedLinear, ProjectedTarget
+from lsp_ray.device.rounding import mixed
+from lsp_ray.device.unit import Unit
+from lsp_ray.projection.bias import Bias
+from lsp_ray.projection.closed_form import fit_projector
+from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.projection.sparse_projector import SparseProjector
+
+SAMPLED_SHARE = 8  # one matrix in so many is measured in each period
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasReport:
+    """Means over the matrices measured in one step, and how many of them are refitted."""
+
+    bias: Bias
+    num_measured: int
+    num_refitted: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A projected matrix and its place: the unit's index, its target's first payload element, its number."""
+
+    module: ProjectedLinear
+    unit: int
+    first: int
+    key: int
+
+
+class Refitter:
+    """See the module's text.
+
+    Args:
+        units: The trained layers.
+        check_every: Steps of a period, more than twice `num_sketched`.
+        max_bias: Bound of the relative bias (at its best scalar).
+        num_sketched: Steps whose gradients a fit learns from.
+        seed: Of samples, sketches and positions.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], *, check_every: int, max_bias: float, num_sketched: int, seed: int
+    ) -> None:
+        assert num_sketched < check_every // 2, "the gradients of a refit must be there before it takes over"
+        self._check_every, self._max_bias, self._num_sketched, self._seed = check_every, max_bias, num_sketched, seed
+        self._sites = _sites(units)
+        self._sampled: list[_Site] = []
+        self._sketched: list[_Site] = []
+        self._fits: list[tuple[_Site, Future[SparseProjector | None]]] = []
+        self._takeovers: dict[int, list[tuple[_Site, SparseProjector]]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="refit")
+
+    def before_step(self, step: int) -> None:
+        """Arm what observes this step; where new projectors take over in it, wait for them."""
+        phase = step % self._check_every
+        if step >= self._check_every and phase == 0:
+            self._sampled = self._sample(step)
+            for site in self._sampled:
+                site.module.probe = BiasProbe()
+        if phase == self._check_every // 2:
+            for site, fit in self._fits:
+                new = fit.result()  # done long ago, unless fitting is slower than half a period of steps
+                if new is not None:
+                    self._takeovers.setdefault(site.unit, []).append((site, new))
+            self._fits = []
+
+    def switch(self, unit: int) -> tuple[Reprojection, ...]:
+        """Give the unit's matrices their new projectors, if there are any; what is returned its shard must follow.
+
+        To be called once the deltas made for the old projectors are added, before the forward.
+        """
+        switched = []
+        for site, new in self._takeovers.pop(unit, ()):
+            old, weight = site.module.projector, site.module.weight
+            site.module.set_projector(new.to(weight.device, weight.dtype))
+            host = torch.device("cpu")
+            switched.append(Reprojection(first=site.first, old=old.to(host), new=site.module.projector.to(host)))
+        return tuple(switched)
+
+    def after_step(self, step: int) -> BiasReport | None:
+        """Read what observed this step; returns the bias where it was measured."""
+        phase = step % self._check_every
+        if phase == self._num_sketched and self._sketched:
+            self._start_fits(step)
+        if not self._sampled:
+            return None
+        sampled, self._sampled = self._sampled, []
+        found: list[Bias] = []
+        for site in sampled:
+            probe, site.module.probe = site.module.probe, None
+            bias = probe.read(site.module.projector) if probe else None
+            if bias is None:
+                continue
+            found.append(bias)
+            if bias.relative > self._max_bias:
+                self._sketched.append(site)
+                projector, generator = site.module.projector, self._generator(step, site.key, 0)
+                site.module.sketch = GradientSketch(projector.shape, projector.dim, generator)
+        return _report(found, len(self._sketched))
+
+    def _sample(self, step: int) -> list[_Site]:
+        order = torch.randperm(len(self._sites), generator=self._generator(step))
+        return [self._sites[int(index)] for index in order[: -(-len(self._sites) // SAMPLED_SHARE)]]
+
+    def _start_fits(self, step: int) -> None:
+        for site in self._sketched:
+            sketch, site.module.sketch = site.module.sketch, None
+            assert sketch is not None
+            old, generator = site.module.projector, self._generator(step, site.key, 1)
+            fit = self._thread.submit(
+                fit_projector, sketch.left_MS, sketch.right_NS, old.dim, old.left.nnz_per_row, generator
+            )
+            self._fits.append((site, fit))
+        self._sketched = []
+
+    def _generator(self, *numbers: int) -> torch.Generator:
+        return torch.Generator().manual_seed(mixed(self._seed, *numbers))
+
+
+def _sites(units: Sequence[Unit]) -> list[_Site]:
+    sites: list[_Site] = []
+    for unit in units:
+        first = 0
+        for target in unit.targets:
+            if isinstance(target, ProjectedTarget):
+                sites.append(_Site(target.owner, unit.index, first, len(sites)))
+            first += target.leaf.numel()
+    return sites
+
+
+def _report(found: Sequence[Bias], num_refitted: int) -> BiasReport | None:
+    if not found:
+        return None
+    mean = Bias(
+        raw=fmean(bias.raw for bias in found),
+        relative=fmean(bias.relative for bias in found),
+        cosine=fmean(bias.cosine for bias in found),
+    )
+    return BiasReport(bias=mean, num_measured=len(found), num_refitted=num_refitted)
