@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lsp_ray.device.backend import Backend, Fence
 from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
@@ -164,43 +163,6 @@ class DeviceWorker:
         """Wait for and add every delta that is still out."""
         for unit in self.units:
             self._apply_pending(unit)
-
-    def mean_loss(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over all targets of the batches, without dropout; pending deltas are added first."""
-        total, count = 0.0, 0
-        with self._evaluating():
-            for batch in batches:
-                total += float(summed_loss(self.model, self._on_device(batch)))
-                count += num_targets(batch)
-        return total / max(count, 1)
-
-    def generate(self, inputs: Batch, max_new_tokens: int) -> list[int]:
-        """Continue one prompt greedily; returns the new tokens, at most `max_new_tokens`."""
-        config = self.model.config
-        greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.eos_token_id if config.pad_token_id is None else config.pad_token_id,
-        )
-        with self._evaluating():
-            output_1S = self.model.generate(**self._on_device(inputs), generation_config=greedy)  # type: ignore[operator]
-        return [int(token) for token in output_1S[0, inputs["input_ids"].shape[1] :]]
-
-    def predict(self, inputs: Batch) -> list[int]:
-        """A classifier's most likely label of every row."""
-        with self._evaluating():
-            labels_B = self.model(**self._on_device(inputs)).logits.argmax(dim=-1)
-        return [int(label) for label in labels_B]
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Within the context: every delta added, no dropout, no graph."""
-        self.flush()
-        self.model.eval()
-        with torch.no_grad():
-            yield
-        self.model.train()
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()

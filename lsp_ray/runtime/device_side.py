@@ -11,6 +11,7 @@ import torch
 from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.cuda import CudaBackend
+from lsp_ray.device.evaluate import generate, mean_loss, predict
 from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.unit import Unit
@@ -81,17 +82,19 @@ class DeviceSide:
 
     def evaluate(self) -> float:
         """Mean loss on the held-out examples."""
+        self.worker.flush()
         with self._all_threads():
-            return self.worker.mean_loss(self._job.micro_batches.eval_batches())
+            return mean_loss(self._model, self._job.micro_batches.eval_batches())
 
     def sample(self) -> list[int]:
         """The model's answer to the sample prompt: token ids, or a classifier's label."""
         inputs = {name: torch.tensor([ids]) for name, ids in self._job.sample_inputs.items()}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        self.worker.flush()
         with self._all_threads():
             if self._job.task == "causal_lm":
-                return self.worker.generate(inputs, SAMPLE_TOKENS)
-            return self.worker.predict(inputs)
+                return generate(self._model, inputs, SAMPLE_TOKENS)
+            return predict(self._model, inputs)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint with every delta added, and the projectors beside it."""
