@@ -180,6 +180,9 @@ class DeviceWorker:
                 self._missing = [set(range(len(unit.targets))) for unit in self.units]
             loss.backward()
         grad_square_sum = self._update_in_place() if self._local_shard else self._announce_rest()
+        # without it the next forward's waiting would hold what the device still computes; the first layer's delta
+        # needs the end of this backward anyway
+        self._backend.record(WorkStream.GPU).synchronize()
         return StepReport(
             step=step,
             loss=mean_loss,
