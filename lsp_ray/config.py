@@ -41,6 +41,8 @@ class LspConfig:
     """Non-zeros r in every row of a projector; projector memory grows with r, not with d."""
     fit: Fit = "closed_form"
     """How projectors are made: closed_form learns them from gradients, random draws them."""
+    whiten: bool = True
+    """Take Adam's step in orthonormal coordinates: nearer the true gradient, for d³ work on the shards alone."""
     init_from: str | None = None
     """Start from the projectors of an earlier run (its folder, or its lsp_projectors.safetensors) instead of a fit."""
     calibration_batches: int = 4

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
     from lsp_ray.runtime.job import Job
 
 DEFAULT_OUTPUT = "lsp_output"
-_SWITCHES = ("--bf16", "--gradient_checkpointing", "--runtime.dashboard")
+_SWITCHES = ("--bf16", "--gradient_checkpointing", "--lsp.whiten", "--runtime.dashboard")
 _TYPE_ERROR = re.compile(r'Parser key "(?P<field>[^"]+)": Expected an? (?P<type>.+)\. Got value: (?P<value>.*)')
 
 

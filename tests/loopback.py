@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from lsp_ray.device.backend import CpuBackend
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker, StepReport
+from lsp_ray.methods.lsp_shard import carry_over
 from lsp_ray.models.loss import Batch
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.runtime.shard_actor import carry_over
 from lsp_ray.schedule.ops import GradientReady
 
 

@@ -36,6 +36,23 @@ def test_the_bias_from_parts_is_that_of_the_definition(seed: int, scale: float) 
     assert found.relative == pytest.approx(float((best * approximation - grad_MN).norm() / norm), rel=1e-4)
 
 
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10_000))
+def test_the_whitened_bias_is_that_of_orthonormal_bases_of_the_columns(seed: int) -> None:
+    projector, grad_MN = random_projector(seed), normal(48, 32, seed=seed)
+    left, _ = torch.linalg.qr(projector.left.dense().double())
+    right, _ = torch.linalg.qr(projector.right.dense().double())
+    approximation = left @ left.t() @ grad_MN.double() @ right @ right.t()
+    expected = float((approximation - grad_MN).norm() / grad_MN.double().norm())
+    square_sum = float(grad_MN.square().sum())
+    found = bias_of(projector, projector.compress(grad_MN), square_sum, whitened=True)
+    plain = bias_of(projector, projector.compress(grad_MN), square_sum)
+    assert found is not None
+    assert plain is not None
+    assert (found.raw, found.relative) == pytest.approx((expected, expected), rel=1e-4)
+    assert found.relative <= plain.relative + 1e-6
+
+
 def test_the_identity_has_no_bias() -> None:
     grad_MN = normal(16, 16, seed=0)
     found = bias_of(SparseProjector.identity(16), grad_MN, float(grad_MN.square().sum()))

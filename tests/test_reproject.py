@@ -5,10 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsp_ray.projection.reproject import reproject_moments_, transition
+from lsp_ray.projection.reproject import reproject_moments_ as move_
+from lsp_ray.projection.reproject import transition
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 DIM = 12
+
+
+def reproject_moments_(
+    exp_avg_DD: torch.Tensor, exp_avg_sq_DD: torch.Tensor, old: SparseProjector, new: SparseProjector
+) -> None:
+    move_(exp_avg_DD, exp_avg_sq_DD, transition(old.left, new.left), transition(old.right, new.right))
 
 
 def projector(seed: int) -> SparseProjector:

@@ -135,12 +135,12 @@ class BiasProbe:
         """Note one micro-batch's g and the norm of its gradient; nothing is synchronised yet."""
         self._parts = compressed_DD, grad_square_sum(grad_output_TM, input_TN)
 
-    def read(self, projector: SparseProjector) -> Bias | None:
+    def read(self, projector: SparseProjector, *, whitened: bool = False) -> Bias | None:
         """The bias of what was seen last; None if nothing was, or if it was zero or not finite."""
         if self._parts is None:
             return None
         compressed_DD, square_sum = self._parts
-        return bias_of(projector, compressed_DD, float(square_sum))
+        return bias_of(projector, compressed_DD, float(square_sum), whitened=whitened)
 
 
 class _Projected(torch.autograd.Function):

@@ -58,13 +58,15 @@ class Refitter:
         max_bias: Bound of the relative bias (at its best scalar).
         num_sketched: Steps whose gradients a fit learns from.
         seed: Of samples, sketches and positions.
+        whitened: Whether the shards whiten, which makes the bias less.
     """
 
     def __init__(
-        self, units: Sequence[Unit], *, check_every: int, max_bias: float, num_sketched: int, seed: int
+        self, units: Sequence[Unit], *, check_every: int, max_bias: float, num_sketched: int, seed: int, whitened: bool
     ) -> None:
         assert num_sketched < check_every // 2, "the gradients of a refit must be there before it takes over"
         self._check_every, self._max_bias, self._num_sketched, self._seed = check_every, max_bias, num_sketched, seed
+        self._whitened = whitened
         self._sites = _sites(units)
         self._sampled: list[_Site] = []
         self._sketched: list[_Site] = []
@@ -110,7 +112,7 @@ class Refitter:
         found: list[Bias] = []
         for site in sampled:
             probe, site.module.probe = site.module.probe, None
-            bias = probe.read(site.module.projector) if probe else None
+            bias = probe.read(site.module.projector, whitened=self._whitened) if probe else None
             if bias is None:
                 continue
             found.append(bias)
@@ -140,14 +142,13 @@ class Refitter:
 
 
 def _sites(units: Sequence[Unit]) -> list[_Site]:
-    sites: list[_Site] = []
-    for unit in units:
-        first = 0
-        for target in unit.targets:
-            if isinstance(target, ProjectedTarget):
-                sites.append(_Site(target.owner, unit.index, first, len(sites)))
-            first += target.leaf.numel()
-    return sites
+    places = [
+        (target.owner, unit.index, first)
+        for unit in units
+        for first, target in zip(unit.offsets, unit.targets, strict=True)
+        if isinstance(target, ProjectedTarget)
+    ]
+    return [_Site(*place, key) for key, place in enumerate(places)]
 
 
 def _report(found: Sequence[Bias], num_refitted: int) -> BiasReport | None:

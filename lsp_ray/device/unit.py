@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -77,6 +78,12 @@ class Unit:
     def numel(self) -> int:
         """Payload length in float32 elements."""
         return sum(target.leaf.numel() for target in self.targets)
+
+    @property
+    def offsets(self) -> list[int]:
+        """Each target's first element in the payload."""
+        sizes = [target.leaf.numel() for target in self.targets]
+        return [0, *accumulate(sizes)][:-1]
 
     def apply(self, delta: torch.Tensor, update: Update) -> None:
         """Add a flat float32 delta of `numel` elements to the unit's targets."""

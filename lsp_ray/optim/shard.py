@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
+
+
+class Coordinates(Protocol):
+    """A symmetric change of coordinates of a (D, D) matrix in which Adam's step is taken."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the step on its way back."""
+        ...
+
+    def apply(self, matrix_DD: torch.Tensor) -> torch.Tensor:
+        """Return the matrix in the other coordinates; also the way back."""
+        ...
 
 
 class OptimizerShard:
@@ -25,21 +39,41 @@ class OptimizerShard:
     ) -> None:
         self._hyper = hyper or AdamWHyper()
         self._states = {layer: AdamWState.zeros(numel, device) for layer, numel in numel_of_layer.items()}
+        self._coordinates: dict[int, dict[tuple[int, int], Coordinates]] = {layer: {} for layer in numel_of_layer}
+
+    def set_coordinates(self, layer: int, first: int, dim: int, coordinates: Coordinates) -> None:
+        """Take Adam's step for the (dim, dim) matrix at element `first` of a layer's payload in other coordinates."""
+        self._coordinates[layer][first, dim] = coordinates
+
+    def coordinates(self, layer: int, first: int, dim: int) -> Coordinates | None:
+        """What `set_coordinates` was given for this matrix."""
+        return self._coordinates[layer].get((first, dim))
 
     def update(self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float) -> torch.Tensor:
         """Write the step for `grad` into `delta`; return the sum of squares of `grad`, a scalar.
 
         Both are flat float32 of the layer's payload length and stay the caller's.
         """
-        adamw_delta_(delta, grad, self._states[layer], learning_rate=learning_rate, hyper=self._hyper)
+        changed = self._coordinates[layer]
+        seen = grad.clone() if changed else grad
+        for (first, dim), coordinates in changed.items():
+            _matrix(seen, first, dim).copy_(coordinates.apply(_matrix(grad, first, dim)))
+        adamw_delta_(delta, seen, self._states[layer], learning_rate=learning_rate, hyper=self._hyper)
+        for (first, dim), coordinates in changed.items():
+            step_DD = _matrix(delta, first, dim)
+            step_DD.copy_(coordinates.apply(step_DD) * coordinates.scale)
         return torch.dot(grad, grad)
 
     def moments(self, layer: int, first: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """m and v of one (dim, dim) matrix of a layer's payload, views into this shard's state."""
-        state, part = self._states[layer], slice(first, first + dim * dim)
-        return state.exp_avg[part].view(dim, dim), state.exp_avg_sq[part].view(dim, dim)
+        state = self._states[layer]
+        return _matrix(state.exp_avg, first, dim), _matrix(state.exp_avg_sq, first, dim)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of m and v."""
         return sum(state.exp_avg.nbytes + state.exp_avg_sq.nbytes for state in self._states.values())
+
+
+def _matrix(flat: torch.Tensor, first: int, dim: int) -> torch.Tensor:
+    return flat[first : first + dim * dim].view(dim, dim)

@@ -16,6 +16,7 @@ import torch
 
 from lsp_ray.projection.sparse_projector import SparseProjector
 
+RIDGE = 1e-9  # relative to the mean squared column length, in float64: columns can be nearly dependent
 CHUNK_ELEMENTS = 1 << 22  # bounds the (C, T) products to 16 MB each
 
 
@@ -31,17 +32,35 @@ class Bias:
     cosine: float
 
 
-def bias_of(projector: SparseProjector, compressed_DD: torch.Tensor, grad_square_sum: float) -> Bias | None:
-    """Bias of a gradient, given its compressed form and ‖G‖²; None for a gradient that is zero or not finite."""
+def bias_of(
+    projector: SparseProjector, compressed_DD: torch.Tensor, grad_square_sum: float, *, whitened: bool = False
+) -> Bias | None:
+    """Bias of a gradient, given its compressed form and ‖G‖²; None for a gradient that is zero or not finite.
+
+    Whitened, P and Q stand for the orthonormal bases of their columns: A is then an orthogonal projection of G, and
+    <A, G> = <A, A> = <(PᵀP)⁻¹ g (QᵀQ)⁻¹, g>.
+    """
     compressed_DD = compressed_DD.double()
-    along = float(compressed_DD.square().sum())
+    if not torch.isfinite(compressed_DD).all():
+        return None
     left_DD, right_DD = projector.left.gram().double(), projector.right.gram().double()
-    kept = float((left_DD @ compressed_DD @ right_DD * compressed_DD).sum())
+    if whitened:
+        solved_DD = torch.linalg.solve(_damped(left_DD), compressed_DD)
+        along = kept = float((torch.linalg.solve(_damped(right_DD), solved_DD.t()).t() * compressed_DD).sum())
+    else:
+        along = float(compressed_DD.square().sum())
+        kept = float((left_DD @ compressed_DD @ right_DD * compressed_DD).sum())
     if not (0 < grad_square_sum < math.inf and 0 < along < math.inf and 0 < kept < math.inf):
         return None
     cosine = min(1.0, along / math.sqrt(kept * grad_square_sum))
     raw = math.sqrt(max(0.0, kept - 2 * along + grad_square_sum) / grad_square_sum)
     return Bias(raw=raw, relative=math.sqrt(1 - cosine**2), cosine=cosine)
+
+
+def _damped(gram_DD: torch.Tensor) -> torch.Tensor:
+    return gram_DD + RIDGE * gram_DD.diagonal().mean() * torch.eye(
+        len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device
+    )
 
 
 def grad_square_sum(grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> torch.Tensor:

@@ -33,15 +33,18 @@ def transition(old: SparseFactor, new: SparseFactor) -> torch.Tensor:
     """Return T (D, D), float64: coordinates in `old`'s columns to coordinates in `new`'s."""
     gram_DD = old.gram().double()
     gram_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean())
-    cross_DD = new.transposed_times(old.dense().float()).double()
-    solved_DD: torch.Tensor = torch.linalg.solve(gram_DD, cross_DD.t())
+    solved_DD: torch.Tensor = torch.linalg.solve(gram_DD, cross(old, new).t())
     return solved_DD.t()
 
 
+def cross(old: SparseFactor, new: SparseFactor) -> torch.Tensor:
+    """Return PᵀP_old (D, D), float64: the whole transition where columns are orthonormal."""
+    return new.transposed_times(old.dense().float()).double()
+
+
 def reproject_moments_(
-    exp_avg_DD: torch.Tensor, exp_avg_sq_DD: torch.Tensor, old: SparseProjector, new: SparseProjector
+    exp_avg_DD: torch.Tensor, exp_avg_sq_DD: torch.Tensor, left_DD: torch.Tensor, right_DD: torch.Tensor
 ) -> None:
-    """Move m and v of one matrix, float32 (D, D) views, from `old`'s subspace into `new`'s, in place."""
-    left_DD, right_DD = transition(old.left, new.left), transition(old.right, new.right)
+    """Move m and v of one matrix, float32 (D, D) views, in place: m' = T_P m T_Qᵀ, v' = T_P² v (T_Q²)ᵀ."""
     exp_avg_DD.copy_(left_DD @ exp_avg_DD.double() @ right_DD.t())
     exp_avg_sq_DD.copy_(left_DD.square() @ exp_avg_sq_DD.double() @ right_DD.square().t())

@@ -12,7 +12,7 @@ from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import generate, mean_loss, predict
-from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker, StepReport
@@ -76,6 +76,17 @@ class DeviceSide:
         torch.set_num_threads(job.layout.device_threads)
         return unfitted
 
+    def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
+        """By unit: every projector, on the host, with the first payload element of its matrix."""
+        return {
+            unit.index: [
+                (first, target.owner.projector.to(torch.device("cpu")))
+                for first, target in zip(unit.offsets, unit.targets, strict=True)
+                if isinstance(target, ProjectedTarget)
+            ]
+            for unit in self.worker.units
+        }
+
     def run_step(self, step: int, host_slots: Sequence[torch.Tensor] = ()) -> StepReport:
         """Run the next optimizer update; `step` must be the one after the last."""
         return self.worker.run_step(step, next(self._micro_batches), host_slots)
@@ -136,6 +147,7 @@ class DeviceSide:
             max_bias=lsp.max_bias,
             num_sketched=config.num_sketched_steps,
             seed=config.seed,
+            whitened=lsp.whiten,
         )
 
     def _local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:

@@ -11,6 +11,7 @@ import ray
 import torch
 
 from lsp_ray.device.worker import StepReport
+from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.device_side import DeviceSide
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
@@ -40,6 +41,10 @@ class GpuActor:
         for payload in self._host_payloads:
             self._side.backend.page_lock(payload)
         return self._side.setup()
+
+    def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
+        """See `DeviceSide.projectors`."""
+        return self._side.projectors()
 
     def run_step(self, step: int) -> StepReport:
         """See `DeviceSide.run_step`."""

@@ -60,6 +60,11 @@ class Job:
         return len(self.learning_rates)
 
     @property
+    def whitens(self) -> bool:
+        """Whether the shards take Adam's steps in whitened coordinates."""
+        return self.config.method == "lsp" and self.config.lsp.whiten
+
+    @property
     def slot_bytes(self) -> int:
         """Shared memory of all slots, down and up."""
         return 2 * sum(slot_bytes(numel) for numel in self.payload_sizes)

@@ -65,6 +65,11 @@ class RayWorkers:
                 on_progress(now)
                 said = now
         unfitted: list[str] = self._result(ref, "gpu: setup")
+        if self._job.whitens:
+            projectors = self._gpu.projectors.remote()  # goes from actor to actors, not through here
+            calls = [shard.whiten.remote(projectors) for shard in self._shards]
+            for index, call in enumerate(calls):
+                self._result(call, f"shard {index}: whitening")
         return unfitted
 
     def evaluate(self) -> float:

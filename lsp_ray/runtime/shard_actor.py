@@ -10,8 +10,10 @@ from typing import Any
 import ray
 import torch
 
+from lsp_ray.methods.lsp_shard import carry_over, whiten
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.projection.reproject import Reprojection, reproject_moments_
+from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.slots import Slot
 from lsp_ray.trace import Span, WorkStream
 
@@ -47,13 +49,6 @@ class ShardReport:
     grad_square_sum: float
 
 
-def carry_over(shard: OptimizerShard, unit: int, reprojections: Sequence[Reprojection]) -> None:
-    """Move the moments of matrices that have new projectors."""
-    for change in reprojections:
-        exp_avg_DD, exp_avg_sq_DD = shard.moments(unit, change.first, change.new.dim)
-        reproject_moments_(exp_avg_DD, exp_avg_sq_DD, change.old, change.new)
-
-
 class ShardActor:
     """Thin shell over OptimizerShard.
 
@@ -70,6 +65,11 @@ class ShardActor:
     def ready(self) -> int:
         """Bytes of optimizer state, once the constructor is done."""
         return self._shard.state_bytes
+
+    def whiten(self, projectors: Mapping[int, Sequence[tuple[int, SparseProjector]]]) -> None:
+        """Take Adam's steps of this shard's matrices in whitened coordinates; projectors by unit, of all units."""
+        for unit in self._pairs:
+            whiten(self._shard, unit, projectors[unit])
 
     def update(
         self, step: int, unit: int, learning_rate: float, reprojections: Sequence[Reprojection] = ()

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from lsp_ray.device.worker import StepReport
+from lsp_ray.methods.lsp_shard import carry_over, whiten
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.runtime.device_side import DeviceSide
 from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
-from lsp_ray.runtime.shard_actor import carry_over
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import Span, WorkStream
 
@@ -46,7 +46,12 @@ class ThreadWorkers:
 
     def setup(self, on_progress: Callable[[str], None]) -> list[str]:
         """See `DeviceSide.setup`; progress is not told."""
-        return self._compute.submit(self.side.setup).result()
+        unfitted = self._compute.submit(self.side.setup).result()
+        if self._job.whitens:
+            projectors = self.side.projectors()
+            for unit, index in enumerate(self._job.layout.shard_of_unit):
+                whiten(self._shards[index], unit, projectors[unit])
+        return unfitted
 
     def evaluate(self) -> float:
         """See `DeviceSide.evaluate`."""
