@@ -132,19 +132,22 @@ class RunConfig:
         _at_least("max_seq_length", self.max_seq_length, 8)
         for name in ("learning_rate", "weight_decay", "warmup_steps", "seed"):
             _at_least(name, getattr(self, name), 0)
+        for name in ("model_name_or_path", "dataset", "output_dir"):
+            if getattr(self, name) == "":
+                raise ConfigError(name, "name one", "")
         if self.seed > MAX_SEED:
             raise ConfigError("seed", f"be at most {MAX_SEED}", self.seed)
-        if self.max_steps != -1:
-            _at_least("max_steps", self.max_steps, 1)
+        self._check_length()
+
+    def _check_length(self) -> None:
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ConfigError("max_steps", "be at least 1, or -1 to train num_train_epochs", self.max_steps)
         if not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
             raise ConfigError("num_train_epochs", "be above 0", self.num_train_epochs)
         shortest = 2 * (self.num_sketched_steps + 1)
         if 0 < self.lsp.check_every < shortest:
-            raise ConfigError(
-                "lsp.check_every", f"be 0 or at least {shortest}, so that a refit ends in time", self.lsp.check_every
-            )
-        if self.output_dir == "":
-            raise ConfigError("output_dir", "name a folder", self.output_dir)
+            bound = f"be 0 or at least {shortest}, so that a refit ends in time"
+            raise ConfigError("lsp.check_every", bound, self.lsp.check_every)
 
     @property
     def num_sketched_steps(self) -> int:

@@ -42,5 +42,13 @@ class WorkerLostError(LspRayError):
     """An actor died while its answer was awaited; names the actor and the step."""
 
 
+class NonFiniteGradientError(LspRayError):
+    """A gradient holds NaN or infinity; names the layer. Moments and weights are as they were before it."""
+
+
+class OutOfDeviceMemoryError(LspRayError):
+    """The device has too little memory for a step; says what needs less."""
+
+
 class NonFiniteLossError(LspRayError):
     """The loss became NaN or infinite; names the step. Weights of earlier steps are intact."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from itertools import count
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from itertools import count, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -25,21 +29,51 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
 
 DEFAULT_OUTPUT = "lsp_output"
 _SWITCHES = ("--bf16", "--gradient_checkpointing", "--lsp.whiten", "--runtime.dashboard")
-_TYPE_ERROR = re.compile(r'Parser key "(?P<field>[^"]+)": Expected an? (?P<type>.+)\. Got value: (?P<value>.*)')
+_PARSER_KEY = re.compile(r'Parser key "(?P<field>[^"]+)":.*?(?:Got|Given) value:\s*(?P<value>.*?)\s*(?:Subtypes.*|$)')
+_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a run as Ctrl-C does."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for what failed underway."""
     try:
         config = _parse(sys.argv[1:] if argv is None else argv)
-        _fine_tune(config)
+        with _terminable():
+            _fine_tune(config)
     except ConfigError as error:
         return _fail(f"error: {error}", 2)
     except LspRayError as error:
         return _fail(f"failed: {error}", 1)
+    except _Terminated:
+        return _fail("terminated: no checkpoint was written", 143)
     except KeyboardInterrupt:
         return _fail("stopped: no checkpoint was written", 130)
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the context SIGTERM raises _Terminated; Ray sets a handler of its own, which `_take_sigterm` replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    _take_sigterm()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _take_sigterm() -> None:
+    def terminate(_number: int, _frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def _parse(argv: Sequence[str]) -> RunConfig:
@@ -54,8 +88,8 @@ def _parse(argv: Sequence[str]) -> RunConfig:
     parser.add_class_arguments(RunConfig)
     try:
         namespace = parser.parse_args(_with_switch_values(argv))
-    except argparse.ArgumentError as error:
-        raise _config_error(" ".join(str(error).split())) from error
+    except (argparse.ArgumentError, UnicodeDecodeError, OSError) as error:
+        raise _config_error(" ".join(str(error).split()), argv) from error
     values = dict(parser.instantiate(namespace))
     values.pop("config")
     return RunConfig(**values)
@@ -72,69 +106,110 @@ def _with_switch_values(argv: Sequence[str]) -> list[str]:
     return completed
 
 
-def _config_error(message: str) -> ConfigError:
+def _config_error(message: str, argv: Sequence[str]) -> ConfigError:
     """Say what jsonargparse found in the words of every other error."""
-    found = _TYPE_ERROR.match(message)
-    if found is None:
-        return ConfigError("options", "be those that --help lists", message)
-    wanted = found["type"].replace("typing.", "").replace("<class '", "").replace("'>", "")
-    choices = re.fullmatch(r"Literal\[(.*)\]", wanted)
-    return ConfigError(found["field"], f"be one of {choices[1]}" if choices else f"be {wanted}", found["value"])
+    found = _PARSER_KEY.search(message)
+    if found is not None and (hint := _hint(found["field"])) is not None:
+        return ConfigError(found["field"], f"be {_in_words(hint)}", found["value"])
+    named = next((value for option, value in pairwise([*argv, ""]) if option == "--config"), None)
+    unknown = re.search(r"unrecognized arguments: (.*)", message)
+    if unknown is None and named is not None:
+        return ConfigError("config", "be a readable YAML file of the options that --help lists", named, hint=message)
+    return ConfigError("options", "be those that --help lists", unknown[1] if unknown else message)
+
+
+def _hint(field: str) -> Any:
+    """The annotation of a (nested) option, or None."""
+    owner: Any = RunConfig
+    for part in field.split("."):
+        hints = get_type_hints(owner) if is_dataclass(owner) else {}
+        owner = hints.get(part)
+    return owner
+
+
+def _in_words(hint: Any) -> str:
+    """What a person may give for an annotation."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
+    return " or ".join(
+        _in_words(kind) if get_args(kind) else _WORDS.get(kind.__name__, kind.__name__) for kind in kinds
+    )
 
 
 def _fine_tune(config: RunConfig) -> None:
-    output_dir = _output_dir(config.output_dir)
-    from lsp_ray.report.progress import Progress
-    from lsp_ray.runtime.cluster import ray_cluster
-    from lsp_ray.runtime.fine_tune import fine_tune
-    from lsp_ray.runtime.job import check_memory, prepare_job
-    from lsp_ray.runtime.ray_workers import RayWorkers
+    with _claimed(config.output_dir) as output_dir:
+        from lsp_ray.report.progress import Progress
+        from lsp_ray.runtime.cluster import ray_cluster
+        from lsp_ray.runtime.fine_tune import fine_tune
+        from lsp_ray.runtime.job import check_memory, prepare_job
+        from lsp_ray.runtime.ray_workers import RayWorkers
 
-    with Progress() as progress:
-        progress.phase("preparing model and data")
-        job = prepare_job(config, progress.note)
-        check_memory(job)
-        progress.total_steps = job.num_steps
-        _write_config(output_dir, job)
-        progress.note(_plan_line(job))
-        progress.phase("starting Ray")
-        with ray_cluster(
-            num_actors=1 + job.layout.num_shards,
-            num_gpus=int(job.device == "cuda"),
-            slot_bytes=job.slot_bytes,
-            dashboard=config.runtime.dashboard,
-        ) as cluster:
-            _note_dashboard(cluster, progress)
-            workers = RayWorkers(job)
-            try:
-                summary = fine_tune(job, workers, output_dir, progress, _decoder(job))
-            finally:
-                workers.close()
-        progress.note(
-            f"done: eval loss {summary.eval_loss_before:.4f} → {summary.eval_loss_after:.4f}, "
-            f"{summary.step_time_s_median:.2f} s a step, {summary.overlap_fraction:.1%} overlapped; "
-            f"checkpoint, metrics and summary are in {output_dir}"
-        )
+        with Progress() as progress:
+            progress.phase("preparing model and data")
+            job = prepare_job(config, progress.note)
+            check_memory(job)
+            progress.total_steps = job.num_steps
+            progress.note(_plan_line(job))
+            progress.phase("starting Ray")
+            with ray_cluster(
+                num_actors=1 + job.layout.num_shards,
+                num_gpus=int(job.device == "cuda"),
+                store_bytes=job.store_bytes,
+                dashboard=config.runtime.dashboard,
+            ) as cluster:
+                _take_sigterm()
+                _note_dashboard(cluster, progress)
+                workers = RayWorkers(job)
+                try:
+                    _write_config(output_dir, job)
+                    summary = fine_tune(job, workers, output_dir, progress, _decoder(job))
+                finally:
+                    workers.close()
+            progress.note(
+                f"done: eval loss {summary.eval_loss_before:.4f} → {summary.eval_loss_after:.4f}, "
+                f"{summary.step_time_s_median:.2f} s a step, {summary.overlap_fraction:.1%} overlapped; "
+                f"checkpoint, metrics and summary are in {output_dir}"
+            )
 
 
-def _output_dir(asked: str | None) -> Path:
-    """Return a folder that is new or empty: a run never writes over another one's results.
+@contextmanager
+def _claimed(asked: str | None) -> Iterator[Path]:
+    """Make the output folder, which must be new or empty: a run never writes over another one's results.
 
-    Without a wish it is lsp_output, or lsp_output-2, lsp_output-3 … where that has content.
+    Without a wish it is lsp_output, or lsp_output-2, lsp_output-3 … where that has content. A run that ends before its
+    first step leaves nothing behind.
 
     Raises:
         ConfigError: The folder asked for has content or cannot be written.
     """
-    if asked is None:
-        numbered = (DEFAULT_OUTPUT if number == 1 else f"{DEFAULT_OUTPUT}-{number}" for number in count(1))
-        return next(path for path in map(Path, numbered) if _is_free(path))
-    path = Path(asked)
+    path = _first_free() if asked is None else Path(asked)
     if not _is_free(path):
-        raise ConfigError("output_dir", "be a new or empty folder, so that nothing is overwritten", asked)
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError("output_dir", f"be writable; {nearest} is not", asked)
-    return path
+        bound = (
+            "be a new or empty folder, so that nothing is overwritten" if path.is_dir() else "be a folder, not a file"
+        )
+        raise ConfigError("output_dir", bound, str(path))
+    existed = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").touch()
+    except OSError as error:
+        raise ConfigError("output_dir", f"be writable ({error.strerror})", str(path)) from error
+    try:
+        yield path
+    except BaseException:
+        metrics = path / "metrics.jsonl"
+        if not metrics.exists() or metrics.stat().st_size == 0:
+            for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
+                (path / name).unlink(missing_ok=True)
+            if not existed:
+                path.rmdir()
+        raise
+
+
+def _first_free() -> Path:
+    numbered = (DEFAULT_OUTPUT if number == 1 else f"{DEFAULT_OUTPUT}-{number}" for number in count(1))
+    return next(path for path in map(Path, numbered) if _is_free(path))
 
 
 def _is_free(path: Path) -> bool:
@@ -142,13 +217,10 @@ def _is_free(path: Path) -> bool:
 
 
 def _write_config(output_dir: Path, job: Job) -> None:
-    """Make the folder and leave in it what the run is, with every default filled in: `--config` repeats it."""
-    resolved = asdict(job.resolved_config(str(output_dir)))
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error
+    """Leave what the run is, with every default filled in: `--config` repeats it, in a folder of its own."""
+    resolved = asdict(job.resolved_config)
+    del resolved["output_dir"]
+    (output_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
 
 
 def _plan_line(job: Job) -> str:
@@ -159,11 +231,15 @@ def _plan_line(job: Job) -> str:
         parts.append(f"{len(job.subspace_dims)} projected matrices with d = {', '.join(map(str, dims))}")
     parts.append(f"{job.num_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps}")
     if job.payload_sizes:
-        parts.append(f"{4 * sum(job.payload_sizes) / 1e6:.1f} MB each way a step")
+        parts.append(f"{_size(4 * sum(job.payload_sizes))} each way a step")
         parts.append(f"{layout.num_shards} shard(s) × {layout.shard_threads} thread(s)")
         parts.append(f"policy {config.policy}")
     parts.append(f"{layout.device_threads} device thread(s)")
     return ", ".join(parts)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def _note_dashboard(cluster: ClusterInfo, progress: Progress) -> None:
@@ -174,7 +250,7 @@ def _note_dashboard(cluster: ClusterInfo, progress: Progress) -> None:
 def _decoder(job: Job) -> Callable[[Sequence[int]], str]:
     """Turn a sample's tokens, or its label, into one line of text."""
     if job.task == "sequence_classification":
-        return lambda labels: job.label_names[labels[0]]
+        return lambda labels: f"label {job.label_names[labels[0]]}"
     from lsp_ray.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(job.model_folder)

@@ -33,7 +33,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wait:
-    """The compute stream stood still for the delta that `step` made for `layer`."""
+    """The compute stream stood still for the delta that `step` made for `layer`.
+
+    Taken on the host: with a GPU, which may still be busy with earlier layers, it is an upper bound.
+    """
 
     step: int
     layer: int

@@ -20,7 +20,7 @@ def cluster() -> Iterator[None]:
     """The suite's only Ray; at its end no process and no shared memory of it may be left."""
     segments_before = _shared_memory()
     children_before = set(psutil.Process().children(recursive=True))
-    with ray_cluster(num_actors=4, slot_bytes=64 << 20):
+    with ray_cluster(num_actors=4, store_bytes=160 << 20):
         assert ray.is_initialized()
         yield
     helper = multiprocessing.resource_tracker  # the interpreter's own child may have started meanwhile

@@ -39,10 +39,10 @@ BAD_RUN: list[tuple[dict[str, Any], str, str, object]] = [
     ({"weight_decay": -0.1}, "weight_decay", "be at least 0", -0.1),
     ({"warmup_steps": -1}, "warmup_steps", "be at least 0", -1),
     ({"seed": -1}, "seed", "be at least 0", -1),
-    ({"max_steps": 0}, "max_steps", "be at least 1", 0),
-    ({"max_steps": -2}, "max_steps", "be at least 1", -2),
+    ({"max_steps": 0}, "max_steps", "be at least 1, or -1 to train num_train_epochs", 0),
+    ({"max_steps": -2}, "max_steps", "be at least 1, or -1 to train num_train_epochs", -2),
     ({"num_train_epochs": 0.0}, "num_train_epochs", "be above 0", 0.0),
-    ({"output_dir": ""}, "output_dir", "name a folder", ""),
+    ({"output_dir": ""}, "output_dir", "name one", ""),
 ]
 
 

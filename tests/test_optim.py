@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lsp_ray.errors import NonFiniteGradientError
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.optim.shard import OptimizerShard
 
@@ -135,3 +136,12 @@ def test_a_shard_uses_the_constants_it_was_given() -> None:
 def test_state_bytes_are_two_float32_for_every_element() -> None:
     assert OptimizerShard(NUMEL_OF_LAYER).state_bytes == 8 * sum(NUMEL_OF_LAYER.values())
     assert OptimizerShard({}).state_bytes == 0
+
+
+def test_a_gradient_that_is_not_finite_reaches_neither_moments_nor_weights() -> None:
+    shard = OptimizerShard({0: 4})
+    delta = torch.zeros(4)
+    with pytest.raises(NonFiniteGradientError, match="the gradient of layer 0 is not finite"):
+        shard.update(0, torch.tensor([1.0, float("nan"), 0.0, 0.0]), delta, learning_rate=1.0)
+    assert not delta.any()
+    assert not shard.moments(0, 0, 2)[0].any()

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,6 +64,7 @@ def test_a_run_goes_from_options_to_a_checkpoint(
     assert config["gradient_checkpointing"] is True
     assert config["runtime"]["num_shards"] == json.loads((out / "summary.json").read_text())["num_shards"]
     assert None not in (*config.values(), *config["runtime"].values())
+    assert "output_dir" not in config
 
 
 @pytest.mark.usefixtures("cluster")
@@ -67,19 +73,65 @@ def test_a_runs_config_repeats_it_and_later_options_win(tiny: Path, tmp_path: Pa
     assert main(arguments(tiny, first)) == 0
     assert main(["--config", str(first / "config.yaml"), "--output_dir", str(again), "--seed", "43"]) == 0
     ours, theirs = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (again, first))
-    assert ours == {**theirs, "output_dir": str(again), "seed": 43}
+    assert ours == {**theirs, "seed": 43}
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("method", ["native", "zero_offload"])
+def test_the_baselines_run_from_the_command_line(tiny: Path, tmp_path: Path, method: str) -> None:
+    assert main([*arguments(tiny, tmp_path / "out"), "--method", method]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["method"], summary["policy"]) == (method, None if method == "native" else "sequential")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_sigterm_ends_a_run_like_ctrl_c_and_leaves_no_handler(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+
+    def terminate_once_training() -> None:
+        deadline_s = time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate_once_training)
+    thread.start()
+    code = main([*arguments(tiny, tmp_path / "out"), "--max_steps", "100000"])
+    thread.join()
+    assert code == 143
+    assert "terminated: no checkpoint was written" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tiny: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(tiny / "model", tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main([*arguments(tiny, tmp_path / "out"), "--model_name_or_path", str(damaged)]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 BAD = [
     (["--lsp.subspace_dim", "500"], r"lsp\.subspace_dim must be at most 64 for .* \(.* × .*\), .*, got 500"),
     (["--lsp.subspace_dim", "0"], r"lsp\.subspace_dim must be at least 1, got 0"),
     (["--lsp.nnz_per_row", "17"], r"lsp\.nnz_per_row must be at most lsp\.subspace_dim \(16\), got 17"),
-    (["--learning_rate", "fast"], r"learning_rate must be float, got 'fast'"),
-    (["--method", "magic"], r"method must be one of 'lsp', 'zero_offload', 'native', got 'magic'"),
+    (["--learning_rate", "fast"], r"learning_rate must be a number, got 'fast'"),
+    (["--method", "magic"], r"method must be one of lsp, zero_offload, native, got 'magic'"),
+    (["--bf16", "maybe"], r"bf16 must be true or false, got 'maybe'"),
+    (["--runtime.policy", "foo"], r"runtime\.policy must be one of layerwise, sequential, got 'foo'"),
+    (["--runtime.num_shards", "1.5"], r"runtime\.num_shards must be a whole number, got '1\.5'"),
+    (["--seed", ""], r"seed must be a whole number, got ''"),
+    (["--max_steps", "-5"], r"max_steps must be at least 1, or -1 to train num_train_epochs, got -5"),
+    (["--per_device_train_batch_size", "500"], r"per_device_train_batch_size must make.* at most the 90 .*, got 500"),
+    (["--warmup_steps", "3"], r"warmup_steps must be below the 3 steps of this run, got 3"),
+    (["--model_name_or_path", ""], r"model_name_or_path must name one, got ''"),
     (["--max_step", "3"], r"options must be those that --help lists, .*--max_step"),
     (["--dataset", "/nowhere/rows.jsonl"], r"dataset must .*got '/nowhere/rows\.jsonl'"),
     (["--model_name_or_path", "/nowhere/model"], r"model_name_or_path must .*got '/nowhere/model'"),
-    (["--config", "/nowhere/run.yaml"], r"options must .*/nowhere/run\.yaml"),
+    (["--config", "/nowhere/run.yaml"], r"config must be a readable YAML file .*, got '/nowhere/run\.yaml'"),
     (["--max_seq_length", "4096"], r"max_seq_length must be at most \d+, the positions of this model, got 4096"),
     (["--runtime.device", "cuda"], r"runtime\.device must be cpu or auto where torch finds no GPU, got 'cuda'"),
     (["--lsp.init_from", "/nowhere"], r"lsp\.init_from must be a file of projectors .*got '/nowhere'"),

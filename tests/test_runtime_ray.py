@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from lsp_ray.errors import NonFiniteLossError, StaleSlotError, WorkerLostError
+from lsp_ray.errors import DeadlineError, NonFiniteLossError, StaleSlotError, WorkerLostError
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.runtime.event_log import read_event_log
 from lsp_ray.runtime.fine_tune import fine_tune
@@ -107,6 +107,8 @@ def _actor_process(name: str) -> psutil.Process:
 class Killer(Recorder):
     """Kills an actor's process after the second step."""
 
+    signal = signal.SIGKILL
+
     def __init__(self, actor: str) -> None:
         super().__init__()
         self._actor = actor
@@ -114,7 +116,7 @@ class Killer(Recorder):
     def step(self, metrics: object) -> None:
         self.steps.append(metrics)  # type: ignore[arg-type]
         if len(self.steps) == 2:
-            os.kill(_actor_process(self._actor).pid, signal.SIGKILL)
+            os.kill(_actor_process(self._actor).pid, self.signal)
 
 
 @pytest.mark.parametrize("actor", ["GpuActor", "ShardActor"])
@@ -151,3 +153,20 @@ def test_every_port_of_ray_is_on_the_loopback_interface_and_its_token_is_private
     assert listening
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).stat().st_mode & 0o777 == 0o600
+
+
+class Freezer(Killer):
+    """Stops an actor's process after the second step, without ending it."""
+
+    signal = signal.SIGSTOP
+
+
+def test_an_actor_that_hangs_ends_the_run_after_the_deadline_and_is_named(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, max_steps=500)
+    workers = RayWorkers(job, completion_timeout_s=5.0)
+    (tmp_path / "out").mkdir()
+    try:
+        with pytest.raises(DeadlineError, match=r"nothing happened for 5 s; waiting for .*shard 0: update of unit"):
+            fine_tune(job, workers, tmp_path / "out", Freezer("ShardActor"), str)
+    finally:
+        workers.close()

@@ -116,15 +116,15 @@ def test_sequential_sends_nothing_up_before_every_update_is_done() -> None:
     policy = Sequential([0] * 3, depth=2)
     ready(policy, 2, 1, 0)
     done(policy, down(2), down(1), down(0))
-    assert done(policy, update(2), update(1), update(0)) == [[update(0)], [], [up(2), up(1)]]
-    assert done(policy, up(2), up(1), up(0)) == [[up(0)], [], []]
+    assert done(policy, update(2), update(1), update(0)) == [[update(0)], [], [up(0), up(1)]]
+    assert done(policy, up(0), up(1), up(2)) == [[up(2)], [], []]
 
 
-def test_sequential_serves_all_layers_in_order_of_arrival() -> None:
+def test_sequential_serves_layers_in_order_of_arrival_and_on_the_way_up_the_first_first() -> None:
     policy = Sequential([0] * 4, depth=1)
     ready(policy, 1, 3, 0, 2)
     assert done(policy, down(1), down(3), down(0), down(2)) == [[down(3)], [down(0)], [down(2)], [update(1)]]
-    assert done(policy, update(1), update(3), update(0), update(2)) == [[update(3)], [update(0)], [update(2)], [up(1)]]
+    assert done(policy, update(1), update(3), update(0), update(2)) == [[update(3)], [update(0)], [update(2)], [up(0)]]
 
 
 def test_sequential_counts_each_step_for_itself() -> None:

@@ -178,3 +178,26 @@ def test_the_peak_of_live_memory_is_measured_in_its_step_alone_and_covers_weight
     assert [report.peak_device_bytes is None for report in reports] == [True, False, True]
     assert reports[1].peak_device_bytes is not None
     assert reports[1].peak_device_bytes > weights
+
+
+def test_a_unit_that_one_step_does_not_use_still_gets_the_delta_of_the_step_before() -> None:
+    runs = []
+    for flushes in (False, True):
+        model = square_llama()
+        run = Loopback(model, full_units(find_layers(model)), learning_rates=LEARNING_RATES)
+        run.step(0, [batch(0)])
+        if flushes:
+            run.worker.flush()
+        blocks = model.get_submodule("model.layers")
+        assert isinstance(blocks, nn.ModuleList)
+        skipped, blocks[1] = blocks[1], _Skip()
+        run.step(1, [batch(1)])
+        blocks[1] = skipped
+        run.worker.flush()
+        runs.append(model)
+    assert distance(*runs) == 0.0
+
+
+class _Skip(nn.Module):
+    def forward(self, hidden: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
+        return hidden

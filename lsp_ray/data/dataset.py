@@ -11,6 +11,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 
 from lsp_ray.config import Task
+from lsp_ray.data.quiet import quiet
 from lsp_ray.data.source import Splits, read_splits
 from lsp_ray.data.stdlib_docstrings import DocstringPair, stdlib_pairs
 from lsp_ray.errors import ConfigError
@@ -184,5 +185,6 @@ def _split(name: str, shape: Shape, rows: Dataset, seed: int) -> Rows:
     if len(rows) < 2:
         raise ConfigError("dataset", "have at least 2 rows, one of them to hold out", len(rows), hint=f"in {name}")
     num_held_out = min(max(1, int(len(rows) * _HELD_OUT_SHARE)), _MAX_HELD_OUT)
-    parts = rows.train_test_split(test_size=num_held_out, seed=seed)
+    with quiet():
+        parts = rows.train_test_split(test_size=num_held_out, seed=seed)
     return Rows(name=name, shape=shape, train=parts["train"], eval=parts["test"])

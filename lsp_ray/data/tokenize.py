@@ -117,6 +117,8 @@ def _tokenized(rows: Dataset, encode: Callable[[_Columns], _Encoded]) -> _Split:
 def _nothing_left(rows: Rows, max_seq_length: int) -> ConfigError:
     if rows.shape.task == "sequence_classification":
         return ConfigError("dataset", "have rows with a label", rows.name)
+    if not any(rows.train[: min(len(rows.train), 1000)][rows.train.column_names[-1]]):
+        return ConfigError("dataset", "have rows with text to learn", rows.name)
     hint = f"in every row of {rows.name} the prompt alone is longer, or there is nothing to learn"
     return ConfigError("max_seq_length", "leave tokens with a loss", max_seq_length, hint=hint)
 

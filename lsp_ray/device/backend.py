@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -45,6 +46,10 @@ class Backend(Protocol):
         """Say that `stream` uses a buffer made by `empty` for another one, so that it is not reused too early."""
         ...
 
+    def when_passed(self, fence: Fence, then: Callable[[], None]) -> None:
+        """Call `then` once the fence is passed, in the order of these calls; does not block the caller."""
+        ...
+
     def page_lock(self, slot: torch.Tensor) -> bool:
         """Lock a host buffer's pages so that copies run at the link's full rate; False where that is impossible."""
         ...
@@ -72,6 +77,10 @@ class CpuBackend:
 
     def hand_over(self, tensor: torch.Tensor, stream: WorkStream) -> None:
         """See `Backend`."""
+
+    def when_passed(self, fence: Fence, then: Callable[[], None]) -> None:
+        """See `Backend`."""
+        then()
 
     def page_lock(self, slot: torch.Tensor) -> bool:
         """See `Backend`. Nothing to gain on a CPU."""

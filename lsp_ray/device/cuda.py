@@ -5,6 +5,10 @@ Not run on a GPU yet. Each choice follows PyTorch's "CUDA semantics" notes; the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
 import torch
 
 from lsp_ray.device.backend import Fence
@@ -16,6 +20,7 @@ class CudaBackend:
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
+        self._announcer = ThreadPoolExecutor(1, thread_name_prefix="announce")
         self._streams = {
             WorkStream.GPU: torch.cuda.default_stream(self.device),
             WorkStream.D2H: torch.cuda.Stream(self.device),
@@ -49,8 +54,24 @@ class CudaBackend:
         """See `Backend`."""
         tensor.record_stream(self._streams[stream])
 
+    def when_passed(self, fence: Fence, then: Callable[[], None]) -> None:
+        """See `Backend`."""
+        # the host runs far ahead of the device: what it has submitted is not there yet
+        self._announcer.submit(_wait_then, fence, then)
+
     def page_lock(self, slot: torch.Tensor) -> bool:
         """See `Backend`."""
         # slots are shared memory that torch did not allocate, so pin_memory() would copy them: register in place
         error = torch.cuda.cudart().cudaHostRegister(slot.data_ptr(), slot.nbytes, 0)
-        return int(error) == 0
+        if int(error) == 0:
+            return True
+        # the failure stays behind as the runtime's last error, and the next kernel's launch check would raise it: let
+        # it be a kernel that nobody needs
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.device)
+        return False
+
+
+def _wait_then(fence: Fence, then: Callable[[], None]) -> None:
+    fence.synchronize()
+    then()

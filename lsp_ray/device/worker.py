@@ -21,7 +21,7 @@ from lsp_ray.device.memory import LiveStorage, peak_of
 from lsp_ray.device.refit import BiasReport, Refitter
 from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.unit import Target, Unit, Update
-from lsp_ray.errors import NonFiniteLossError
+from lsp_ray.errors import LspRayError, NonFiniteLossError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
@@ -65,7 +65,7 @@ class DeviceWorker:
         learning_rates: One for every step.
         weight_decay: Decoupled decay of matrices.
         seed: Of dropout and rounding.
-        on_gradients: Told, on the compute thread, that a unit's payload is ready to be sent.
+        on_gradients: Told, on any thread, that a unit's payload is ready to be sent.
         local_shard: Optimizer state on the device (native): gradients then go nowhere else.
         refitter: Renews projectors while training.
         measured_step: The step over which `peak_device_bytes` is measured.
@@ -155,9 +155,13 @@ class DeviceWorker:
             live.watch(delta)
         self._backend.copy_async(WorkStream.H2D, delta, slot)
         fence = self._backend.record(WorkStream.H2D)
-        fence.synchronize()  # the slot may be written again
         self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence))
+        fence.synchronize()  # on return the slot may be written again
         return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+
+    def abandon(self, error: LspRayError) -> None:
+        """Let a forward that waits for a delta, now or later, fail with this error: nobody will bring it."""
+        self._mailbox.fail(error)
 
     def flush(self) -> None:
         """Wait for and add every delta that is still out."""
@@ -179,7 +183,11 @@ class DeviceWorker:
             if position == len(micro_batches) - 1 and self._local_shard is None:
                 self._missing = [set(range(len(unit.targets))) for unit in self.units]
             loss.backward()
-        grad_square_sum = self._update_in_place() if self._local_shard else self._announce_rest()
+        grad_square_sum = 0.0
+        if self._local_shard is None:
+            self._announce_rest()
+        else:
+            grad_square_sum = self._update_in_place(self._local_shard)
         # without it the next forward's waiting would hold what the device still computes; the first layer's delta
         # needs the end of this backward anyway
         self._backend.record(WorkStream.GPU).synchronize()
@@ -231,16 +239,21 @@ class DeviceWorker:
         payload = _Payload(gradient=gradient, fence=self._backend.record(WorkStream.GPU))
         with self._payloads_lock:
             self._payloads[self._step, unit.index] = payload
+        assert unit.index not in self._unapplied, f"unit {unit.name} has not got its delta of the step before"
         self._unapplied[unit.index] = self._step
-        self._on_gradients(GradientReady(step=self._step, layer=unit.index))
+        ready = GradientReady(step=self._step, layer=unit.index)
+        self._backend.when_passed(payload.fence, lambda: self._on_gradients(ready))
 
-    def _announce_rest(self) -> float:
-        """Units that this step's forward did not use in full send zeros for what is missing."""
+    def _announce_rest(self) -> None:
+        """Units that this step's forward did not use in full send zeros for what is missing.
+
+        Adam's moments of such a unit decay, where torch would skip a parameter without a gradient.
+        """
         for unit in reversed(self.units):
             if self._missing[unit.index]:
+                self._apply_pending(unit)  # no forward has asked for it
                 self._announce(unit)
         self._missing = []
-        return 0.0
 
     # deltas on their way in
 
@@ -273,16 +286,15 @@ class DeviceWorker:
             with self._payloads_lock:
                 self._reprojections[self._step, unit.index] = reprojections
 
-    def _update_in_place(self) -> float:
+    def _update_in_place(self, shard: OptimizerShard) -> float:
         """Native's update after the backward, one unit at a time; returns the sum of squares of the gradients."""
-        assert self._local_shard is not None
         square_sum = torch.zeros((), device=self._backend.device)
         update = self._update(self._step)
         with torch.no_grad():
             for unit in self.units:
                 gradient = torch.cat([_taken_gradient(target) for target in unit.targets])
                 delta = torch.empty_like(gradient)
-                square_sum += self._local_shard.update(unit.index, gradient, delta, learning_rate=update.learning_rate)
+                square_sum += shard.update(unit.index, gradient, delta, learning_rate=update.learning_rate)
                 unit.apply(delta, update)
         return float(square_sum)
 

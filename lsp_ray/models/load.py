@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +38,7 @@ from lsp_ray.errors import ConfigError
 
 FIELD = "model_name_or_path"
 _CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 _SHARD_OR_INDEX = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -72,6 +73,13 @@ def load_skeleton(folder: Path, *, task: Task, num_labels: int = 2) -> PreTraine
         model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False)
     model.tie_weights()
     return model
+
+
+def check_weights(folder: Path) -> None:
+    """Raise ConfigError where a weight file is cut off or damaged at its head; reads only the heads."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with _loading(folder, f"hold intact weights ({file.name})"), safe_open(file, framework="pt") as content:
+            content.keys()
 
 
 def load_model(
@@ -122,6 +130,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: The folder has no tokenizer, or one with neither a pad nor an end token.
     """
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise ConfigError(FIELD, f"hold a tokenizer ({', '.join(_TOKENIZER_FILES)})", str(folder))
     with silenced(), _loading(folder, "hold a tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from lsp_ray.errors import NonFiniteGradientError
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 
 
@@ -53,7 +54,13 @@ class OptimizerShard:
         """Write the step for `grad` into `delta`; return the sum of squares of `grad`, a scalar.
 
         Both are flat float32 of the layer's payload length and stay the caller's.
+
+        Raises:
+            NonFiniteGradientError: `grad` holds NaN or infinity; nothing was changed.
         """
+        square_sum = torch.dot(grad, grad)
+        if not torch.isfinite(square_sum) and not torch.isfinite(grad).all():  # finite squares can overflow in the sum
+            raise NonFiniteGradientError(f"the gradient of layer {layer} is not finite")
         changed = self._coordinates[layer]
         seen = grad.clone() if changed else grad
         for (first, dim), coordinates in changed.items():
@@ -62,7 +69,7 @@ class OptimizerShard:
         for (first, dim), coordinates in changed.items():
             step_DD = _matrix(delta, first, dim)
             step_DD.copy_(coordinates.apply(step_DD) * coordinates.scale)
-        return torch.dot(grad, grad)
+        return square_sum
 
     def moments(self, layer: int, first: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """m and v of one (dim, dim) matrix of a layer's payload, views into this shard's state."""

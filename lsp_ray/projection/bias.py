@@ -58,9 +58,9 @@ def bias_of(
 
 
 def _damped(gram_DD: torch.Tensor) -> torch.Tensor:
-    return gram_DD + RIDGE * gram_DD.diagonal().mean() * torch.eye(
-        len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device
-    )
+    damped_DD = gram_DD.clone()
+    damped_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean())
+    return damped_DD
 
 
 def grad_square_sum(grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.projection.sparse_factor import SparseFactor
@@ -42,7 +42,7 @@ def save_projectors(path: Path, projectors: Mapping[str, SparseProjector]) -> No
             tensors[f"{name}.{side}.index"] = factor.index_FR.to("cpu", index_dtype).contiguous()
             tensors[f"{name}.{side}.value"] = factor.value_FR.cpu().contiguous()
     dims = {name: projector.dim for name, projector in projectors.items()}
-    save_file(tensors, path, metadata={_DIMS: json.dumps(dims)})
+    path.write_bytes(save(tensors, metadata={_DIMS: json.dumps(dims)}))  # save_file would make it private (0600)
 
 
 def load_projectors(path: Path, linears: Mapping[str, ProjectedShape]) -> dict[str, SparseProjector]:

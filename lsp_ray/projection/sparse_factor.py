@@ -94,7 +94,7 @@ class SparseFactor:
         return self._like(self._row_S, value_FR[self._row_S.long(), self._slots.block_S])
 
     def dense(self) -> torch.Tensor:
-        """The (F, D) matrix with its zeros, for tests and analysis."""
+        """The (F, D) matrix with its zeros; only fits and measurements need it."""
         dense_FD = self._value_S.new_zeros(self.num_rows, self.dim)
         dense_FD[self._row_S.long(), self._slots.column_S.long()] = self._value_S
         return dense_FD

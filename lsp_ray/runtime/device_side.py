@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker, StepReport
+from lsp_ray.errors import LspRayError
 from lsp_ray.methods.lsp import lsp_units, projected_shapes
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import Layer, find_layers
@@ -27,12 +29,20 @@ from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
 from lsp_ray.schedule.ops import GradientReady
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetupReport:
+    """Linears whose projectors could not be learned and stay random, and host slots that could not be page-locked."""
+
+    unfitted: list[str]
+    num_pageable: int
+
+
 class DeviceSide:
     """Call `setup` first; construction does nothing slow.
 
     Args:
         job: The run.
-        on_gradients: Told, on the compute thread, that a unit's payload is ready to be sent.
+        on_gradients: Told, on any thread, that a unit's payload is ready to be sent.
     """
 
     worker: DeviceWorker
@@ -42,10 +52,11 @@ class DeviceSide:
         self._on_gradients = on_gradients
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
         self.progress = ""
+        self._is_set_up = False
         self._linears: list[tuple[str, ProjectedLinear]] = []
 
-    def setup(self) -> list[str]:
-        """Load, wrap and fit; returns the names of linears whose projectors could not be learned and stay random."""
+    def setup(self, host_slots: Sequence[torch.Tensor] = ()) -> SetupReport:
+        """Load, wrap and fit; lock the pages of the slots if a GPU copies from and to them."""
         job, config = self._job, self._job.config
         with self._all_threads():
             self.progress = "loading the model"
@@ -70,11 +81,13 @@ class DeviceSide:
             on_gradients=self._on_gradients,
             local_shard=self._local_shard(units),
             refitter=self._refitter(units),
-            measured_step=min(1, job.num_steps - 1),
+            measured_step=job.measured_step,
         )
+        self._is_set_up = True
         self._micro_batches = job.micro_batches.read_ahead(job.num_steps)
         torch.set_num_threads(job.layout.device_threads)
-        return unfitted
+        pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
+        return SetupReport(unfitted=unfitted, num_pageable=len(pageable))
 
     def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
         """By unit: every projector, on the host, with the first payload element of its matrix."""
@@ -106,6 +119,11 @@ class DeviceSide:
             if self._job.task == "causal_lm":
                 return generate(self._model, inputs, SAMPLE_TOKENS)
             return predict(self._model, inputs)
+
+    def abandon(self, error: LspRayError) -> None:
+        """See `DeviceWorker.abandon`."""
+        if self._is_set_up:
+            self.worker.abandon(error)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint with every delta added, and the projectors beside it."""

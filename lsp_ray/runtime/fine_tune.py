@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
+from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
@@ -19,7 +20,7 @@ from lsp_ray.trace import StepMetrics
 class FineTuneWorkers(Workers, Protocol):
     """Workers with the long calls around training."""
 
-    def setup(self, on_progress: Callable[[str], None]) -> list[str]:
+    def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`."""
         ...
 
@@ -54,10 +55,9 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What summary.json holds. Times are seconds, sizes bytes; medians leave out nothing.
+    """What summary.json holds. Times are seconds, sizes bytes, without the step whose memory was measured.
 
-    `overlap_fraction` is 1 − exposed time / step time over all steps; `peak_device_bytes` is None after a single step
-    on which it could not be measured.
+    `overlap_fraction` is 1 − exposed time / step time; `policy` is None where nothing leaves the device.
     """
 
     method: str
@@ -87,7 +87,13 @@ def fine_tune(
         listener: Told what happens.
         decode: Turns a sample's numbers into text.
     """
-    unfitted = workers.setup(listener.phase)
+    setup = workers.setup(listener.phase)
+    unfitted = setup.unfitted
+    if setup.num_pageable:
+        listener.note(
+            f"{setup.num_pageable} slots could not be page-locked (ulimit -l, or WSL2): copies to and from the GPU run "
+            "slower and overlap less"
+        )
     if unfitted:
         listener.note(
             f"{len(unfitted)} of {len(job.subspace_dims)} projectors stay random, as calibration gave their layers "
@@ -135,7 +141,9 @@ def _train(job: Job, workers: Workers, output_dir: Path, listener: Listener) -> 
 def _summary(
     job: Job, steps: Sequence[StepMetrics], loss_before: float, loss_after: float, peak_bytes: int | None
 ) -> Summary:
-    total_s = sum(metrics.step_time_s for metrics in steps)
+    # the step whose memory was measured is slower for it
+    timed = [metrics for metrics in steps if metrics.step != job.measured_step + 1] or steps
+    total_s = sum(metrics.step_time_s for metrics in timed)
     return Summary(
         method=job.config.method,
         policy=job.config.policy if job.payload_sizes else None,
@@ -143,9 +151,9 @@ def _summary(
         num_shards=job.layout.num_shards,
         eval_loss_before=loss_before,
         eval_loss_after=loss_after,
-        step_time_s_median=median(metrics.step_time_s for metrics in steps),
-        tokens_per_second=sum(metrics.num_tokens for metrics in steps) / total_s,
-        overlap_fraction=1.0 - sum(metrics.exposed_s for metrics in steps) / total_s,
+        step_time_s_median=median(metrics.step_time_s for metrics in timed),
+        tokens_per_second=sum(metrics.num_tokens for metrics in timed) / total_s,
+        overlap_fraction=1.0 - sum(metrics.exposed_s for metrics in timed) / total_s,
         peak_device_bytes=peak_bytes,
         bytes_d2h_per_step=round(median(metrics.bytes_d2h for metrics in steps)),
         bytes_h2d_per_step=round(median(metrics.bytes_h2d for metrics in steps)),

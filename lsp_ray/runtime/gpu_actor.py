@@ -12,7 +12,7 @@ import torch
 
 from lsp_ray.device.worker import StepReport
 from lsp_ray.projection.sparse_projector import SparseProjector
-from lsp_ray.runtime.device_side import DeviceSide
+from lsp_ray.runtime.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
 from lsp_ray.runtime.shard_actor import OpenPair, SlotPair
@@ -36,11 +36,9 @@ class GpuActor:
         self._slots: list[OpenPair] = [pair.open() for pair in pairs]
         self._host_payloads = [slot.payload for pair in self._slots for slot in (pair.down, pair.up)]
 
-    def setup(self) -> list[str]:
+    def setup(self) -> SetupReport:
         """See `DeviceSide.setup`."""
-        for payload in self._host_payloads:
-            self._side.backend.page_lock(payload)
-        return self._side.setup()
+        return self._side.setup(self._host_payloads)
 
     def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
         """See `DeviceSide.projectors`."""

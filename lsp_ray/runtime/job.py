@@ -21,13 +21,14 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.methods.lsp import lsp_payload_sizes, projected_shapes, subspace_dims
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import load_skeleton, load_tokenizer
+from lsp_ray.models.load import check_weights, load_skeleton, load_tokenizer
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.slots import slot_bytes
 
 SAMPLE_TOKENS = 48
+SPARE_STORE_BYTES = 96 << 20  # of the object store, beside the slots: the job's data, messages, and Ray's own minimum
 
 Device = Literal["cpu", "cuda"]
 
@@ -65,21 +66,27 @@ class Job:
         return self.config.method == "lsp" and self.config.lsp.whiten
 
     @property
-    def slot_bytes(self) -> int:
-        """Shared memory of all slots, down and up."""
-        return 2 * sum(slot_bytes(numel) for numel in self.payload_sizes)
+    def measured_step(self) -> int:
+        """The step over which device memory is measured: the second, which has deltas to add, if there is one."""
+        return min(1, self.num_steps - 1)
 
-    def resolved_config(self, output_dir: str) -> RunConfig:
+    @property
+    def store_bytes(self) -> int:
+        """Shared memory that Ray's object store needs: all slots, down and up, and some to spare."""
+        return 2 * sum(slot_bytes(numel) for numel in self.payload_sizes) + SPARE_STORE_BYTES
+
+    @property
+    def resolved_config(self) -> RunConfig:
         """The run's configuration with every default decided."""
         runtime = replace(
             self.config.runtime,
-            num_shards=self.layout.num_shards,
+            num_shards=self.layout.num_shards or None,  # native has none
             policy=self.config.policy,
             device=self.device,
             device_threads=self.layout.device_threads,
             shard_threads=self.layout.shard_threads,
         )
-        return replace(self.config, output_dir=output_dir, bf16=self.dtype == torch.bfloat16, runtime=runtime)
+        return replace(self.config, bf16=self.dtype == torch.bfloat16, runtime=runtime)
 
 
 def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
@@ -102,6 +109,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
     label_names = tuple(tokenized.label_names)
     skeleton = load_skeleton(model_folder, task=tokenized.task, num_labels=len(label_names))
     _check_positions(skeleton, tokenizer, config)
+    check_weights(model_folder)
     layers = find_layers(skeleton)
     dims = subspace_dims(layers, config.lsp) if config.method == "lsp" else {}
     if config.method == "lsp" and config.lsp.init_from is not None:
@@ -117,6 +125,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
         num_train_epochs=config.num_train_epochs,
         max_eval_samples=config.max_eval_samples,
     )
+    _check_sizes(config, micro_batches.num_steps, len(tokenized.train))
     sample_inputs, sample_expected = _sample(tokenized, tokenizer)
     cores = len(os.sched_getaffinity(0))
     return Job(
@@ -137,8 +146,8 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
 
 
 def check_memory(job: Job) -> None:
-    """Raise ConfigError where the slots do not fit into shared memory: Ray would start, and then spill or stall."""
-    needed = job.slot_bytes
+    """Raise ConfigError where the slots do not fit into shared memory: Ray would go to the disk without a word."""
+    needed = job.store_bytes
     free = min(psutil.virtual_memory().available, psutil.disk_usage("/dev/shm").free)
     if needed > free:
         smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
@@ -168,6 +177,18 @@ def _dtype(config: RunConfig, device: str, note: Callable[[str], None]) -> torch
         if config.bf16 and "_bf16" not in _cpu_flags():
             note("bf16: this CPU has no instructions for it; expect steps many times slower than with --bf16 false")
     return torch.bfloat16 if (default if config.bf16 is None else config.bf16) else torch.float32
+
+
+def _check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if batch_size > num_examples:
+        raise ConfigError(
+            "per_device_train_batch_size",
+            f"make, times gradient_accumulation_steps, at most the {num_examples} training examples",
+            config.per_device_train_batch_size,
+        )
+    if config.warmup_steps >= num_steps:
+        raise ConfigError("warmup_steps", f"be below the {num_steps} steps of this run", config.warmup_steps)
 
 
 def _cpu_flags() -> str:
@@ -217,7 +238,7 @@ def _sample(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> tup
     ids = list(row["input_ids"])
     if tokenized.task == "sequence_classification":
         inputs = {name: list(values) for name, values in row.items() if name != "labels"}
-        return inputs, str(tokenized.label_names[row["labels"]])
+        return inputs, f"label {tokenized.label_names[row['labels']]}"
     num_prompt = next(position for position, label in enumerate(row["labels"]) if label != -100)
     num_prompt = num_prompt or max(1, len(ids) // 2)  # plain text has no prompt: continue its first half
     return {"input_ids": ids[:num_prompt]}, str(tokenizer.decode(ids[num_prompt:], skip_special_tokens=True))

@@ -1,7 +1,7 @@
 """Ledger: collects what the streams report and closes a step when all of it is there.
 
-A step's clock runs from the start of its forward to the start of the next one's; the deltas of step t are late, if at
-all, in the forward of step t + 1, which is where their waiting is counted.
+A step's clock runs from the end of the step before to its own end; the deltas of step t are late, if at all, in the
+forward of step t + 1, which is where their waiting is counted.
 """
 
 from __future__ import annotations

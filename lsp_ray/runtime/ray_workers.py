@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from lsp_ray.device.worker import StepReport
-from lsp_ray.errors import DeadlineError, LspRayError, WorkerLostError
+from lsp_ray.errors import DeadlineError, LspRayError, OutOfDeviceMemoryError, WorkerLostError
 from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.gpu_actor import CONCURRENCY_GROUPS, GpuActor
 from lsp_ray.runtime.job import Job
@@ -31,13 +34,15 @@ class RayWorkers:
 
     Args:
         job: The run.
+        completion_timeout_s: How long nothing at all may happen.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, completion_timeout_s: float = COMPLETION_TIMEOUT_S) -> None:
         self._job = job
+        self._completion_timeout_s = completion_timeout_s
         self._pending: dict[ray.ObjectRef[Any], str] = {}
         self._reprojections: dict[tuple[int, int], Sequence[Reprojection]] = {}  # on their way to an update
-        pairs = [_new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
+        self._pairs = pairs = [_new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
         layout = job.layout
         self._gpu: Any = (
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
@@ -55,8 +60,8 @@ class RayWorkers:
 
     # long calls of the GPU actor, one at a time
 
-    def setup(self, on_progress: Callable[[str], None]) -> list[str]:
-        """Load the model and make the projectors; see `DeviceSide.setup`."""
+    def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
+        """See `DeviceSide.setup`."""
         ref = self._gpu.setup.remote()
         said = ""
         while not ray.wait([ref], timeout=POLL_S)[0]:
@@ -64,13 +69,13 @@ class RayWorkers:
             if now and now != said:
                 on_progress(now)
                 said = now
-        unfitted: list[str] = self._result(ref, "gpu: setup")
+        report: SetupReport = self._result(ref, "gpu: setup")
         if self._job.whitens:
             projectors = self._gpu.projectors.remote()  # goes from actor to actors, not through here
             calls = [shard.whiten.remote(projectors) for shard in self._shards]
             for index, call in enumerate(calls):
                 self._result(call, f"shard {index}: whitening")
-        return unfitted
+        return report
 
     def evaluate(self) -> float:
         """See `DeviceSide.evaluate`."""
@@ -111,21 +116,33 @@ class RayWorkers:
 
     def next_completions(self) -> list[Completion]:
         """See `Workers`."""
-        while True:
-            done, _ = ray.wait(list(self._pending), timeout=COMPLETION_TIMEOUT_S)
-            if not done:
-                waiting = ", ".join(sorted(self._pending.values()))
-                raise DeadlineError(f"nothing happened for {COMPLETION_TIMEOUT_S:.0f} s; waiting for {waiting}")
-            result = self._result(done[0], self._pending.pop(done[0]))
-            if isinstance(result, OpReport) and result.reprojections:
-                self._reprojections[result.span.step, result.span.layer] = result.reprojections
-            if isinstance(result, StepReport | OpReport):
+        deadline_s = time.monotonic() + self._completion_timeout_s
+        completions: list[Completion] = []
+        while not completions:
+            waiting = list(self._pending)
+            ray.wait(waiting, timeout=max(0.0, deadline_s - time.monotonic()))
+            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)  # all that are there by now
+            for ref in done:
+                completions += self._received(self._result(ref, self._pending.pop(ref)))
+            if not completions and time.monotonic() >= deadline_s:
+                pending = ", ".join(sorted(self._pending.values()))
+                raise DeadlineError(f"nothing happened for {self._completion_timeout_s:.0f} s; waiting for {pending}")
+        return completions
+
+    def _received(self, result: object) -> list[Completion]:
+        match result:
+            case OpReport():
+                if result.reprojections:
+                    self._reprojections[result.span.step, result.span.layer] = result.reprojections
                 return [result]
-            if isinstance(result, ShardReport):
+            case StepReport():
+                return [result]
+            case ShardReport():
                 return [OpReport(span=result.span, grad_square_sum=result.grad_square_sum)]
-            self._poll_gradients()
-            if result:
-                return list(result)
+            case list():  # gradients, or none for a while
+                self._poll_gradients()
+                return result
+        raise AssertionError(f"an actor answered {result!r}")
 
     def close(self) -> None:
         """End the actors; what they held is lost."""
@@ -146,7 +163,14 @@ class RayWorkers:
         except RayTaskError as error:
             if isinstance(error.cause, LspRayError):
                 raise error.cause from error
+            if isinstance(error.cause, torch.OutOfMemoryError):
+                raise OutOfDeviceMemoryError(
+                    f"the GPU's memory is full ({what}); a smaller per_device_train_batch_size or max_seq_length, or "
+                    "gradient_checkpointing, needs less"
+                ) from error
             raise
+        except RayError as error:
+            raise WorkerLostError(f"Ray failed ({what}): {str(error).splitlines()[0]}") from error
 
 
 def _new_pair(unit: int, numel: int) -> SlotPair:

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from lsp_ray.device.worker import StepReport
+from lsp_ray.errors import WorkerLostError
 from lsp_ray.methods.lsp_shard import carry_over, whiten
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
-from lsp_ray.runtime.device_side import DeviceSide
+from lsp_ray.runtime.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
@@ -44,14 +45,14 @@ class ThreadWorkers:
         self._compute, self._d2h, self._h2d = (ThreadPoolExecutor(1, name) for name in ("compute", "d2h", "h2d"))
         self._cpu = [ThreadPoolExecutor(1, f"shard-{index}") for index in range(layout.num_shards)]
 
-    def setup(self, on_progress: Callable[[str], None]) -> list[str]:
+    def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`; progress is not told."""
-        unfitted = self._compute.submit(self.side.setup).result()
+        report = self._compute.submit(self.side.setup, (*self._down, *self._up)).result()
         if self._job.whitens:
             projectors = self.side.projectors()
             for unit, index in enumerate(self._job.layout.shard_of_unit):
                 whiten(self._shards[index], unit, projectors[unit])
-        return unfitted
+        return report
 
     def evaluate(self) -> float:
         """See `DeviceSide.evaluate`."""
@@ -88,7 +89,8 @@ class ThreadWorkers:
         return [completion]
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, also one that waits for what will not come."""
+        self.side.abandon(WorkerLostError("the run was given up"))
         for lane in (self._compute, self._d2h, self._h2d, *self._cpu):
             lane.shutdown(cancel_futures=True)
 

@@ -105,8 +105,8 @@ class Sequential(Policy):
     """Zero-Offload's order: gradients go down during the backward, then all updates run, then all deltas come up."""
 
     def urgency(self, op: Op, position: int) -> tuple[int, ...]:
-        """First come, first served."""
-        return (position,)
+        """First come, first served; on the way up the next forward's first layer first."""
+        return (op.layer,) if op.stream is WorkStream.H2D else (position,)
 
     def admits(self, op: Op) -> bool:
         """An update waits for every payload of its step, a prefetch for every update."""
