@@ -1,0 +1,1 @@
+"""Parts of scripts/bench_projection.py: gradients, what methods make of them, kernel times, tables and a plot."""
