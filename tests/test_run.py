@@ -180,5 +180,6 @@ def test_without_an_output_folder_runs_are_numbered(
     options = arguments(tiny, tmp_path)
     del options[options.index("--output_dir") : options.index("--output_dir") + 2]
     assert main(options) == 0
-    assert (tmp_path / "lsp_output-2" / "summary.json").exists()
+    for name in ("summary.json", "model.safetensors", "lsp_projectors.safetensors"):
+        assert (tmp_path / "lsp_output-2" / name).exists()
     assert [path.name for path in (tmp_path / "lsp_output").iterdir()] == ["kept"]

@@ -89,7 +89,8 @@ class RayWorkers:
 
     def save(self, folder: Path) -> None:
         """See `DeviceSide.save`."""
-        self._result(self._gpu.save.remote(str(folder)), "gpu: save")
+        # absolute: an actor's working directory need not be this process's
+        self._result(self._gpu.save.remote(str(folder.absolute())), "gpu: save")
 
     # the driver's seam
 
