@@ -99,10 +99,12 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
     Raises:
         ConfigError: Something cannot work.
     """
+    if config.lsp.init_from is not None:  # an actor's working directory need not be this process's
+        config = replace(config, lsp=replace(config.lsp, init_from=str(Path(config.lsp.init_from).absolute())))
     device = _device(config)
     dtype = _dtype(config, device, note)
     rows = load_rows(config.dataset, seed=config.seed)
-    model_folder = resolve_model(config.model_name_or_path, log=note)
+    model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
     tokenizer = load_tokenizer(model_folder)
     tokenized = tokenize_rows(rows, tokenizer, max_seq_length=config.max_seq_length)
     _note_data(tokenized, config, note)
