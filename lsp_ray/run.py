@@ -14,7 +14,7 @@ from dataclasses import asdict, is_dataclass
 from itertools import count, pairwise
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -33,47 +33,48 @@ _PARSER_KEY = re.compile(r'Parser key "(?P<field>[^"]+)":.*?(?:Got|Given) value:
 _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: ends a run as Ctrl-C does."""
+class _Sigterm:
+    """Within the context SIGTERM ends a run as Ctrl-C does, and `received` tells which of the two it was.
+
+    The exception alone cannot tell: Ray passes on a plain KeyboardInterrupt, whatever a handler raised while it waited.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.getsignal(signal.SIGTERM)
+        self.take()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+
+    def take(self) -> None:
+        """Set the handler; once more after Ray's start, as Ray sets one of its own."""
+
+        def interrupt(_number: int, _frame: object) -> None:
+            self.received = True
+            raise KeyboardInterrupt
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, interrupt)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for what failed underway."""
-    try:
-        config = _parse(sys.argv[1:] if argv is None else argv)
-        with _terminable():
-            _fine_tune(config)
-    except ConfigError as error:
-        return _fail(f"error: {error}", 2)
-    except LspRayError as error:
-        return _fail(f"failed: {error}", 1)
-    except _Terminated:
-        return _fail("terminated: no checkpoint was written", 143)
-    except KeyboardInterrupt:
-        return _fail("stopped: no checkpoint was written", 130)
+    with _Sigterm() as sigterm:
+        try:
+            _fine_tune(_parse(sys.argv[1:] if argv is None else argv), sigterm)
+        except ConfigError as error:
+            return _fail(f"error: {error}", 2)
+        except LspRayError as error:
+            return _fail(f"failed: {error}", 1)
+        except KeyboardInterrupt:
+            ending, code = ("terminated", 143) if sigterm.received else ("stopped", 130)
+            return _fail(f"{ending}: no checkpoint was written", code)
     return 0
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Within the context SIGTERM raises _Terminated; Ray sets a handler of its own, which `_take_sigterm` replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    _take_sigterm()
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _take_sigterm() -> None:
-    def terminate(_number: int, _frame: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
 
 
 def _parse(argv: Sequence[str]) -> RunConfig:
@@ -137,7 +138,7 @@ def _in_words(hint: Any) -> str:
     )
 
 
-def _fine_tune(config: RunConfig) -> None:
+def _fine_tune(config: RunConfig, sigterm: _Sigterm) -> None:
     with _claimed(config.output_dir) as output_dir:
         from lsp_ray.report.progress import Progress
         from lsp_ray.runtime.cluster import ray_cluster
@@ -158,7 +159,7 @@ def _fine_tune(config: RunConfig) -> None:
                 store_bytes=job.store_bytes,
                 dashboard=config.runtime.dashboard,
             ) as cluster:
-                _take_sigterm()
+                sigterm.take()
                 _note_dashboard(cluster, progress)
                 workers = RayWorkers(job)
                 try:

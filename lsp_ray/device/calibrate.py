@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import repeat
 
 import torch
 from transformers import PreTrainedModel
@@ -42,13 +45,31 @@ def fit_projectors(
             generator = torch.Generator().manual_seed(mixed(seed, key))
             module.sketch = GradientSketch(module.projector.shape, module.projector.dim, generator)
         _backward_all(model, [module for _, module in linears], batches)
-        for name, module in group:
-            if not _fit(module, seed, done):
-                unfitted.append(name)
-            done += 1
-            if on_fitted is not None:
-                on_fitted(done, len(linears))
+        keys = range(done, done + len(group))
+        with _single_threaded() as num_threads, ThreadPoolExecutor(num_threads) as executor:
+            is_fitted = executor.map(_fit, [module for _, module in group], repeat(seed), keys)
+            for (name, _), was_fitted in zip(group, is_fitted, strict=True):
+                if not was_fitted:
+                    unfitted.append(name)
+                done += 1
+                if on_fitted is not None:
+                    on_fitted(done, len(linears))
     return unfitted
+
+
+@contextmanager
+def _single_threaded() -> Iterator[int]:
+    """Within the context operators use one thread; yields how many they used before.
+
+    A fit is thousands of small operators. Sharing each out would make threads wait for each other at every one, which
+    beside another busy program took twenty times as long as a matrix for each thread.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield num_threads
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _groups(linears: Sequence[tuple[str, ProjectedLinear]]) -> Iterator[list[tuple[str, ProjectedLinear]]]:
