@@ -137,7 +137,7 @@ class Bench:
         """One for every linear, learned in closed form from the calibration batches."""
         start_s, model = time.monotonic(), self.load()
         _, linears = lsp_units(find_layers(model), self.job.config.lsp, seed=self.seed)
-        unfitted = fit_projectors(model, linears, self.calibration, seed=self.seed)
+        unfitted = fit_projectors(model, linears, self.calibration, seed=self.seed, num_threads=1)
         self.fit_s["lsp"] = time.monotonic() - start_s
         assert not unfitted, f"no gradient reaches {unfitted}"
         return [module.projector for _, module in linears]

@@ -24,6 +24,7 @@ def fit_projectors(
     batches: Sequence[Batch],
     *,
     seed: int,
+    num_threads: int,
     on_fitted: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Replace every linear's projector by one fitted in closed form.
@@ -33,6 +34,7 @@ def fit_projectors(
         linears: Names and modules; each keeps its subspace dimension and its number of non-zeros.
         batches: Calibration micro-batches, on any device.
         seed: Of sketches and positions.
+        num_threads: Matrices fitted at once.
         on_fitted: Called with the number of linears done and their total.
 
     Returns:
@@ -46,7 +48,7 @@ def fit_projectors(
             module.sketch = GradientSketch(module.projector.shape, module.projector.dim, generator)
         _backward_all(model, [module for _, module in linears], batches)
         keys = range(done, done + len(group))
-        with _single_threaded() as num_threads, ThreadPoolExecutor(num_threads) as executor:
+        with _single_threaded(), ThreadPoolExecutor(num_threads) as executor:
             is_fitted = executor.map(_fit, [module for _, module in group], repeat(seed), keys)
             for (name, _), was_fitted in zip(group, is_fitted, strict=True):
                 if not was_fitted:
@@ -58,16 +60,16 @@ def fit_projectors(
 
 
 @contextmanager
-def _single_threaded() -> Iterator[int]:
-    """Within the context operators use one thread; yields how many they used before.
+def _single_threaded() -> Iterator[None]:
+    """Within the context operators use one thread.
 
     A fit is thousands of small operators. Sharing each out would make threads wait for each other at every one, which
-    beside another busy program took twenty times as long as a matrix for each thread.
+    beside another busy program took twenty times as long as one matrix a thread.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield num_threads
+        yield
     finally:
         torch.set_num_threads(num_threads)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,17 +57,17 @@ class DeviceSide:
     def setup(self, host_slots: Sequence[torch.Tensor] = ()) -> SetupReport:
         """Load, wrap and fit; lock the pages of the slots if a GPU copies from and to them."""
         job, config = self._job, self._job.config
-        with self._all_threads():
-            self.progress = "loading the model"
-            self._tokenizer = load_tokenizer(job.model_folder)
-            self._model = load_model(
-                job.model_folder, dtype=job.dtype, task=job.task, label_names=job.label_names, seed=config.seed
-            ).to(self.backend.device)  # type: ignore[arg-type]
-            self._model.train()
-            layers = find_layers(self._model)
-            if config.gradient_checkpointing:
-                self._model.activation_checkpointing_enable({"use_reentrant": False})
-            units, unfitted = self._build_units(layers)
+        torch.set_num_threads(job.layout.device_threads)
+        self.progress = "loading the model"
+        self._tokenizer = load_tokenizer(job.model_folder)
+        self._model = load_model(
+            job.model_folder, dtype=job.dtype, task=job.task, label_names=job.label_names, seed=config.seed
+        ).to(self.backend.device)  # type: ignore[arg-type]
+        self._model.train()
+        layers = find_layers(self._model)
+        if config.gradient_checkpointing:
+            self._model.activation_checkpointing_enable({"use_reentrant": False})
+        units, unfitted = self._build_units(layers)
         sent = [] if config.method == "native" else [unit.numel for unit in units]
         assert sent == list(job.payload_sizes), "the model's units are not those that the job was planned for"
         self.worker = DeviceWorker(
@@ -85,7 +84,6 @@ class DeviceSide:
         )
         self._is_set_up = True
         self._micro_batches = job.micro_batches.read_ahead(job.num_steps)
-        torch.set_num_threads(job.layout.device_threads)
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(unfitted=unfitted, num_pageable=len(pageable))
 
@@ -107,18 +105,16 @@ class DeviceSide:
     def evaluate(self) -> float:
         """Mean loss on the held-out examples."""
         self.worker.flush()
-        with self._all_threads():
-            return mean_loss(self._model, self._job.micro_batches.eval_batches())
+        return mean_loss(self._model, self._job.micro_batches.eval_batches())
 
     def sample(self) -> list[int]:
         """The model's answer to the sample prompt: token ids, or a classifier's label."""
         inputs = {name: torch.tensor([ids]) for name, ids in self._job.sample_inputs.items()}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         self.worker.flush()
-        with self._all_threads():
-            if self._job.task == "causal_lm":
-                return generate(self._model, inputs, SAMPLE_TOKENS)
-            return predict(self._model, inputs)
+        if self._job.task == "causal_lm":
+            return generate(self._model, inputs, SAMPLE_TOKENS)
+        return predict(self._model, inputs)
 
     def abandon(self, error: LspRayError) -> None:
         """See `DeviceWorker.abandon`."""
@@ -153,7 +149,14 @@ class DeviceSide:
 
         self.progress = "collecting gradients for the projectors"
         batches = self._job.micro_batches.calibration(self._job.config.lsp.calibration_batches)
-        return fit_projectors(self._model, self._linears, batches, seed=self._job.config.seed, on_fitted=note)
+        return fit_projectors(
+            self._model,
+            self._linears,
+            batches,
+            seed=self._job.config.seed,
+            num_threads=self._job.layout.total_threads,
+            on_fitted=note,
+        )
 
     def _refitter(self, units: Sequence[Unit]) -> Refitter | None:
         lsp, config = self._job.config.lsp, self._job.config
@@ -172,12 +175,3 @@ class DeviceSide:
         if self._job.config.method != "native":
             return None
         return OptimizerShard({unit.index: unit.numel for unit in units}, device=self.backend.device)
-
-    @contextmanager
-    def _all_threads(self) -> Iterator[None]:
-        """Use the shards' threads too while the shards have nothing to do."""
-        torch.set_num_threads(self._job.layout.total_threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self._job.layout.device_threads)

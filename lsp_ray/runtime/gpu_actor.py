@@ -30,7 +30,6 @@ class GpuActor:
     """
 
     def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
-        torch.set_num_threads(job.layout.device_threads)
         self._gradients: queue.SimpleQueue[GradientReady] = queue.SimpleQueue()
         self._side = DeviceSide(job, self._gradients.put)
         self._slots: list[OpenPair] = [pair.open() for pair in pairs]
