@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import ray
-import torch
 
 from lsp_ray.device.worker import StepReport
 from lsp_ray.projection.sparse_projector import SparseProjector
