@@ -12,7 +12,7 @@ from typing import Literal
 
 from lsp_ray.errors import ConfigError
 
-Fit = Literal["closed_form", "random"]
+Fit = Literal["closed_form", "paper", "random"]
 Method = Literal["lsp", "zero_offload", "native"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["layerwise", "sequential"]
@@ -40,13 +40,15 @@ class LspConfig:
     nnz_per_row: int = 4
     """Non-zeros r in every row of a projector; projector memory grows with r, not with d."""
     fit: Fit = "closed_form"
-    """How projectors are made: closed_form learns them from gradients, random draws them."""
+    """How projectors are made: closed_form and paper (its Adam, slow) learn them from gradients, random draws them."""
     whiten: bool = True
     """Take Adam's step in orthonormal coordinates: nearer the true gradient, for d³ work on the shards alone."""
     init_from: str | None = None
     """Start from the projectors of an earlier run (its folder, or its lsp_projectors.safetensors) instead of a fit."""
     calibration_batches: int = 4
     """Micro-batches whose gradients the closed form learns from."""
+    timeout_s: float = 2.0
+    """Seconds that fit paper may take for each matrix; it ends earlier at max_bias."""
     check_every: int = 100
     """Steps between measurements of bias on a random eighth of the matrices; 0 never measures nor refits."""
     max_bias: float = 0.9
@@ -57,6 +59,7 @@ class LspConfig:
         _at_least("lsp.nnz_per_row", self.nnz_per_row, 1)
         _at_least("lsp.calibration_batches", self.calibration_batches, 1)
         _at_least("lsp.check_every", self.check_every, 0)
+        _at_least("lsp.timeout_s", self.timeout_s, 0)
         _at_least("lsp.max_bias", self.max_bias, 0)
         if self.nnz_per_row > self.subspace_dim:
             raise ConfigError("lsp.nnz_per_row", f"be at most lsp.subspace_dim ({self.subspace_dim})", self.nnz_per_row)

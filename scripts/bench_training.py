@@ -30,6 +30,7 @@ from lsp_ray.config import RunConfig
 from lsp_ray.device.backend import CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.evaluate import mean_loss
+from lsp_ray.device.fits import ClosedFormFit
 from lsp_ray.device.rounding import mixed
 from lsp_ray.device.unit import RawTarget, Target, Unit
 from lsp_ray.device.worker import DeviceWorker
@@ -137,7 +138,7 @@ class Bench:
         """One for every linear, learned in closed form from the calibration batches."""
         start_s, model = time.monotonic(), self.load()
         _, linears = lsp_units(find_layers(model), self.job.config.lsp, seed=self.seed)
-        unfitted = fit_projectors(model, linears, self.calibration, seed=self.seed, num_threads=1)
+        unfitted = fit_projectors(model, linears, self.calibration, ClosedFormFit(), seed=self.seed, num_threads=1)
         self.fit_s["lsp"] = time.monotonic() - start_s
         assert not unfitted, f"no gradient reaches {unfitted}"
         return [module.projector for _, module in linears]

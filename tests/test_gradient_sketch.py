@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from lsp_ray.device.projected_linear import GradientSketch, ProjectedLinear
+from lsp_ray.device.fits import GradientSketch
+from lsp_ray.device.projected_linear import ProjectedLinear
 from tests.linears import (
     FLOAT32,
     TOKENS,
@@ -26,7 +27,7 @@ from tests.linears import (
 
 def sketched(module: ProjectedLinear, width: int, batches: int) -> GradientSketch:
     sketch = GradientSketch((M, N), width, torch.Generator().manual_seed(0))
-    module.sketch = sketch
+    module.lesson = sketch
     for seed in range(batches):
         backward(square_loss(module, normal(4, N, seed=seed)))
     return sketch
@@ -66,7 +67,7 @@ def test_sketching_changes_neither_output_nor_gradients() -> None:
     backward(square_loss(unobserved, normal(*TOKENS, N)))
     inputs = [normal(*TOKENS, N).requires_grad_() for _ in range(2)]
     backward(square_loss(reference, inputs[0]))
-    module.sketch = GradientSketch((M, N), 8, torch.Generator().manual_seed(0))
+    module.lesson = GradientSketch((M, N), 8, torch.Generator().manual_seed(0))
     assert relative_error(module(inputs[1]), reference(inputs[0])) < FLOAT32
     backward(square_loss(module, inputs[1]))
     assert relative_error(inputs[1].grad, inputs[0].grad) < FLOAT32
@@ -80,12 +81,12 @@ def test_sketching_changes_neither_output_nor_gradients() -> None:
 
 def test_a_sketch_of_bfloat16_gradients_is_float32() -> None:
     module = wrapped().bfloat16()
-    module.sketch = GradientSketch((M, N), 8, torch.Generator().manual_seed(0))
+    module.lesson = GradientSketch((M, N), 8, torch.Generator().manual_seed(0))
     torch.autograd.backward([module(normal(4, N).bfloat16())], [normal(4, M).bfloat16()])
-    assert module.sketch.left_MS.dtype == module.sketch.right_NS.dtype == torch.float32
+    assert module.lesson.left_MS.dtype == module.lesson.right_NS.dtype == torch.float32
     grad_MN = normal(4, M).bfloat16().t().float() @ normal(4, N).bfloat16().float()
-    assert share_outside(grad_MN, module.sketch.left_MS) < 2e-2
-    assert share_outside(grad_MN.t(), module.sketch.right_NS) < 2e-2
+    assert share_outside(grad_MN, module.lesson.left_MS) < 2e-2
+    assert share_outside(grad_MN.t(), module.lesson.right_NS) < 2e-2
 
 
 def test_a_sketch_is_decided_by_its_generator() -> None:

@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lsp_ray.device.projected_linear import GradientSketch, ProjectedLinear
+from lsp_ray.device.fits import GradientSketch
+from lsp_ray.device.projected_linear import ProjectedLinear
 from tests.linears import (
     TOKENS,
     TRANSPOSED,
@@ -56,7 +57,7 @@ def largest_allocation(module: nn.Module, *, sketch: GradientSketch | None = Non
     """The largest storage, in float32 elements, made by a forward and a backward with a gradient for the input."""
     input_TN = normal(*TOKENS, N).requires_grad_()
     if isinstance(module, ProjectedLinear):
-        module.sketch = sketch
+        module.lesson = sketch
     fresh = FreshStorages(input_TN, *module.parameters())
     with fresh:
         backward(square_loss(module, input_TN))

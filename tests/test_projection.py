@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.projection.sparse_factor import SparseFactor, random_positions
+from lsp_ray.projection.sparse_factor import SparseFactor, random_positions, similar_positions
 from lsp_ray.projection.sparse_projector import SparseProjector, subspace_dim_for
 
 EXACT = 1e-13  # float64 sums of at most some hundred terms
@@ -237,3 +237,22 @@ def test_the_dim_is_what_was_asked_for_up_to_half_of_the_smaller_side(
     shape: tuple[int, int], asked: int, expected: int
 ) -> None:
     assert subspace_dim_for(shape, asked) == expected
+
+
+def test_similar_rows_share_a_column() -> None:
+    """Two kinds of rows, mixed; with 8 columns for 32 rows no column needs to hold both kinds."""
+    kinds_F = torch.randperm(32, generator=torch.Generator().manual_seed(0)) % 2
+    target_FS = torch.eye(2)[kinds_F].repeat_interleave(3, dim=1)
+    target_FS *= torch.where(torch.arange(32) % 3 == 0, -1.0, 1.0).unsqueeze(1)  # a value's sign is free
+    index_FR = similar_positions(target_FS, 16, 2, torch.Generator().manual_seed(1))
+    for column in range(16):
+        assert len(set(kinds_F[(index_FR == column).any(dim=1)].tolist())) == 1
+
+
+@given(rows=st.integers(1, 60), dim=st.integers(1, 40), nnz_per_row=st.integers(1, 6), seed=st.integers(0, 99))
+def test_positions_by_similarity_keep_to_the_blocks(rows: int, dim: int, nnz_per_row: int, seed: int) -> None:
+    dim = max(dim, nnz_per_row)
+    generator = torch.Generator().manual_seed(seed)
+    index_FR = similar_positions(torch.randn(rows, 5, generator=generator), dim, nnz_per_row, generator)
+    factor = SparseFactor(index_FR, torch.ones(rows, nnz_per_row), dim)  # refuses other positions
+    assert torch.equal(factor.index_FR, index_FR)

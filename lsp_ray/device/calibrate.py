@@ -10,29 +10,31 @@ from itertools import repeat
 import torch
 from transformers import PreTrainedModel
 
-from lsp_ray.device.projected_linear import GradientSketch, ProjectedLinear
+from lsp_ray.device.fits import Fit
+from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.rounding import mixed
 from lsp_ray.models.loss import Batch, num_targets, summed_loss
-from lsp_ray.projection.closed_form import fit_projector
 
-SKETCH_BYTES = 1 << 30  # host memory for sketches: larger models calibrate in several passes over the batches
+LESSON_BYTES = 1 << 30  # host memory for lessons: larger models calibrate in several passes over the batches
 
 
 def fit_projectors(
     model: PreTrainedModel,
     linears: Sequence[tuple[str, ProjectedLinear]],
     batches: Sequence[Batch],
+    fit: Fit,
     *,
     seed: int,
     num_threads: int,
     on_fitted: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Replace every linear's projector by one fitted in closed form.
+    """Replace every linear's projector by a learned one.
 
     Args:
         model: On its device; its weights do not change.
         linears: Names and modules; each keeps its subspace dimension and its number of non-zeros.
         batches: Calibration micro-batches, on any device.
+        fit: How they learn.
         seed: Of sketches and positions.
         num_threads: Matrices fitted at once.
         on_fitted: Called with the number of linears done and their total.
@@ -42,10 +44,10 @@ def fit_projectors(
     """
     unfitted: list[str] = []
     done = 0
-    for group in _groups(linears):
+    for group in _groups(linears, fit, len(batches)):
         for key, (_, module) in enumerate(group, start=done):
             generator = torch.Generator().manual_seed(mixed(seed, key))
-            module.sketch = GradientSketch(module.projector.shape, module.projector.dim, generator)
+            module.lesson = fit.lesson(module.projector.shape, module.projector.dim, generator)
         _backward_all(model, [module for _, module in linears], batches)
         keys = range(done, done + len(group))
         with _single_threaded(), ThreadPoolExecutor(num_threads) as executor:
@@ -74,13 +76,15 @@ def _single_threaded() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _groups(linears: Sequence[tuple[str, ProjectedLinear]]) -> Iterator[list[tuple[str, ProjectedLinear]]]:
-    """Split into runs whose sketches fit in SKETCH_BYTES, one linear at least."""
+def _groups(
+    linears: Sequence[tuple[str, ProjectedLinear]], fit: Fit, num_batches: int
+) -> Iterator[list[tuple[str, ProjectedLinear]]]:
+    """Split into runs whose lessons fit in LESSON_BYTES, one linear at least."""
     group: list[tuple[str, ProjectedLinear]] = []
     total_bytes = 0
     for name, module in linears:
-        size_bytes = 4 * sum(module.projector.shape) * module.projector.dim
-        if group and total_bytes + size_bytes > SKETCH_BYTES:
+        size_bytes = fit.host_bytes(module.projector.shape, module.projector.dim, num_batches)
+        if group and total_bytes + size_bytes > LESSON_BYTES:
             yield group
             group, total_bytes = [], 0
         group.append((name, module))
@@ -90,7 +94,7 @@ def _groups(linears: Sequence[tuple[str, ProjectedLinear]]) -> Iterator[list[tup
 
 
 def _backward_all(model: PreTrainedModel, modules: Sequence[ProjectedLinear], batches: Sequence[Batch]) -> None:
-    """Let the sketches see every batch; no gradient is left behind for the first step to add to."""
+    """Let the lessons see every batch; no gradient is left behind for the first step to add to."""
     device = next(model.parameters()).device
     for position, batch in enumerate(batches):
         torch.manual_seed(position)
@@ -103,15 +107,12 @@ def _backward_all(model: PreTrainedModel, modules: Sequence[ProjectedLinear], ba
 
 
 def _fit(module: ProjectedLinear, seed: int, key: int) -> bool:
-    sketch, old = module.sketch, module.projector
-    assert sketch is not None
-    module.sketch = None
-    device = module.weight.device
+    lesson, old = module.lesson, module.projector
+    assert lesson is not None
+    module.lesson = None
     generator = torch.Generator().manual_seed(mixed(seed, key, 1))
-    fitted = fit_projector(
-        sketch.left_MS.to(device), sketch.right_NS.to(device), old.dim, old.left.nnz_per_row, generator
-    )
-    if fitted is None:
+    learned = lesson.learn(old.dim, old.left.nnz_per_row, generator, module.weight.device)
+    if learned is None:
         return False
-    module.set_projector(fitted.to(device, module.weight.dtype))
+    module.set_projector(learned.to(module.weight.device, module.weight.dtype))
     return True

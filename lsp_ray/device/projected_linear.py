@@ -1,6 +1,6 @@
 """ProjectedLinear: a linear layer whose backward yields the compressed weight gradient and never the full one.
 
-Legend: T tokens, M rows (out), N columns (in), D subspace, S width of a sketch.
+Legend: T tokens, M rows (out), N columns (in), D subspace.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lsp_ray.device.fits import Lesson
 from lsp_ray.device.rounding import MAX_ELEMENTS
 from lsp_ray.device.unit import Update
 from lsp_ray.projection.bias import Bias, bias_of, grad_square_sum
@@ -37,7 +38,7 @@ class ProjectedLinear(nn.Module):
         self.register_parameter("bias", dict(module.named_parameters(recurse=False)).get("bias"))
         self.transposed = transposed
         self._leaf: tuple[nn.Parameter, ...] = ()
-        self.sketch: GradientSketch | None = None  # while set, every gradient is added to it
+        self.lesson: Lesson | None = None  # while set, every gradient is added to it
         self.probe: BiasProbe | None = None  # while set, it sees every gradient
         self.set_projector(projector)
 
@@ -93,38 +94,6 @@ class ProjectedTarget:
             update.rounding.add_(rows_KN, delta_KN, keep=keep, step=update.step, key=key, first=first)
 
 
-class GradientSketch:
-    """Sums of random combinations of gradients: dYᵀ(XΩ), (M, S), and Xᵀ(dYΩ'), (N, S), for the closed-form fit.
-
-    Their columns span what the gradients' own columns and rows span (randomised range finder, Halko, Martinsson and
-    Tropp 2011), so the full gradient is needed neither here.
-
-    The sums are kept on the host, so that calibrating takes little more of the device than training.
-
-    Args:
-        shape: (M, N) of the weight.
-        width: S.
-        generator: Draws Ω on the CPU.
-    """
-
-    def __init__(self, shape: tuple[int, int], width: int, generator: torch.Generator) -> None:
-        rows, columns = shape
-        self.left_MS = torch.zeros(rows, width)
-        self.right_NS = torch.zeros(columns, width)
-        self._generator = generator
-
-    def add(self, grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> None:
-        """Add one micro-batch's gradient dYᵀX, given its factors."""
-        width = self.left_MS.shape[1]
-        draw_NS = self._draw(self.right_NS.shape[0], width, input_TN)
-        draw_MS = self._draw(self.left_MS.shape[0], width, input_TN)
-        self.left_MS += (grad_output_TM.t() @ (input_TN @ draw_NS)).float().cpu()
-        self.right_NS += (input_TN.t() @ (grad_output_TM @ draw_MS)).float().cpu()
-
-    def _draw(self, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(rows, width, generator=self._generator).to(like)
-
-
 class BiasProbe:
     """Holds the bias of the last gradient that passed through the module, until it is read."""
 
@@ -158,8 +127,8 @@ class _Projected(torch.autograd.Function):
         leaf_DD: torch.Tensor,
         module: ProjectedLinear,
     ) -> torch.Tensor:
-        ctx.projector, ctx.sketch, ctx.probe = module.projector, module.sketch, module.probe
-        is_observed = ctx.sketch is not None or ctx.probe is not None
+        ctx.projector, ctx.lesson, ctx.probe = module.projector, module.lesson, module.probe
+        is_observed = ctx.lesson is not None or ctx.probe is not None
         flat_TN = input_TN.reshape(-1, input_TN.shape[-1])
         projected_DT = module.projector.project_input(flat_TN)
         ctx.save_for_backward(projected_DT, weight_MN, flat_TN if is_observed else None)
@@ -172,8 +141,8 @@ class _Projected(torch.autograd.Function):
         grad_input = grad_output @ weight_MN if ctx.needs_input_grad[0] else None
         grad_bias_M = grad_output_TM.sum(dim=0) if ctx.needs_input_grad[2] else None
         grad_DD = ctx.projector.compress_outer(grad_output_TM, projected_DT)
-        if ctx.sketch is not None:
-            ctx.sketch.add(grad_output_TM, input_TN)
+        if ctx.lesson is not None:
+            ctx.lesson.add(grad_output_TM, input_TN)
         if ctx.probe is not None:
             ctx.probe.see(grad_DD, grad_output_TM, input_TN)
         return grad_input, None, grad_bias_M, grad_DD, None

@@ -3,7 +3,7 @@
 A period of `check_every` steps:
 
     its first step          the bias of a random eighth of the matrices is measured on that step's own gradients
-    the next few steps      their gradients also go into sketches of the matrices above the bound
+    the next few steps      their gradients also go into lessons of the matrices above the bound
     until half the period   a thread fits, beside the steps
     half the period         the new projectors take over, before the forward
 
@@ -19,11 +19,11 @@ from statistics import fmean
 
 import torch
 
-from lsp_ray.device.projected_linear import BiasProbe, GradientSketch, ProjectedLinear, ProjectedTarget
+from lsp_ray.device.fits import Fit
+from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear, ProjectedTarget
 from lsp_ray.device.rounding import mixed
 from lsp_ray.device.unit import Unit
 from lsp_ray.projection.bias import Bias
-from lsp_ray.projection.closed_form import fit_projector
 from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.projection.sparse_projector import SparseProjector
 
@@ -54,6 +54,7 @@ class Refitter:
 
     Args:
         units: The trained layers.
+        fit: How projectors are learned.
         check_every: Steps of a period, more than twice `num_sketched`.
         max_bias: Bound of the relative bias (at its best scalar).
         num_sketched: Steps whose gradients a fit learns from.
@@ -62,14 +63,23 @@ class Refitter:
     """
 
     def __init__(
-        self, units: Sequence[Unit], *, check_every: int, max_bias: float, num_sketched: int, seed: int, whitened: bool
+        self,
+        units: Sequence[Unit],
+        fit: Fit,
+        *,
+        check_every: int,
+        max_bias: float,
+        num_sketched: int,
+        seed: int,
+        whitened: bool,
     ) -> None:
         assert num_sketched < check_every // 2, "the gradients of a refit must be there before it takes over"
-        self._check_every, self._max_bias, self._num_sketched, self._seed = check_every, max_bias, num_sketched, seed
+        self._fit, self._check_every, self._max_bias = fit, check_every, max_bias
+        self._num_sketched, self._seed = num_sketched, seed
         self._whitened = whitened
         self._sites = _sites(units)
         self._sampled: list[_Site] = []
-        self._sketched: list[_Site] = []
+        self._learning: list[_Site] = []
         self._fits: list[tuple[_Site, Future[SparseProjector | None]]] = []
         self._takeovers: dict[int, list[tuple[_Site, SparseProjector]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refit")
@@ -104,7 +114,7 @@ class Refitter:
     def after_step(self, step: int) -> BiasReport | None:
         """Read what observed this step; returns the bias where it was measured."""
         phase = step % self._check_every
-        if phase == self._num_sketched and self._sketched:
+        if phase == self._num_sketched and self._learning:
             self._start_fits(step)
         if not self._sampled:
             return None
@@ -117,25 +127,23 @@ class Refitter:
                 continue
             found.append(bias)
             if bias.relative > self._max_bias:
-                self._sketched.append(site)
+                self._learning.append(site)
                 projector, generator = site.module.projector, self._generator(step, site.key, 0)
-                site.module.sketch = GradientSketch(projector.shape, projector.dim, generator)
-        return _report(found, len(self._sketched))
+                site.module.lesson = self._fit.lesson(projector.shape, projector.dim, generator)
+        return _report(found, len(self._learning))
 
     def _sample(self, step: int) -> list[_Site]:
         order = torch.randperm(len(self._sites), generator=self._generator(step))
         return [self._sites[int(index)] for index in order[: -(-len(self._sites) // SAMPLED_SHARE)]]
 
     def _start_fits(self, step: int) -> None:
-        for site in self._sketched:
-            sketch, site.module.sketch = site.module.sketch, None
-            assert sketch is not None
+        for site in self._learning:
+            lesson, site.module.lesson = site.module.lesson, None
+            assert lesson is not None
             old, generator = site.module.projector, self._generator(step, site.key, 1)
-            fit = self._thread.submit(
-                fit_projector, sketch.left_MS, sketch.right_NS, old.dim, old.left.nnz_per_row, generator
-            )
+            fit = self._thread.submit(lesson.learn, old.dim, old.left.nnz_per_row, generator, torch.device("cpu"))
             self._fits.append((site, fit))
-        self._sketched = []
+        self._learning = []
 
     def _generator(self, *numbers: int) -> torch.Generator:
         return torch.Generator().manual_seed(mixed(self._seed, *numbers))

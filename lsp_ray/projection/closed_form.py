@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from lsp_ray.projection.sparse_factor import SparseFactor, random_positions
+from lsp_ray.projection.sparse_factor import SparseFactor, similar_positions
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 ITERATIONS = 8  # the residual falls by under 1 % an iteration from there on
@@ -43,10 +43,14 @@ def fit_projector(
 
 
 def fit_factor(target_FS: torch.Tensor, dim: int, nnz_per_row: int, generator: torch.Generator) -> SparseFactor:
-    """Return a factor with unit columns whose column space best holds the target, at random positions."""
-    num_rows = target_FS.shape[0]
-    index_FR = random_positions(num_rows, dim, nnz_per_row, generator).to(target_FS.device)
-    start_FR = torch.randn(num_rows, nnz_per_row, generator=generator).to(target_FS)
+    """Return a factor with unit columns whose column space best holds the target; similar rows share columns."""
+    index_FR = similar_positions(target_FS, dim, nnz_per_row, generator).to(target_FS.device)
+    return fit_values(index_FR, target_FS, dim, generator)
+
+
+def fit_values(index_FR: torch.Tensor, target_FS: torch.Tensor, dim: int, generator: torch.Generator) -> SparseFactor:
+    """Return the factor with non-zeros at these positions; see `fit_factor`. `generator` draws the start."""
+    start_FR = torch.randn(index_FR.shape, generator=generator).to(target_FS)
     factor = SparseFactor(index_FR, start_FR, dim)
     for _ in range(ITERATIONS):
         basis_DS = _solve_basis(factor, target_FS)

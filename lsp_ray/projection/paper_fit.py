@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 
@@ -36,7 +37,7 @@ def fit_paper(
     *,
     max_bias: float,
     timeout_s: float,
-    max_steps: int,
+    max_steps: int | None = None,
     learning_rate: float = LEARNING_RATE,
     norm_weight: float = NORM_WEIGHT,
     clock: Callable[[], float] = time.monotonic,
@@ -53,7 +54,7 @@ def fit_paper(
         generator: Draws positions and the start N(0, 1/√r), on the CPU.
         max_bias: The paper's α.
         timeout_s: Seconds after which no further step is begun.
-        max_steps: Adam steps at most.
+        max_steps: Adam steps at most; None leaves it to the time.
         learning_rate: Adam's.
         norm_weight: The paper's β.
         clock: Seconds, monotonic.
@@ -70,7 +71,7 @@ def fit_paper(
     left_MR = start.left.value_FR.requires_grad_(True)
     right_NR = start.right.value_FR.requires_grad_(True)
     adam = torch.optim.Adam([left_MR, right_NR], lr=learning_rate)
-    for _ in range(max_steps):
+    for _ in count() if max_steps is None else range(max_steps):
         bias = _relative_bias(table_NKM, start.left.with_values(left_MR), start.right.with_values(right_NR))
         if float(bias.detach()) <= max_bias or clock() >= deadline_s:
             break

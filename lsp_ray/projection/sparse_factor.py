@@ -12,6 +12,7 @@ S = F · R slots.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -135,6 +136,37 @@ def random_positions(num_rows: int, dim: int, nnz_per_row: int, generator: torch
     cyclic_S = _slots(num_rows, dim, nnz_per_row, torch.device("cpu")).column_S
     drawn = [block_F[torch.randperm(num_rows, generator=generator)] for block_F in cyclic_S.split(num_rows)]
     return torch.stack(drawn, dim=1)
+
+
+def similar_positions(target_FS: torch.Tensor, dim: int, nnz_per_row: int, generator: torch.Generator) -> torch.Tensor:
+    """Return positions as `random_positions` does, but such that rows that share a column resemble each other.
+
+    A column holds one direction for all its rows, so it loses the less the more alike they are. In every block the rows
+    are put in order by a random-projection tree (Dasgupta and Freund 2008) on the direction of their absolute values,
+    as a value's sign is free, and the order is cut into columns. `target_FS` is on any device.
+    """
+    assert 1 <= nnz_per_row <= dim, f"{nnz_per_row} distinct columns of {dim}"
+    num_rows, width = target_FS.shape
+    cyclic_S = _slots(num_rows, dim, nnz_per_row, torch.device("cpu")).column_S
+    direction_FS = torch.nn.functional.normalize(target_FS.abs(), dim=1)
+    drawn = []
+    for block_F in cyclic_S.split(num_rows):
+        depth = max(1, math.ceil(math.log2(int(block_F[-1] - block_F[0]) + 1)))
+        axes_SL = torch.randn(width, depth, generator=generator).to(direction_FS)
+        order_F = _tree_order((direction_FS @ axes_SL).cpu())
+        drawn.append(torch.empty_like(block_F).scatter_(0, order_F, block_F))
+    return torch.stack(drawn, dim=1)
+
+
+def _tree_order(coordinate_FL: torch.Tensor) -> torch.Tensor:
+    """Return row numbers (F,), int64, in the order of a tree's leaves; level l halves every node along column l."""
+    num_rows, depth = coordinate_FL.shape
+    order_F = torch.arange(num_rows)
+    for level in range(depth):
+        node_F = torch.arange(num_rows) * (1 << level) // num_rows
+        by_coordinate_F = coordinate_FL[order_F, level].argsort(stable=True)
+        order_F = order_F[by_coordinate_F[node_F[by_coordinate_F].argsort(stable=True)]]
+    return order_F
 
 
 @lru_cache(maxsize=64)

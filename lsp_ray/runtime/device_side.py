@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from lsp_ray.config import LspConfig
 from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import generate, mean_loss, predict
+from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
 from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.unit import Unit
@@ -137,7 +139,7 @@ class DeviceSide:
         if config.lsp.init_from is not None:
             self._take(load_projectors(Path(config.lsp.init_from), shapes))
             return units, []
-        return units, self._fit() if config.lsp.fit == "closed_form" else []
+        return units, [] if config.lsp.fit == "random" else self._fit()
 
     def _take(self, projectors: Mapping[str, SparseProjector]) -> None:
         for name, module in self._linears:
@@ -153,6 +155,7 @@ class DeviceSide:
             self._model,
             self._linears,
             batches,
+            _fit_of(self._job.config.lsp),
             seed=self._job.config.seed,
             num_threads=self._job.layout.total_threads,
             on_fitted=note,
@@ -164,6 +167,7 @@ class DeviceSide:
             return None
         return Refitter(
             units,
+            _fit_of(lsp),
             check_every=lsp.check_every,
             max_bias=lsp.max_bias,
             num_sketched=config.num_sketched_steps,
@@ -175,3 +179,9 @@ class DeviceSide:
         if self._job.config.method != "native":
             return None
         return OptimizerShard({unit.index: unit.numel for unit in units}, device=self.backend.device)
+
+
+def _fit_of(lsp: LspConfig) -> Fit:
+    if lsp.fit == "paper":
+        return PaperFit(max_bias=lsp.max_bias, timeout_s=lsp.timeout_s)
+    return ClosedFormFit()

@@ -10,7 +10,7 @@ from statistics import fmean, median
 
 import torch
 
-from lsp_ray.device.projected_linear import GradientSketch
+from lsp_ray.device.fits import GradientSketch
 from lsp_ray.device.rounding import mixed
 from lsp_ray.projection.closed_form import fit_projector
 from lsp_ray.projection.paper_fit import fit_paper
