@@ -15,7 +15,7 @@ from lsp_ray.errors import ConfigError
 Fit = Literal["closed_form", "random"]
 Method = Literal["lsp", "zero_offload", "native"]
 Task = Literal["causal_lm", "sequence_classification"]
-PolicyName = Literal["layerwise", "sequential"]
+PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
 SchedulerType = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
 ]

@@ -81,6 +81,7 @@ class DeviceSide:
             local_shard=self._local_shard(units),
             refitter=self._refitter(units),
             measured_step=job.measured_step,
+            staleness=job.staleness,
         )
         self._is_set_up = True
         self._micro_batches = job.micro_batches.read_ahead(job.num_steps)

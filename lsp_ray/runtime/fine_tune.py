@@ -99,6 +99,10 @@ def fine_tune(
             f"{len(unfitted)} of {len(job.subspace_dims)} projectors stay random, as calibration gave their layers "
             f"no gradient: {', '.join(unfitted[:3])}{' …' if len(unfitted) > 3 else ''}"
         )
+    if job.staleness:
+        listener.note(
+            f"policy {job.config.policy}: every update is added {job.staleness} step late, which changes losses"
+        )
     listener.phase("evaluating before training")
     loss_before = workers.evaluate()
     listener.note(f"eval loss before: {loss_before:.4f}")
