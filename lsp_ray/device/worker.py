@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
 from lsp_ray.device.memory import LiveStorage, peak_of
 from lsp_ray.device.refit import BiasReport, Refitter
 from lsp_ray.device.rounding import Rounding, mixed
+from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Target, Unit, Update
 from lsp_ray.errors import LspRayError, NonFiniteLossError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
@@ -75,6 +76,7 @@ class DeviceWorker:
         refitter: Renews projectors while training.
         measured_step: The step over which `peak_device_bytes` is measured.
         staleness: The delta of step t is added before the forward of step t + 1 + staleness.
+        link: Slows copies down, in bytes, each direction by itself; default: none does.
     """
 
     def __init__(
@@ -91,11 +93,13 @@ class DeviceWorker:
         refitter: Refitter | None = None,
         measured_step: int = 1,
         staleness: int = 0,
+        link: Mapping[WorkStream, TokenBucket] | None = None,
     ) -> None:
         self.model = model
         self.units = units
         self._on_gradients = on_gradients
         self._backend = backend
+        self._link = link or {}
         self._learning_rates = learning_rates
         self._weight_decay = weight_decay
         self._seed = seed
@@ -151,6 +155,7 @@ class DeviceWorker:
         self._backend.wait(WorkStream.D2H, payload.fence)
         self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
         self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
+        self._slow_down(WorkStream.D2H, slot, start_s)
         span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
         return span, reprojections
 
@@ -163,9 +168,16 @@ class DeviceWorker:
             live.watch(delta)
         self._backend.copy_async(WorkStream.H2D, delta, slot)
         fence = self._backend.record(WorkStream.H2D)
+        if WorkStream.H2D in self._link:  # the forward must not get it before its time
+            fence.synchronize()
+            self._slow_down(WorkStream.H2D, slot, start_s)
         self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence))
         fence.synchronize()  # on return the slot may be written again
         return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+
+    def _slow_down(self, direction: WorkStream, slot: torch.Tensor, start_s: float) -> None:
+        if direction in self._link:
+            self._link[direction].take(slot.nbytes, start_s=start_s)
 
     def abandon(self, error: LspRayError) -> None:
         """Let a forward that waits for a delta, now or later, fail with this error: nobody will bring it."""

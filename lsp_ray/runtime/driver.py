@@ -63,7 +63,7 @@ class Driver:
         self._num_steps = len(learning_rates)
         self._on_step = on_step
         self._event_log = event_log
-        self._times = LayerTimes(policy.num_layers)
+        self.times = LayerTimes(policy.num_layers)
         self.ledger = Ledger(policy.num_layers, learning_rates)
 
     def train(self) -> None:
@@ -81,12 +81,12 @@ class Driver:
         match completion:
             case StepReport(step=step):
                 self.ledger.add_step(completion)
-                self._times.add_step(completion)
+                self.times.add_step(completion)
                 if step + STEPS_AHEAD < self._num_steps:
                     self._workers.start_step(step + STEPS_AHEAD)
             case OpReport(span=span):
                 self.ledger.add_op(completion)
-                self._times.add_op(span)
+                self.times.add_op(span)
                 self._decide(OpDone(op=Op(stream=span.stream, step=span.step, layer=span.layer)))
             case GradientReady():
                 self._decide(completion)
@@ -95,7 +95,7 @@ class Driver:
         """Tell the policy what layers cost, ever more rarely: after 1, 2, 4, 8 … steps."""
         num_closed = self.ledger.num_closed
         if self._policy.num_layers and num_closed & (num_closed - 1) == 0:
-            self._decide(CostsMeasured(step=num_closed - 1, layers=self._times.medians()))
+            self._decide(CostsMeasured(step=num_closed - 1, layers=self.times.medians()))
 
     def _decide(self, event: Event) -> None:
         actions = self._policy.handle(event)
