@@ -15,7 +15,8 @@ from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_model, load_skeleton, load_tokenizer, save_model
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.projection.projector_file import load_projectors
-from lsp_ray.runtime.event_log import read_event_log
+from lsp_ray.runtime.event_log import MAX_STEPS, EventLog, read_event_log
+from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.schedule.policy import POLICIES
 from tests.tiny import CLASSIFIERS, Family
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
@@ -196,3 +197,13 @@ def test_the_projectors_of_another_model_are_refused_before_any_actor(tmp_path: 
     run_on_threads(tiny_job(tmp_path), tmp_path / "llama run")
     with pytest.raises(ConfigError, match=r"lsp\.init_from must hold transformer\.h\.0\..*; there it is missing"):
         tiny_job(tmp_path, "gpt2", lsp={"init_from": str(tmp_path / "llama run")})
+
+
+def test_an_event_log_ends_before_its_first_event_past_the_last_step_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        log = EventLog(file, "delayed", [0, 0])
+        for step in (MAX_STEPS - 1, MAX_STEPS, MAX_STEPS - 1):
+            log.write(GradientReady(step=step, layer=0), [])
+    _, decisions = read_event_log(path)
+    assert [decision.event for decision in decisions] == [GradientReady(step=MAX_STEPS - 1, layer=0)]
