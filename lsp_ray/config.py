@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.hardware import EmulatedMachine
 
 Fit = Literal["closed_form", "paper", "random"]
 Method = Literal["lsp", "zero_offload", "native"]
 Task = Literal["causal_lm", "sequence_classification"]
-PolicyName = Literal["layerwise", "sequential"]
+PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
 SchedulerType = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
 ]
@@ -29,6 +30,12 @@ def _at_least(name: str, value: float | None, bound: float) -> None:
         raise ConfigError(name, "be a finite number", value)
     if value is not None and value < bound:
         raise ConfigError(name, f"be at least {bound}", value)
+
+
+def _above_zero(name: str, value: float | None) -> None:
+    """Raise ConfigError unless value is None or a finite number > 0."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ConfigError(name, "be above 0", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,10 @@ class RuntimeConfig:
     """CPU threads of the GPU actor; default: what the shards leave on a CPU run, else 2."""
     shard_threads: int | None = None
     """CPU threads of each shard; default: the other cores divided by num_shards."""
+    link_gbps: float | None = None
+    """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
+    emulate: EmulatedMachine | None = None
+    """Slow link and shards down to a machine's proportions to GPU compute (paper, Table 1); measures the compute."""
     dashboard: bool = False
     """Serve Ray's dashboard on 127.0.0.1."""
 
@@ -86,6 +97,9 @@ class RuntimeConfig:
         _at_least("runtime.num_shards", self.num_shards, 1)
         _at_least("runtime.device_threads", self.device_threads, 1)
         _at_least("runtime.shard_threads", self.shard_threads, 1)
+        _above_zero("runtime.link_gbps", self.link_gbps)
+        if self.emulate is not None and self.link_gbps is not None:
+            raise ConfigError("runtime.link_gbps", f"be left out where {self.emulate} is emulated", self.link_gbps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +159,7 @@ class RunConfig:
     def _check_length(self) -> None:
         if self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError("max_steps", "be at least 1, or -1 to train num_train_epochs", self.max_steps)
-        if not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
-            raise ConfigError("num_train_epochs", "be above 0", self.num_train_epochs)
+        _above_zero("num_train_epochs", self.num_train_epochs)
         shortest = 2 * (self.num_sketched_steps + 1)
         if 0 < self.lsp.check_every < shortest:
             bound = f"be 0 or at least {shortest}, so that a refit ends in time"

@@ -28,6 +28,7 @@ class Loopback:
         weight_decay: float = 0.0,
         native: bool = False,
         seed: int = 0,
+        staleness: int = 0,
     ) -> None:
         sizes = {unit.index: unit.numel for unit in units}
         self.announced: list[GradientReady] = []
@@ -44,6 +45,7 @@ class Loopback:
             seed=seed,
             on_gradients=self.announced.append,
             local_shard=OptimizerShard(sizes) if native else None,
+            staleness=staleness,
         )
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:

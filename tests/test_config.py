@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from dataclasses import FrozenInstanceError
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -18,6 +18,8 @@ from lsp_ray.errors import (
     StaleSlotError,
     WorkerLostError,
 )
+from lsp_ray.hardware import MACHINES, EmulatedMachine
+from lsp_ray.schedule.policy import POLICIES
 
 BAD_LSP: list[tuple[dict[str, Any], str, str, object]] = [
     ({"subspace_dim": 0}, "lsp.subspace_dim", "be at least 1", 0),
@@ -29,6 +31,14 @@ BAD_RUNTIME: list[tuple[dict[str, Any], str, str, object]] = [
     ({"num_shards": 0}, "runtime.num_shards", "be at least 1", 0),
     ({"device_threads": -2}, "runtime.device_threads", "be at least 1", -2),
     ({"shard_threads": 0}, "runtime.shard_threads", "be at least 1", 0),
+    ({"link_gbps": 0.0}, "runtime.link_gbps", "be above 0", 0.0),
+    ({"link_gbps": math.inf}, "runtime.link_gbps", "be above 0", math.inf),
+    (
+        {"link_gbps": 8.0, "emulate": "a1000-laptop"},
+        "runtime.link_gbps",
+        "be left out where a1000-laptop is emulated",
+        8.0,
+    ),
 ]
 BAD_RUN: list[tuple[dict[str, Any], str, str, object]] = [
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size", "be at least 1", 0),
@@ -110,9 +120,14 @@ def test_the_method_chooses_its_policy_where_none_is_given(method: Method, expec
 
 
 @pytest.mark.parametrize("method", ["lsp", "native", "zero_offload"])
-@pytest.mark.parametrize("policy", ["layerwise", "sequential"])
+@pytest.mark.parametrize("policy", get_args(PolicyName))
 def test_a_policy_that_was_given_wins_over_the_methods_own(method: Method, policy: PolicyName) -> None:
     assert RunConfig(method=method, runtime=RuntimeConfig(policy=policy)).policy == policy
+
+
+def test_every_policy_can_be_asked_for_and_every_machine_emulated() -> None:
+    assert set(get_args(PolicyName)) == set(POLICIES)
+    assert set(get_args(EmulatedMachine)) == set(MACHINES)
 
 
 def test_a_config_never_changes() -> None:

@@ -15,7 +15,9 @@ from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_model, load_skeleton, load_tokenizer, save_model
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.projection.projector_file import load_projectors
-from lsp_ray.runtime.event_log import read_event_log
+from lsp_ray.runtime.event_log import MAX_STEPS, EventLog, read_event_log
+from lsp_ray.schedule.ops import GradientReady
+from lsp_ray.schedule.policy import POLICIES
 from tests.tiny import CLASSIFIERS, Family
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
 
@@ -50,10 +52,23 @@ def test_every_family_learns_and_its_checkpoint_is_one_that_transformers_loads(t
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_neither_shards_nor_policy_change_a_bit(tmp_path: Path, method: str, bf16: bool) -> None:
     base = weights_after(tmp_path, "one", method=method, bf16=bf16, runtime={"policy": "layerwise"})
-    for shards, policy in ((1, "sequential"), (2, "layerwise"), (3, "sequential")):
+    for shards, policy in ((1, "sequential"), (2, "layerwise"), (3, "layerwise_fcfs"), (2, "earliest_deadline")):
         runtime = {"num_shards": shards, "policy": policy}
         name = f"{shards}-{policy}"
         assert_same_bits(base, weights_after(tmp_path, name, method=method, bf16=bf16, runtime=runtime))
+
+
+def test_delayed_updates_neither_depend_on_shards_nor_equal_those_in_time_and_that_is_said(tmp_path: Path) -> None:
+    notes = []
+    for name, shards in (("one", 1), ("two", 2)):
+        job = tiny_job(tmp_path, runtime={"policy": "delayed", "num_shards": shards}, **REFITS)
+        _, listener = run_on_threads(job, tmp_path / name)
+        notes += listener.notes
+    one, two = (saved_weights(job, tmp_path / name) for name in ("one", "two"))
+    assert_same_bits(one, two)
+    in_time = weights_after(tmp_path, "in time", **REFITS)
+    assert any(not torch.equal(tensor, in_time[name]) for name, tensor in one.items())
+    assert notes.count("policy delayed: every update is added 1 step late, which changes losses") == 2
 
 
 def test_native_and_zero_offload_end_with_the_same_weights(tmp_path: Path) -> None:
@@ -76,12 +91,13 @@ def test_accumulation_equals_one_larger_batch(tmp_path: Path) -> None:
 
 
 def test_a_recorded_run_replays_to_the_same_actions(tmp_path: Path) -> None:
-    for name in ("layerwise", "sequential"):
+    for name in POLICIES:
         job = tiny_job(tmp_path, runtime={"policy": name, "num_shards": 2})
         run_on_threads(job, tmp_path / name)
         policy, decisions = read_event_log(tmp_path / name / "events.jsonl")
         replayed = [(policy.handle(decision.event), decision.actions) for decision in decisions]
-        assert len(replayed) == 4 * job.num_steps * len(job.payload_sizes)
+        num_told = 3  # of costs: after 1, 2 and 4 of the 6 steps
+        assert len(replayed) == 4 * job.num_steps * len(job.payload_sizes) + num_told
         assert all(ours == logged for ours, logged in replayed)
 
 
@@ -181,3 +197,13 @@ def test_the_projectors_of_another_model_are_refused_before_any_actor(tmp_path: 
     run_on_threads(tiny_job(tmp_path), tmp_path / "llama run")
     with pytest.raises(ConfigError, match=r"lsp\.init_from must hold transformer\.h\.0\..*; there it is missing"):
         tiny_job(tmp_path, "gpt2", lsp={"init_from": str(tmp_path / "llama run")})
+
+
+def test_an_event_log_ends_before_its_first_event_past_the_last_step_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        log = EventLog(file, "delayed", [0, 0])
+        for step in (MAX_STEPS - 1, MAX_STEPS, MAX_STEPS - 1):
+            log.write(GradientReady(step=step, layer=0), [])
+    _, decisions = read_event_log(path)
+    assert [decision.event for decision in decisions] == [GradientReady(step=MAX_STEPS - 1, layer=0)]

@@ -55,14 +55,23 @@ def test_a_run_goes_from_options_to_a_checkpoint(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main([*arguments(tiny, out), "--gradient_checkpointing"]) == 0
+    assert main([*arguments(tiny, out), "--gradient_checkpointing", "--runtime.emulate", "a1000-laptop"]) == 0
     shown = capsys.readouterr().out
-    for expected in ("plan: lsp on cpu", "eval loss before", "sample before", "step 3/3", "eval loss after", "done:"):
+    for expected in (
+        "plan: lsp on cpu",
+        "emulating a1000-laptop",
+        "eval loss before",
+        "sample before",
+        "step 3/3",
+        "eval loss after",
+        "done:",
+    ):
         assert expected in shown
     AutoModelForCausalLM.from_pretrained(out)
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["gradient_checkpointing"] is True
     assert config["runtime"]["num_shards"] == json.loads((out / "summary.json").read_text())["num_shards"]
+    assert config["runtime"].pop("link_gbps") is None  # emulation decides it
     assert None not in (*config.values(), *config["runtime"].values())
     assert "output_dir" not in config
 

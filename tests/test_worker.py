@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,8 +51,11 @@ def identity_units(model: PreTrainedModel) -> list[Unit]:
     return units
 
 
-def trained_by_torch(steps: int, weight_decay: float) -> PreTrainedModel:
-    """torch's own AdamW on autograd's own gradients of the same loss; norms without decay, as here."""
+def trained_by_torch(steps: int, weight_decay: float, *, staleness: int = 0) -> PreTrainedModel:
+    """torch's own AdamW on autograd's own gradients of the same loss; norms without decay, as here.
+
+    A stale run keeps `staleness` gradients back and gives AdamW the oldest, with the learning rate of its step.
+    """
     model = square_llama()
     find_layers(model)  # freezes what is not trained
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -60,12 +64,18 @@ def trained_by_torch(steps: int, weight_decay: float) -> PreTrainedModel:
         {"params": [parameter for parameter in trained if parameter.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[step]
-        optimizer.zero_grad()
-        (summed_loss(model, batch(step)) / num_targets(batch(step))).backward()
-        optimizer.step()
+    kept_back: deque[list[torch.Tensor | None]] = deque()
+    for step in range(steps + staleness):
+        if step < steps:
+            optimizer.zero_grad()
+            (summed_loss(model, batch(step)) / num_targets(batch(step))).backward()
+            kept_back.append([parameter.grad for parameter in trained])
+        if step >= staleness:
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATES[step - staleness]
+            for parameter, gradient in zip(trained, kept_back.popleft(), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
     return model
 
 
@@ -92,6 +102,19 @@ def test_twenty_steps_equal_torchs_adamw(
     reference = trained_by_torch(STEPS, weight_decay)
     assert distance(square_llama(), reference) > 1e-2  # there was something to learn
     assert distance(model, reference) <= 1e-6
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_twenty_stale_steps_equal_torchs_adamw_on_the_gradients_of_the_step_before(weight_decay: float) -> None:
+    model = square_llama()
+    units = full_units(find_layers(model))
+    run = Loopback(model, units, learning_rates=LEARNING_RATES, weight_decay=weight_decay, staleness=1)
+    for step in range(STEPS):
+        run.step(step, [batch(step)])
+    run.worker.flush()
+    in_time, stale = (trained_by_torch(STEPS, weight_decay, staleness=staleness) for staleness in (0, 1))
+    assert distance(in_time, stale) > 1e-3
+    assert distance(model, stale) <= 1e-6
 
 
 def trained(micro_batches: Sequence[Sequence[Batch]], *, checkpointing: bool = False) -> PreTrainedModel:

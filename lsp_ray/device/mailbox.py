@@ -20,7 +20,7 @@ class ArrivedDelta:
 
 
 class DeltaMailbox:
-    """Filled by the h2d thread, emptied by the compute thread; at most one delta a unit at any time."""
+    """Filled by the h2d thread, emptied by the compute thread; holds one delta a unit, where updates are stale two."""
 
     def __init__(self) -> None:
         self._arrived: dict[tuple[int, int], ArrivedDelta] = {}

@@ -98,6 +98,10 @@ class Refitter:
                     self._takeovers.setdefault(site.unit, []).append((site, new))
             self._fits = []
 
+    def has_new(self, unit: int) -> bool:
+        """Whether `switch` would change anything."""
+        return unit in self._takeovers
+
     def switch(self, unit: int) -> tuple[Reprojection, ...]:
         """Give the unit's matrices their new projectors, if there are any; what is returned its shard must follow.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
 from lsp_ray.device.memory import LiveStorage, peak_of
 from lsp_ray.device.refit import BiasReport, Refitter
 from lsp_ray.device.rounding import Rounding, mixed
+from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Target, Unit, Update
 from lsp_ray.errors import LspRayError, NonFiniteLossError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
@@ -35,7 +37,9 @@ DELTA_TIMEOUT_S = 600.0  # only a hang lasts so long: a dead actor is noticed by
 class StepReport:
     """What the compute stream did in one step; `loss` is the mean over the step's targets.
 
-    `grad_square_sum` is filled where gradients never leave the device; elsewhere the shards count it.
+    `forward_s` is the first micro-batch's forward without its waits, `backward_s` the last one's backward: between
+    them lie the deadlines and the arrivals of a step. `grad_square_sum` is filled where gradients never leave the
+    device; elsewhere the shards count it.
     """
 
     step: int
@@ -43,6 +47,8 @@ class StepReport:
     num_tokens: int
     start_s: float
     end_s: float
+    forward_s: float
+    backward_s: float
     waits: tuple[Wait, ...]
     grad_square_sum: float
     peak_device_bytes: int | None
@@ -69,6 +75,8 @@ class DeviceWorker:
         local_shard: Optimizer state on the device (native): gradients then go nowhere else.
         refitter: Renews projectors while training.
         measured_step: The step over which `peak_device_bytes` is measured.
+        staleness: The delta of step t is added before the forward of step t + 1 + staleness.
+        link: Slows copies down, in bytes, each direction by itself; default: none does.
     """
 
     def __init__(
@@ -84,11 +92,14 @@ class DeviceWorker:
         local_shard: OptimizerShard | None = None,
         refitter: Refitter | None = None,
         measured_step: int = 1,
+        staleness: int = 0,
+        link: Mapping[WorkStream, TokenBucket] | None = None,
     ) -> None:
         self.model = model
         self.units = units
         self._on_gradients = on_gradients
         self._backend = backend
+        self._link = link or {}
         self._learning_rates = learning_rates
         self._weight_decay = weight_decay
         self._seed = seed
@@ -102,7 +113,8 @@ class DeviceWorker:
         self._payloads: dict[tuple[int, int], _Payload] = {}
         self._payloads_lock = threading.Lock()
         self._step = -1
-        self._unapplied: dict[int, int] = {}  # unit -> step whose delta it has not got yet
+        self._staleness = staleness
+        self._unapplied: list[deque[int]] = [deque() for _ in units]  # unit -> steps whose deltas it has not got yet
         self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
         self._waits: list[Wait] = []
         self._add_hooks()
@@ -119,7 +131,7 @@ class DeviceWorker:
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite.
-            DeadlineError: A delta of the step before did not come.
+            DeadlineError: A delta that this step's forward reads did not come.
         """
         if step != self._measured_step:
             return self._run_step(step, micro_batches)
@@ -143,6 +155,7 @@ class DeviceWorker:
         self._backend.wait(WorkStream.D2H, payload.fence)
         self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
         self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
+        self._slow_down(WorkStream.D2H, slot, start_s)
         span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
         return span, reprojections
 
@@ -155,9 +168,16 @@ class DeviceWorker:
             live.watch(delta)
         self._backend.copy_async(WorkStream.H2D, delta, slot)
         fence = self._backend.record(WorkStream.H2D)
+        if WorkStream.H2D in self._link:  # the forward must not get it before its time
+            fence.synchronize()
+            self._slow_down(WorkStream.H2D, slot, start_s)
         self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence))
         fence.synchronize()  # on return the slot may be written again
         return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+
+    def _slow_down(self, direction: WorkStream, slot: torch.Tensor, start_s: float) -> None:
+        if direction in self._link:
+            self._link[direction].take(slot.nbytes, start_s=start_s)
 
     def abandon(self, error: LspRayError) -> None:
         """Let a forward that waits for a delta, now or later, fail with this error: nobody will bring it."""
@@ -166,7 +186,7 @@ class DeviceWorker:
     def flush(self) -> None:
         """Wait for and add every delta that is still out."""
         for unit in self.units:
-            self._apply_pending(unit)
+            self._apply_pending(unit, up_to=self._step)
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()
@@ -176,10 +196,14 @@ class DeviceWorker:
             self._refitter.before_step(step)
         torch.manual_seed(mixed(self._seed, step))  # dropout depends on the step alone, not on what ran before
         total_targets = max(1, sum(num_targets(batch) for batch in micro_batches))
-        mean_loss = 0.0
+        mean_loss = forward_s = 0.0
         for position, batch in enumerate(micro_batches):
+            forward_start_s = time.monotonic()
             loss = summed_loss(self.model, self._on_device(batch)) / total_targets
-            mean_loss += self._checked(float(loss.detach()))
+            mean_loss += self._checked(float(loss.detach()))  # also waits for the device
+            backward_start_s = time.monotonic()
+            if position == 0:
+                forward_s = backward_start_s - forward_start_s - sum(wait.end_s - wait.start_s for wait in self._waits)
             if position == len(micro_batches) - 1 and self._local_shard is None:
                 self._missing = [set(range(len(unit.targets))) for unit in self.units]
             loss.backward()
@@ -191,12 +215,15 @@ class DeviceWorker:
         # without it the next forward's waiting would hold what the device still computes; the first layer's delta
         # needs the end of this backward anyway
         self._backend.record(WorkStream.GPU).synchronize()
+        end_s = time.monotonic()
         return StepReport(
             step=step,
             loss=mean_loss,
             num_tokens=sum(num_tokens(batch) for batch in micro_batches),
             start_s=start_s,
-            end_s=time.monotonic(),
+            end_s=end_s,
+            forward_s=forward_s,
+            backward_s=end_s - backward_start_s,
             waits=tuple(self._waits),
             grad_square_sum=grad_square_sum,
             peak_device_bytes=None,
@@ -239,8 +266,9 @@ class DeviceWorker:
         payload = _Payload(gradient=gradient, fence=self._backend.record(WorkStream.GPU))
         with self._payloads_lock:
             self._payloads[self._step, unit.index] = payload
-        assert unit.index not in self._unapplied, f"unit {unit.name} has not got its delta of the step before"
-        self._unapplied[unit.index] = self._step
+        unapplied = self._unapplied[unit.index]
+        assert len(unapplied) <= self._staleness, f"unit {unit.name} has not got its delta of step {unapplied[0]}"
+        unapplied.append(self._step)
         ready = GradientReady(step=self._step, layer=unit.index)
         self._backend.when_passed(payload.fence, lambda: self._on_gradients(ready))
 
@@ -251,7 +279,7 @@ class DeviceWorker:
         """
         for unit in reversed(self.units):
             if self._missing[unit.index]:
-                self._apply_pending(unit)  # no forward has asked for it
+                self._apply_due(unit)  # no forward has asked for it
                 self._announce(unit)
         self._missing = []
 
@@ -259,15 +287,25 @@ class DeviceWorker:
 
     def _before_forward(self, unit: Unit) -> Callable[[nn.Module, object], None]:
         def apply(_module: nn.Module, _args: object) -> None:
-            self._apply_pending(unit)
+            self._apply_due(unit)
 
         return apply
 
-    def _apply_pending(self, unit: Unit) -> None:
-        """Wait for the unit's delta and add it; once a step, however often the forward runs."""
-        step = self._unapplied.pop(unit.index, None)
-        if step is None:
-            return
+    def _apply_due(self, unit: Unit) -> None:
+        """Add what the forward of this step must see; once a step, however often the forward runs."""
+        switches = self._refitter is not None and self._refitter.has_new(unit.index)
+        # deltas made for the old projectors mean nothing to the new ones: none may stay behind
+        self._apply_pending(unit, up_to=self._step - 1 - (0 if switches else self._staleness))
+        if switches:
+            self._switch(unit)
+
+    def _apply_pending(self, unit: Unit, *, up_to: int) -> None:
+        """Wait for the unit's deltas of steps ≤ `up_to` and add them in order."""
+        unapplied = self._unapplied[unit.index]
+        while unapplied and unapplied[0] <= up_to:
+            self._apply(unit, unapplied.popleft())
+
+    def _apply(self, unit: Unit, step: int) -> None:
         ready = self._mailbox.has(step, unit.index)
         start_s = time.monotonic()
         arrived = self._mailbox.take(step, unit.index, timeout_s=DELTA_TIMEOUT_S)
@@ -277,14 +315,13 @@ class DeviceWorker:
         self._backend.hand_over(arrived.delta, WorkStream.GPU)
         with torch.no_grad():
             unit.apply(arrived.delta, self._update(step))
-        self._switch(unit)
 
     def _switch(self, unit: Unit) -> None:
-        """Let new projectors take over, if there are any: the gradient of the step under way is the first in theirs."""
-        reprojections = self._refitter.switch(unit.index) if self._refitter else ()
-        if reprojections:
-            with self._payloads_lock:
-                self._reprojections[self._step, unit.index] = reprojections
+        """Let new projectors take over: the gradient of the step under way is the first in theirs."""
+        assert self._refitter is not None
+        reprojections = self._refitter.switch(unit.index)
+        with self._payloads_lock:
+            self._reprojections[self._step, unit.index] = reprojections
 
     def _update_in_place(self, shard: OptimizerShard) -> float:
         """Native's update after the backward, one unit at a time; returns the sum of squares of the gradients."""

@@ -11,6 +11,7 @@ import torch
 from lsp_ray.config import LspConfig
 from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
+from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import generate, mean_loss, predict
 from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
@@ -19,23 +20,31 @@ from lsp_ray.device.refit import Refitter
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker, StepReport
 from lsp_ray.errors import LspRayError
+from lsp_ray.hardware import MACHINES
 from lsp_ray.methods.lsp import lsp_units, projected_shapes
-from lsp_ray.methods.units import full_units
+from lsp_ray.methods.units import full_payload_sizes, full_units
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_model, load_tokenizer, save_model
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors
 from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
+from lsp_ray.runtime.throttle import Throttle, emulating
 from lsp_ray.schedule.ops import GradientReady
+
+MEASURED_UPDATES = 6  # forward and backward of so many, before training, where a machine is emulated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetupReport:
-    """Linears whose projectors could not be learned and stay random, and host slots that could not be page-locked."""
+    """Linears whose projectors could not be learned and stay random, and host slots that could not be page-locked.
+
+    `throttle` is decided here for the whole run: the shards must keep to it as well.
+    """
 
     unfitted: list[str]
     num_pageable: int
+    throttle: Throttle
 
 
 class DeviceSide:
@@ -69,6 +78,7 @@ class DeviceSide:
         layers = find_layers(self._model)
         if config.gradient_checkpointing:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
+        throttle = self._throttle(layers)
         units, unfitted = self._build_units(layers)
         sent = [] if config.method == "native" else [unit.numel for unit in units]
         assert sent == list(job.payload_sizes), "the model's units are not those that the job was planned for"
@@ -83,11 +93,13 @@ class DeviceSide:
             local_shard=self._local_shard(units),
             refitter=self._refitter(units),
             measured_step=job.measured_step,
+            staleness=job.staleness,
+            link=throttle.link(),
         )
         self._is_set_up = True
         self._micro_batches = job.micro_batches.read_ahead(job.num_steps)
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
-        return SetupReport(unfitted=unfitted, num_pageable=len(pageable))
+        return SetupReport(unfitted=unfitted, num_pageable=len(pageable), throttle=throttle)
 
     def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
         """By unit: every projector, on the host, with the first payload element of its matrix."""
@@ -129,6 +141,18 @@ class DeviceSide:
         save_model(self._model, self._tokenizer, folder)
         if self._linears:
             save_projectors(folder / FILE_NAME, {name: module.projector for name, module in self._linears})
+
+    def _throttle(self, layers: Sequence[Layer]) -> Throttle:
+        """To be decided before any linear is replaced: what is emulated then does not depend on the method."""
+        runtime = self._job.config.runtime
+        if runtime.emulate is None or not self._job.payload_sizes:
+            return Throttle(link_gbps=runtime.link_gbps)
+        self.progress = "measuring the compute of a step"
+        size = self._job.config.gradient_accumulation_steps
+        batches = self._job.micro_batches.calibration(size * MEASURED_UPDATES)
+        updates = [batches[first : first + size] for first in range(0, len(batches), size)]
+        compute_s = compute_seconds(self._model, updates, self.backend)
+        return emulating(MACHINES[runtime.emulate], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
 
     def _build_units(self, layers: Sequence[Layer]) -> tuple[list[Unit], list[str]]:
         config = self._job.config

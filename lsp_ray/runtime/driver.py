@@ -7,8 +7,9 @@ from typing import Protocol
 
 from lsp_ray.device.worker import StepReport
 from lsp_ray.runtime.event_log import EventLog
+from lsp_ray.runtime.layer_times import LayerTimes
 from lsp_ray.runtime.ledger import Ledger, OpReport
-from lsp_ray.schedule.ops import Event, GradientReady, Op, OpDone
+from lsp_ray.schedule.ops import CostsMeasured, Event, GradientReady, Op, OpDone
 from lsp_ray.schedule.policy import Policy
 from lsp_ray.trace import StepMetrics
 
@@ -62,6 +63,7 @@ class Driver:
         self._num_steps = len(learning_rates)
         self._on_step = on_step
         self._event_log = event_log
+        self.times = LayerTimes(policy.num_layers)
         self.ledger = Ledger(policy.num_layers, learning_rates)
 
     def train(self) -> None:
@@ -73,18 +75,27 @@ class Driver:
                 self._handle(completion)
             while (metrics := self.ledger.close_next()) is not None:
                 self._on_step(metrics)
+                self._tell_costs()
 
     def _handle(self, completion: Completion) -> None:
         match completion:
             case StepReport(step=step):
                 self.ledger.add_step(completion)
+                self.times.add_step(completion)
                 if step + STEPS_AHEAD < self._num_steps:
                     self._workers.start_step(step + STEPS_AHEAD)
             case OpReport(span=span):
                 self.ledger.add_op(completion)
+                self.times.add_op(span)
                 self._decide(OpDone(op=Op(stream=span.stream, step=span.step, layer=span.layer)))
             case GradientReady():
                 self._decide(completion)
+
+    def _tell_costs(self) -> None:
+        """Tell the policy what layers cost, ever more rarely: after 1, 2, 4, 8 … steps."""
+        num_closed = self.ledger.num_closed
+        if self._policy.num_layers and num_closed & (num_closed - 1) == 0:
+            self._decide(CostsMeasured(step=num_closed - 1, layers=self.times.medians()))
 
     def _decide(self, event: Event) -> None:
         actions = self._policy.handle(event)

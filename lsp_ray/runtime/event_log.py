@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lsp_ray.schedule.ops import Action, Event, GradientReady, Launch, Op, OpDone
+from lsp_ray.schedule.ops import Action, CostsMeasured, Event, GradientReady, Launch, LayerSeconds, Op, OpDone
 from lsp_ray.schedule.policy import POLICIES, Policy
 from lsp_ray.trace import WorkStream
 
 MAX_STEPS = 100  # enough to see and to replay what a policy does; a run of days must not fill the disk with it
 
-_Row = tuple[str, int, int]  # a stream's name (or "gradient"), step, layer
+_Row = list[Any]  # a stream's name or "gradient", step, layer; or "costs", step, each layer's seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +36,14 @@ class EventLog:
 
     def __init__(self, file: TextIO, policy: str, shard_of_layer: Sequence[int]) -> None:
         self._file = file
+        self._is_full = False
         self._write({"policy": policy, "shard_of_layer": list(shard_of_layer)})
 
     def write(self, event: Event, actions: Sequence[Action]) -> None:
-        """Append one decision, up to MAX_STEPS steps."""
+        """Append one decision, up to the first event of step MAX_STEPS: what follows would have no beginning."""
         row = _event_row(event)
-        if row[1] < MAX_STEPS:
+        self._is_full = self._is_full or row[1] >= MAX_STEPS
+        if not self._is_full:
             self._write({"event": row, "launch": [_op_row(action.op) for action in actions]})
 
     def _write(self, line: object) -> None:
@@ -57,21 +59,32 @@ def read_event_log(path: Path) -> tuple[Policy, Iterator[Decision]]:
 
 
 def _decision(line: dict[str, Any]) -> Decision:
-    kind, step, layer = line["event"]
-    event = GradientReady(step=step, layer=layer) if kind == "gradient" else OpDone(op=_op(line["event"]))
-    return Decision(event=event, actions=[Launch(op=_op(row)) for row in line["launch"]])
+    return Decision(event=_event(line["event"]), actions=[Launch(op=_op(row)) for row in line["launch"]])
+
+
+def _event(row: _Row) -> Event:
+    kind, step, subject = row
+    match kind:
+        case "gradient":
+            return GradientReady(step=step, layer=subject)
+        case "costs":
+            return CostsMeasured(step=step, layers=tuple(LayerSeconds(**seconds) for seconds in subject))
+    return OpDone(op=_op(row))
 
 
 def _event_row(event: Event) -> _Row:
-    if isinstance(event, GradientReady):
-        return "gradient", event.step, event.layer
+    match event:
+        case GradientReady():
+            return ["gradient", event.step, event.layer]
+        case CostsMeasured():
+            return ["costs", event.step, [asdict(layer) for layer in event.layers]]
     return _op_row(event.op)
 
 
 def _op_row(op: Op) -> _Row:
-    return op.stream.value, op.step, op.layer
+    return [op.stream.value, op.step, op.layer]
 
 
-def _op(row: Sequence[Any]) -> Op:
+def _op(row: _Row) -> Op:
     stream, step, layer = row
     return Op(stream=WorkStream(stream), step=step, layer=layer)

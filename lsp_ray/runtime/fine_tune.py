@@ -13,6 +13,7 @@ from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.throttle import Throttle, slower_by_themselves
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace import StepMetrics
 
@@ -88,22 +89,12 @@ def fine_tune(
         decode: Turns a sample's numbers into text.
     """
     setup = workers.setup(listener.phase)
-    unfitted = setup.unfitted
-    if setup.num_pageable:
-        listener.note(
-            f"{setup.num_pageable} slots could not be page-locked (ulimit -l, or WSL2): copies to and from the GPU run "
-            "slower and overlap less"
-        )
-    if unfitted:
-        listener.note(
-            f"{len(unfitted)} of {len(job.subspace_dims)} projectors stay random, as calibration gave their layers "
-            f"no gradient: {', '.join(unfitted[:3])}{' …' if len(unfitted) > 3 else ''}"
-        )
+    _note_setup(job, setup, listener)
     listener.phase("evaluating before training")
     loss_before = workers.evaluate()
     listener.note(f"eval loss before: {loss_before:.4f}")
     listener.note(f"sample before: {decode(workers.sample())}")
-    steps, peak_bytes = _train(job, workers, output_dir, listener)
+    steps, peak_bytes = _train(job, workers, setup.throttle, output_dir, listener)
     listener.phase("evaluating after training")
     loss_after = workers.evaluate()
     change = (loss_after - loss_before) / loss_before
@@ -117,7 +108,33 @@ def fine_tune(
     return summary
 
 
-def _train(job: Job, workers: Workers, output_dir: Path, listener: Listener) -> tuple[list[StepMetrics], int | None]:
+def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
+    if setup.num_pageable:
+        listener.note(
+            f"{setup.num_pageable} slots could not be page-locked (ulimit -l, or WSL2): copies to and from the GPU run "
+            "slower and overlap less"
+        )
+    unfitted = setup.unfitted
+    if unfitted:
+        listener.note(
+            f"{len(unfitted)} of {len(job.subspace_dims)} projectors stay random, as calibration gave their layers "
+            f"no gradient: {', '.join(unfitted[:3])}{' …' if len(unfitted) > 3 else ''}"
+        )
+    if job.staleness:
+        listener.note(
+            f"policy {job.config.policy}: every update is added {job.staleness} step late, which changes losses"
+        )
+    throttle = setup.throttle
+    if throttle.compute_s is not None and throttle.link_gbps is not None and throttle.updates_per_s is not None:
+        listener.note(
+            f"emulating {job.config.runtime.emulate}: a step computes {throttle.compute_s:.3g} s, so the link passes "
+            f"{throttle.link_gbps:.3g} GB/s each way and the shards update {throttle.updates_per_s:.3g} elements/s"
+        )
+
+
+def _train(
+    job: Job, workers: Workers, throttle: Throttle, output_dir: Path, listener: Listener
+) -> tuple[list[StepMetrics], int | None]:
     """Run all steps, a line of metrics.jsonl each; returns their metrics and the peak of device memory."""
     policy = POLICIES[job.config.policy](job.layout.shard_of_unit)
     steps: list[StepMetrics] = []
@@ -135,6 +152,10 @@ def _train(job: Job, workers: Workers, output_dir: Path, listener: Listener) -> 
         event_log = EventLog(events_file, job.config.policy, job.layout.shard_of_unit)
         driver = Driver(workers, policy, job.learning_rates, on_step=on_step, event_log=event_log)
         driver.train()
+    if job.payload_sizes:
+        layers = driver.times.medians()
+        for line in slower_by_themselves(throttle, layers, job.payload_sizes, job.layout.num_shards):
+            listener.note(line)
     return steps, driver.ledger.peak_device_bytes
 
 

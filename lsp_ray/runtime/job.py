@@ -26,6 +26,7 @@ from lsp_ray.models.resolve import resolve_model
 from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.slots import slot_bytes
+from lsp_ray.schedule.policy import POLICIES
 
 SAMPLE_TOKENS = 48
 SPARE_STORE_BYTES = 96 << 20  # of the object store, beside the slots: the job's data, messages, and Ray's own minimum
@@ -64,6 +65,11 @@ class Job:
     def whitens(self) -> bool:
         """Whether the shards take Adam's steps in whitened coordinates."""
         return self.config.method == "lsp" and self.config.lsp.whiten
+
+    @property
+    def staleness(self) -> int:
+        """Steps by which deltas are late on purpose; see `Policy`."""
+        return POLICIES[self.config.policy].staleness if self.payload_sizes else 0
 
     @property
     def measured_step(self) -> int:

@@ -1,7 +1,7 @@
 """Ledger: collects what the streams report and closes a step when all of it is there.
 
 A step's clock runs from the end of the step before to its own end; the deltas of step t are late, if at all, in the
-forward of step t + 1, which is where their waiting is counted.
+forward that adds them (of step t + 1, under a stale policy of step t + 2), which is where their waiting is counted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from lsp_ray.device.worker import StepReport
 from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.trace import Span, StepMetrics, WorkStream, busy_s, exposed
+
+STEPS_KEPT = 2  # so many steps before, operations still reach into a step: one, and one more under a stale policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +70,13 @@ class Ledger:
         metrics = self._metrics(report)
         self.num_closed += 1
         self._steps.pop(step - 1, None)
-        self._ops.pop(step - 1, None)
+        self._ops.pop(step - STEPS_KEPT, None)
         return metrics
 
     def _metrics(self, report: StepReport) -> StepMetrics:
         own = self._ops.get(report.step, [])
-        spans = [op.span for op in (*self._ops.get(report.step - 1, []), *own)]
+        reaching = range(report.step - STEPS_KEPT, report.step + 1)
+        spans = [op.span for step in reaching for op in self._ops.get(step, [])]
         before = self._steps.get(report.step - 1)
         start_s = before.end_s if before else report.start_s
         step_time_s = report.end_s - start_s

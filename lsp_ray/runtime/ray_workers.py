@@ -70,6 +70,9 @@ class RayWorkers:
                 on_progress(now)
                 said = now
         report: SetupReport = self._result(ref, "gpu: setup")
+        calls = [shard.slow_down.remote(report.throttle, len(self._shards)) for shard in self._shards]
+        for index, call in enumerate(calls):
+            self._result(call, f"shard {index}: throttle", START_TIMEOUT_S)
         if self._job.whitens:
             projectors = self._gpu.projectors.remote()  # goes from actor to actors, not through here
             calls = [shard.whiten.remote(projectors) for shard in self._shards]

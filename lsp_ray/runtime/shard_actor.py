@@ -10,11 +10,13 @@ from typing import Any
 import ray
 import torch
 
+from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.methods.lsp_shard import carry_over, whiten
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.slots import Slot
+from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.trace import Span, WorkStream
 
 
@@ -61,10 +63,15 @@ class ShardActor:
         torch.set_num_threads(num_threads)
         self._pairs: Mapping[int, OpenPair] = {pair.unit: pair.open() for pair in pairs}
         self._shard = OptimizerShard({pair.unit: pair.numel for pair in pairs})
+        self._bucket: TokenBucket | None = None
 
     def ready(self) -> int:
         """Bytes of optimizer state, once the constructor is done."""
         return self._shard.state_bytes
+
+    def slow_down(self, throttle: Throttle, num_shards: int) -> None:
+        """Keep to this shard's part of the throttle from now on."""
+        self._bucket = throttle.shard(num_shards)
 
     def whiten(self, projectors: Mapping[int, Sequence[tuple[int, SparseProjector]]]) -> None:
         """Take Adam's steps of this shard's matrices in whitened coordinates; projectors by unit, of all units."""
@@ -80,6 +87,8 @@ class ShardActor:
         gradient = pair.down.to_read(step)
         carry_over(self._shard, unit, reprojections)
         square_sum = self._shard.update(unit, gradient, pair.up.to_write(), learning_rate=learning_rate)
+        if self._bucket is not None:
+            self._bucket.take(gradient.numel(), start_s=start_s)
         pair.up.publish(step)
         span = Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
         return ShardReport(span=span, grad_square_sum=float(square_sum))

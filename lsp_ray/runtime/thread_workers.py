@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.worker import StepReport
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.methods.lsp_shard import carry_over, whiten
@@ -36,6 +37,7 @@ class ThreadWorkers:
         self.side = DeviceSide(job, self._completions.put)
         self._down = [torch.empty(numel) for numel in job.payload_sizes]
         self._up = [torch.empty(numel) for numel in job.payload_sizes]
+        self._buckets: list[TokenBucket | None] = [None] * job.layout.num_shards
         self._reprojections: dict[int, Sequence[Reprojection]] = {}
         layout = job.layout
         self._shards = [
@@ -48,6 +50,8 @@ class ThreadWorkers:
     def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`; progress is not told."""
         report = self._compute.submit(self.side.setup, (*self._down, *self._up)).result()
+        num_shards = self._job.layout.num_shards
+        self._buckets = [report.throttle.shard(num_shards) for _ in range(num_shards)]
         if self._job.whitens:
             projectors = self.side.projectors()
             for unit, index in enumerate(self._job.layout.shard_of_unit):
@@ -106,10 +110,13 @@ class ThreadWorkers:
 
     def _update(self, op: Op) -> OpReport:
         start_s = time.monotonic()
-        shard = self._shards[self._job.layout.shard_of_unit[op.layer]]
+        index = self._job.layout.shard_of_unit[op.layer]
+        shard, bucket = self._shards[index], self._buckets[index]
         learning_rate = self._job.learning_rates[op.step]
         carry_over(shard, op.layer, self._reprojections[op.layer])
         square_sum = shard.update(op.layer, self._down[op.layer], self._up[op.layer], learning_rate=learning_rate)
+        if bucket is not None:
+            bucket.take(self._down[op.layer].numel(), start_s=start_s)
         span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=start_s, end_s=time.monotonic())
         return OpReport(span=span, grad_square_sum=float(square_sum))
 

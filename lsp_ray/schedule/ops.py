@@ -34,7 +34,26 @@ class OpDone:
     op: Op
 
 
-Event = GradientReady | OpDone
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSeconds:
+    """What one layer costs each stream in a step; `backward_s` with the compression of its gradient."""
+
+    forward_s: float
+    backward_s: float
+    d2h_s: float
+    cpu_s: float
+    h2d_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostsMeasured:
+    """After `step` the layers, shallowest first, are known to cost this much: medians of the last steps."""
+
+    step: int
+    layers: tuple[LayerSeconds, ...]
+
+
+Event = GradientReady | OpDone | CostsMeasured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from typing import ClassVar
 
-from lsp_ray.schedule.ops import Action, Event, GradientReady, Launch, Op, OpDone
+from lsp_ray.schedule.ops import Action, CostsMeasured, Event, GradientReady, Launch, Op, OpDone
+from lsp_ray.schedule.transition import transition_layer
 from lsp_ray.trace import WorkStream
 
+_WAY = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)
 _NEXT_STREAM = {WorkStream.D2H: WorkStream.CPU, WorkStream.CPU: WorkStream.H2D}
 
 Lane = tuple[WorkStream, int]  # the stream and, on the CPU, the shard
@@ -25,7 +28,13 @@ class Policy(ABC):
         shard_of_layer: The shard that owns each layer's optimizer state; its length is the number of layers.
         depth: Operations a lane may hold at once. Two hide the way of a message behind the operation before it;
             more would take decisions too early.
+
+    Attributes:
+        staleness: Steps by which a delta is late on purpose: that of step t is added before the forward of step
+            t + 1 + staleness. Whoever executes must keep to it.
     """
+
+    staleness: ClassVar[int] = 0
 
     def __init__(self, shard_of_layer: Sequence[int], *, depth: int = 2) -> None:
         self.num_layers = len(shard_of_layer)
@@ -34,14 +43,19 @@ class Policy(ABC):
         self._ready: dict[Lane, list[Op]] = {}
         self._in_flight: Counter[Lane] = Counter()
         self._num_done: Counter[tuple[WorkStream, int]] = Counter()
+        self._to_do: set[Op] = set()  # announced by a gradient and not done
 
     def handle(self, event: Event) -> list[Action]:
         """Return the operations to launch now that `event` happened."""
         match event:
             case GradientReady(step=step, layer=layer):
-                self._enqueue(Op(stream=WorkStream.D2H, step=step, layer=layer))
+                ops = [Op(stream=stream, step=step, layer=layer) for stream in _WAY]
+                self._to_do.update(ops)
+                self._enqueue(ops[0])
             case OpDone(op=op):
                 self._complete(op)
+            case CostsMeasured():
+                self.learn(event)
         return [Launch(op=op) for lane in sorted(self._ready) for op in self._take(lane)]
 
     @abstractmethod
@@ -52,6 +66,9 @@ class Policy(ABC):
         """Whether a ready operation may be launched yet."""
         return True
 
+    def learn(self, costs: CostsMeasured) -> None:  # noqa: B027 - a hook: nothing to do is an answer
+        """Take note of what the layers cost; most policies do not care."""
+
     def all_done(self, stream: WorkStream, step: int) -> bool:
         """Whether every layer has finished its operation on `stream` for `step`."""
         return self._num_done[stream, step] == self.num_layers
@@ -61,15 +78,18 @@ class Policy(ABC):
 
     def _complete(self, op: Op) -> None:
         self._in_flight[self._lane(op)] -= 1
+        self._to_do.remove(op)
         self._num_done[op.stream, op.step] += 1
-        self._num_done.pop((op.stream, op.step - 2), None)  # steps overlap by one at most
+        if self.all_done(WorkStream.H2D, op.step):  # nobody will ask for this step any more
+            for stream in _WAY:
+                del self._num_done[stream, op.step]
         if op.stream in _NEXT_STREAM:
             self._enqueue(Op(stream=_NEXT_STREAM[op.stream], step=op.step, layer=op.layer))
 
     def _take(self, lane: Lane) -> list[Op]:
         queue = self._ready[lane]
         in_order = sorted(
-            (position for position, op in enumerate(queue) if self.admits(op)),
+            (position for position, op in enumerate(queue) if self._finds_slot(op) and self.admits(op)),
             key=lambda position: self.urgency(queue[position], position),
         )
         taken = in_order[: self._depth - self._in_flight[lane]]
@@ -78,8 +98,29 @@ class Policy(ABC):
         self._ready[lane] = [op for position, op in enumerate(queue) if position not in taken]
         return ops
 
+    def _finds_slot(self, op: Op) -> bool:
+        """Whether the slot that `op` writes has been read: a layer has one for each direction, whatever the step."""
+        reader = _NEXT_STREAM.get(op.stream)
+        return reader is None or Op(stream=reader, step=op.step - 1, layer=op.layer) not in self._to_do
+
     def _lane(self, op: Op) -> Lane:
         return op.stream, self._shard_of_layer[op.layer] if op.stream is WorkStream.CPU else 0
+
+
+class LayerwiseFcfs(Policy):
+    """Each layer's way down, through its update and up starts as soon as its gradient is there, in order of arrival."""
+
+    def urgency(self, op: Op, position: int) -> tuple[int, ...]:
+        """First come, first served."""
+        return (position,)
+
+
+class EarliestDeadline(Policy):
+    """As layerwise; among the ready goes first what the next forward needs first."""
+
+    def urgency(self, op: Op, position: int) -> tuple[int, ...]:
+        """The start of its forward is a delta's deadline: the older step, then the shallower layer."""
+        return op.step, op.layer
 
 
 class Layerwise(Policy):
@@ -89,16 +130,23 @@ class Layerwise(Policy):
     deep layers' backlog does not hold up the layers that the next forward needs first.
 
     Args:
-        transition_layer: Layers below it overtake; default: half of the layers.
+        transition_layer: Layers below it overtake; default: half of the layers until their costs are measured, then
+            what `transition_layer` computes from them.
     """
 
     def __init__(self, shard_of_layer: Sequence[int], *, depth: int = 2, transition_layer: int | None = None) -> None:
         super().__init__(shard_of_layer, depth=depth)
+        self._learns = transition_layer is None
         self.transition_layer = self.num_layers // 2 if transition_layer is None else transition_layer
 
     def urgency(self, op: Op, position: int) -> tuple[int, ...]:
         """Shallow layers by depth, then deep layers by arrival."""
         return (0, op.layer) if op.layer < self.transition_layer else (1, position)
+
+    def learn(self, costs: CostsMeasured) -> None:
+        """Put the transition where these costs ask for it, unless it was given."""
+        if self._learns:
+            self.transition_layer = transition_layer(costs.layers, self._shard_of_layer)
 
 
 class Sequential(Policy):
@@ -118,4 +166,19 @@ class Sequential(Policy):
         return True
 
 
-POLICIES: dict[str, type[Policy]] = {"layerwise": Layerwise, "sequential": Sequential}
+class Delayed(Sequential):
+    """Zero-Offload's order with updates one step late: that of step t runs beside step t + 1.
+
+    The order is sequential's, but what the device trains with is not: it says so by its staleness.
+    """
+
+    staleness = 1
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "sequential": Sequential,
+    "delayed": Delayed,
+    "layerwise_fcfs": LayerwiseFcfs,
+    "layerwise": Layerwise,
+    "earliest_deadline": EarliestDeadline,
+}
