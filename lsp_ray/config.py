@@ -48,6 +48,8 @@ class LspConfig:
     """Non-zeros r in every row of a projector; projector memory grows with r, not with d."""
     fit: Fit = "closed_form"
     """How projectors are made: closed_form and paper (its Adam, slow) learn them from gradients, random draws them."""
+    balance: bool = True
+    """Let closed_form learn projectors that change all rows and columns alike, as full fine-tuning does; more bias."""
     whiten: bool = True
     """Take Adam's step in orthonormal coordinates: nearer the true gradient, for d³ work on the shards alone."""
     init_from: str | None = None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
     from lsp_ray.runtime.job import Job
 
 DEFAULT_OUTPUT = "lsp_output"
-_SWITCHES = ("--bf16", "--gradient_checkpointing", "--lsp.whiten", "--runtime.dashboard")
+_SWITCHES = ("--bf16", "--gradient_checkpointing", "--lsp.balance", "--lsp.whiten", "--runtime.dashboard")
 _PARSER_KEY = re.compile(r'Parser key "(?P<field>[^"]+)":.*?(?:Got|Given) value:\s*(?P<value>.*?)\s*(?:Subtypes.*|$)')
 _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 

@@ -138,7 +138,9 @@ class Bench:
         """One for every linear, learned in closed form from the calibration batches."""
         start_s, model = time.monotonic(), self.load()
         _, linears = lsp_units(find_layers(model), self.job.config.lsp, seed=self.seed)
-        unfitted = fit_projectors(model, linears, self.calibration, ClosedFormFit(), seed=self.seed, num_threads=1)
+        unfitted = fit_projectors(
+            model, linears, self.calibration, ClosedFormFit(balanced=False), seed=self.seed, num_threads=1
+        )
         self.fit_s["lsp"] = time.monotonic() - start_s
         assert not unfitted, f"no gradient reaches {unfitted}"
         return [module.projector for _, module in linears]

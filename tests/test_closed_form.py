@@ -152,3 +152,27 @@ def test_there_is_nothing_to_learn_from_a_target_that_is_zero_or_not_finite(bad:
     else:
         targets[side][2, 3] = bad
     assert fit_projector(targets[0], targets[1], 32, 4, torch.Generator().manual_seed(0)) is None
+
+
+def test_a_balanced_projector_changes_rows_of_small_and_large_gradients_alike() -> None:
+    gradients = Gradients(0)
+    left_MS, right_NS = gradients.targets()
+    left_MS[:64] *= 0.1
+    spread = {}
+    for balanced in (False, True):
+        generator = torch.Generator().manual_seed(5)
+        projector = fit_projector(left_MS, right_NS, 32, 4, generator, balanced=balanced)
+        assert projector is not None
+        squares_M = dense(projector.left).square().sum(dim=1)
+        spread[balanced] = float(squares_M[64:].mean() / squares_M[:64].mean())
+    assert spread[False] > 10
+    assert 0.5 < spread[True] < 2
+
+
+def test_balancing_keeps_rows_without_a_gradient_trainable() -> None:
+    left_MS, right_NS = Gradients(0).targets()
+    left_MS[:100] = 0.0
+    projector = fit_projector(left_MS, right_NS, 32, 4, torch.Generator().manual_seed(5), balanced=True)
+    assert projector is not None
+    assert torch.isfinite(projector.left.dense()).all()
+    assert float(dense(projector.left).square().sum(dim=0).min()) == pytest.approx(1.0, rel=1e-5)

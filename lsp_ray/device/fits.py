@@ -51,9 +51,13 @@ class GradientSketch:
         shape: (M, N) of the weight.
         width: S.
         generator: Draws Ω on the CPU.
+        balanced: See `fit_projector`.
     """
 
-    def __init__(self, shape: tuple[int, int], width: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, shape: tuple[int, int], width: int, generator: torch.Generator, *, balanced: bool = False
+    ) -> None:
+        self._balanced = balanced
         rows, columns = shape
         self.left_MS = torch.zeros(rows, width)
         self.right_NS = torch.zeros(columns, width)
@@ -71,18 +75,22 @@ class GradientSketch:
         self, dim: int, nnz_per_row: int, generator: torch.Generator, device: torch.device
     ) -> SparseProjector | None:
         """See `Lesson`."""
-        return fit_projector(self.left_MS.to(device), self.right_NS.to(device), dim, nnz_per_row, generator)
+        targets = self.left_MS.to(device), self.right_NS.to(device)
+        return fit_projector(*targets, dim, nnz_per_row, generator, balanced=self._balanced)
 
     def _draw(self, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
         return torch.randn(rows, width, generator=self._generator).to(like)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedFormFit:
-    """Alternating least squares on sketches."""
+    """Alternating least squares on sketches; `balanced`: see `fit_projector`."""
+
+    balanced: bool
 
     def lesson(self, shape: tuple[int, int], dim: int, generator: torch.Generator) -> Lesson:
         """See `Fit`."""
-        return GradientSketch(shape, dim, generator)
+        return GradientSketch(shape, dim, generator, balanced=self.balanced)
 
     def host_bytes(self, shape: tuple[int, int], dim: int, num_batches: int) -> int:
         """See `Fit`. Float32, and no more for more batches."""

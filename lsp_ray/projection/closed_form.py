@@ -18,6 +18,7 @@ from lsp_ray.projection.sparse_projector import SparseProjector
 
 ITERATIONS = 8  # the residual falls by under 1 % an iteration from there on
 RIDGE = 1e-4  # relative to the mean diagonal: columns of P can be nearly dependent
+SMALLEST_NORM = 1e-2  # of a row to be balanced, relative: what is smaller may be noise
 CHUNK_ELEMENTS = 1 << 25  # bounds the (rows, R, S) gather of the row systems to 128 MB
 
 
@@ -27,8 +28,14 @@ def fit_projector(
     dim: int,
     nnz_per_row: int,
     generator: torch.Generator,
+    *,
+    balanced: bool = False,
 ) -> SparseProjector | None:
     """Learn P and Q from sketches of the gradients' column and row spaces (float32, on the device that computes).
+
+    With `balanced`, P and Q change all rows alike, as Adam does in full fine-tuning, whatever their gradients' size:
+    they are learned for S G Z, where S and Z divide each row and column by the root of its norm, and S and Z are then
+    put into them. What is learned of a row of norm n has norm √n, so that with S it is 1. The bias is larger for it.
 
     Returns None where there is nothing to learn from: a target that is all zero (a frozen or unused layer) or not
     finite. `generator` draws positions, on the CPU.
@@ -38,8 +45,19 @@ def fit_projector(
         norm = float(target_FS.norm())
         if not (0.0 < norm < float("inf")):
             return None
-        factors.append(fit_factor(target_FS / norm, dim, nnz_per_row, generator))
+        scale_F1 = _balance(target_FS) if balanced else torch.ones_like(target_FS[:, :1])
+        scaled_FS = target_FS / norm * scale_F1
+        factor = fit_factor(scaled_FS / scaled_FS.norm(), dim, nnz_per_row, generator)
+        factors.append(_with_unit_columns(factor.with_values(factor.value_FR * scale_F1)))
     return SparseProjector(*factors)
+
+
+def _balance(target_FS: torch.Tensor) -> torch.Tensor:
+    """Return n^(-1/2) for every row (F, 1), n its norm relative to the root mean square of all; at most 10."""
+    norm_F1 = target_FS.norm(dim=1, keepdim=True)
+    relative_F1 = norm_F1 / norm_F1.square().mean().sqrt()
+    scale_F1: torch.Tensor = relative_F1.clamp(min=SMALLEST_NORM).rsqrt()
+    return scale_F1
 
 
 def fit_factor(target_FS: torch.Tensor, dim: int, nnz_per_row: int, generator: torch.Generator) -> SparseFactor:
@@ -55,7 +73,7 @@ def fit_values(index_FR: torch.Tensor, target_FS: torch.Tensor, dim: int, genera
     for _ in range(ITERATIONS):
         basis_DS = _solve_basis(factor, target_FS)
         factor = factor.with_values(_solve_rows(index_FR, basis_DS, target_FS))
-    return _with_unit_columns(factor, start_FR)
+    return _with_unit_columns(_without_dead_columns(factor, start_FR))
 
 
 def _solve_basis(factor: SparseFactor, target_FS: torch.Tensor) -> torch.Tensor:
@@ -80,12 +98,16 @@ def _solve_rows(index_FR: torch.Tensor, basis_DS: torch.Tensor, target_FS: torch
     return torch.cat(solved)
 
 
-def _with_unit_columns(factor: SparseFactor, start_FR: torch.Tensor) -> SparseFactor:
-    """Scale columns to length 1; one whose rows all had no gradient keeps its random start and stays trainable."""
+def _without_dead_columns(factor: SparseFactor, start_FR: torch.Tensor) -> SparseFactor:
+    """Give a column whose rows all had no gradient its random start again, so that it stays trainable."""
     at_FR = factor.index_FR.long()
     dead_D = _column_squares(at_FR, factor.value_FR, factor.dim) == 0
-    value_FR = torch.where(dead_D[at_FR], start_FR, factor.value_FR)
-    return factor.with_values(value_FR * _column_squares(at_FR, value_FR, factor.dim).rsqrt()[at_FR])
+    return factor.with_values(torch.where(dead_D[at_FR], start_FR, factor.value_FR))
+
+
+def _with_unit_columns(factor: SparseFactor) -> SparseFactor:
+    at_FR = factor.index_FR.long()
+    return factor.with_values(factor.value_FR * _column_squares(at_FR, factor.value_FR, factor.dim).rsqrt()[at_FR])
 
 
 def _column_squares(at_FR: torch.Tensor, value_FR: torch.Tensor, dim: int) -> torch.Tensor:

@@ -208,4 +208,4 @@ class DeviceSide:
 def _fit_of(lsp: LspConfig) -> Fit:
     if lsp.fit == "paper":
         return PaperFit(max_bias=lsp.max_bias, timeout_s=lsp.timeout_s)
-    return ClosedFormFit()
+    return ClosedFormFit(balanced=lsp.balance)
