@@ -50,6 +50,7 @@ step_costs = st.builds(
     num_micro_batches=st.integers(1, 3),
     hop_s=st.sampled_from([0.0, 0.01]),
     shared_link_rate=st.sampled_from([1.0, 0.75, 0.5]),
+    waits_for_all=st.booleans(),
 )
 
 
@@ -107,6 +108,11 @@ def test_copies_in_both_directions_share_a_link_that_has_no_bandwidth_for_both()
     # 1 s alone (from 2 s to 3 s), then the second half at half rate beside the payload, which ends 1 s of its own later
     assert _span(spans, WorkStream.H2D, 1).end_s == 5.0
     assert _span(spans, WorkStream.D2H, 0).end_s == 6.0
+
+
+def test_a_forward_that_waits_for_all_deltas_hides_none_of_them() -> None:
+    costs = StepCosts(layers=(layer(d2h_s=1.0, cpu_s=1.0, h2d_s=1.0),) * 4, waits_for_all=True)
+    assert simulate("sequential", costs).typical.step_s == 8.0 + 1.0 + 4.0 + 4.0
 
 
 def test_two_shards_halve_what_the_cpu_exposes() -> None:

@@ -47,6 +47,8 @@ class StepCosts:
         hop_s: From an operation's end until its policy knows of it.
         shared_link_rate: Rate of a copy, relative to the one it has alone, while the other direction is busy too;
             1 for a link with full duplex, 0.5 where both directions share one bandwidth.
+        waits_for_all: Whether a forward begins only when every delta is up, as Zero-Offload's own does; here each layer
+            waits for its own alone.
     """
 
     layers: tuple[LayerCosts, ...]
@@ -54,6 +56,7 @@ class StepCosts:
     num_micro_batches: int = 1
     hop_s: float = 0.0
     shared_link_rate: float = 1.0
+    waits_for_all: bool = False
 
     def __post_init__(self) -> None:
         _check_seconds("loss_s", self.loss_s)

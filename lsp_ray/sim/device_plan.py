@@ -45,13 +45,21 @@ def device_tasks(costs: StepCosts, num_steps: int, *, offloads: bool, staleness:
 
 
 def _forward(costs: StepCosts, step: int, delta_step: int | None) -> Iterator[DeviceTask]:
+    if delta_step is not None and costs.waits_for_all:
+        for layer, cost in enumerate(costs.layers):
+            yield DeviceTask(step=step, layer=layer, seconds=cost.apply_s, awaits=_delta(delta_step, layer))
+        delta_step = None
     for layer, cost in enumerate(costs.layers):
         if delta_step is None:
             yield DeviceTask(step=step, layer=layer, seconds=cost.forward_s)
-            continue
-        delta = Op(stream=WorkStream.H2D, step=delta_step, layer=layer)
-        yield DeviceTask(step=step, layer=layer, seconds=cost.apply_s + cost.forward_s, awaits=delta)
+        else:
+            seconds = cost.apply_s + cost.forward_s
+            yield DeviceTask(step=step, layer=layer, seconds=seconds, awaits=_delta(delta_step, layer))
     yield DeviceTask(step=step, layer=len(costs.layers) - 1, seconds=costs.loss_s)
+
+
+def _delta(step: int, layer: int) -> Op:
+    return Op(stream=WorkStream.H2D, step=step, layer=layer)
 
 
 def _backward(costs: StepCosts, step: int, *, announces: bool) -> Iterator[DeviceTask]:
