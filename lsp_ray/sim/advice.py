@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from lsp_ray.config import PolicyName
@@ -37,7 +38,7 @@ def largest_hidden_dim(
     """Return the largest D, a multiple of 32, whose traffic and updates the compute hides; at least 32.
 
     D is at most half of min(M, N) of the linear where that is largest: no linear would use more. Hidden means that at
-    most 2 % of a simulated step is exposed.
+    most 2 % of a simulated step is exposed; that it grows with D is taken for granted, so the next multiple is exposed.
 
     Raises:
         ConfigError: The model's linears are too small for any.
@@ -47,12 +48,15 @@ def largest_hidden_dim(
         raise ConfigError(
             "lsp.subspace_dim", f"be a number where no linear has {2 * DIM_STEP} rows and columns", "auto"
         )
-    for dim in range(bound, DIM_STEP, -DIM_STEP):
+
+    def is_exposed(multiple: int) -> bool:
+        dim = multiple * DIM_STEP
         work = replace(workload, method="lsp", subspace_dim=dim, nnz_per_row=min(workload.nnz_per_row, dim))
         step = simulate(model, work, hardware, policy).typical
-        if step.exposed.total_s <= HIDDEN * step.step_s:
-            return dim
-    return DIM_STEP
+        return step.exposed.total_s > HIDDEN * step.step_s
+
+    candidates = range(2, bound // DIM_STEP + 1)  # 32 is the answer where none of them is hidden
+    return DIM_STEP * (1 + bisect_left(candidates, True, key=is_exposed))
 
 
 def advise(model: ModelShape, workload: Workload, hardware: HardwareProfile) -> Advice:
