@@ -116,6 +116,26 @@ def resolve_model(
     return _cached_snapshot(name) or _download_snapshot(name, log, hub)
 
 
+def resolve_config(name: str, *, log: Callable[[str], None] = _log_info, hub: str | None = None) -> Path:
+    """Return a folder with the model's config.json; of a model that is only on the hub nothing else is fetched.
+
+    Args:
+        name: As for `resolve_model`, or a config.json itself.
+        log: As for `resolve_model`.
+        hub: As for `resolve_model`.
+
+    Raises:
+        ConfigError: There is no such model, or its configuration cannot be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    is_elsewhere = name not in _ALIASES and not path.exists() and _HUB_ID.fullmatch(name) and path.suffix != ".gguf"
+    if is_elsewhere and _cached_snapshot(name) is None:
+        return _download_snapshot(name, log, hub, config_only=True)
+    return resolve_model(name, log=log, hub=hub)
+
+
 def default_cache_dir() -> Path:
     """Where converted models are kept; read from the environment at every call."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsp_ray"
@@ -185,14 +205,15 @@ def _has_weights(folder: Path) -> bool:
     return False
 
 
-def _download_snapshot(hub_id: str, log: Callable[[str], None], hub: str | None) -> Path:
+def _download_snapshot(hub_id: str, log: Callable[[str], None], hub: str | None, *, config_only: bool = False) -> Path:
     """Fetch what transformers reads of the model. The error's `hint` says why that did not work."""
     bound = "be a model in the local cache or on the hub"
     try:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
             raise OfflineModeIsEnabled
         info = HfApi(endpoint=hub).model_info(hub_id, timeout=_HUB_TIMEOUT_S)
-        files = _files_to_fetch([sibling.rfilename for sibling in info.siblings or []])
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        files = ["config.json"] if config_only else _files_to_fetch(names)
         log(f"{hub_id}: fetching {len(files)} files from the hub")
         return Path(snapshot_download(hub_id, allow_patterns=files, endpoint=hub))
     except OfflineModeIsEnabled as error:

@@ -1,0 +1,105 @@
+"""Plan: every method and policy on one machine, and what to choose."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+from lsp_ray.config import Method, PolicyName
+from lsp_ray.plan.options import PlanConfig
+from lsp_ray.sim.advice import Advice, advise, largest_hidden_dim
+from lsp_ray.sim.forecast import Forecast, forecast
+from lsp_ray.sim.hardware_profile import HardwareProfile
+from lsp_ray.sim.model_shape import ModelShape
+from lsp_ray.sim.workload import Workload
+
+_GPU_HOST_THREADS = 2  # cores that the GPU actor needs for launches and copies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Forecasts for what was asked for, method by method, and advice on LSP's options."""
+
+    model: ModelShape
+    hardware: HardwareProfile
+    forecasts: tuple[Forecast, ...]
+    advice: Advice
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {
+            "hardware": asdict(self.hardware),
+            "num_parameters": self.model.num_parameters,
+            "num_trained": self.model.num_trained,
+            "forecasts": [_forecast_json(entry) for entry in self.forecasts],
+            "advice": {
+                "lsp.subspace_dim": self.advice.subspace_dim,
+                "lsp.nnz_per_row": self.advice.nnz_per_row,
+                "runtime.num_shards": self.advice.num_shards,
+                "runtime.shard_threads": self.advice.shard_threads,
+                "runtime.policy": self.advice.policy,
+                "forecast": _forecast_json(self.advice.forecast),
+            },
+        }
+
+
+def make_plan(model: ModelShape, work: Workload, hardware: HardwareProfile, *, auto_dim: bool) -> Plan:
+    """Forecast native, and zero_offload and lsp under every policy.
+
+    Args:
+        model: What is trained.
+        work: LSP's step.
+        hardware: Where.
+        auto_dim: Whether `work` gets the largest subspace whose traffic and updates are hidden.
+
+    Raises:
+        ConfigError: Every linear is too small for a subspace.
+    """
+    if auto_dim:
+        work = replace(work, subspace_dim=largest_hidden_dim(model, work, hardware))
+    methods: tuple[Method, ...] = ("native", "zero_offload", "lsp")
+    forecasts = [
+        forecast(model, replace(work, method=method), hardware, policy)
+        for method in methods
+        for policy in ((None,) if method == "native" else get_args(PolicyName))
+    ]
+    return Plan(model=model, hardware=hardware, forecasts=tuple(forecasts), advice=advise(model, work, hardware))
+
+
+def workload_of(config: PlanConfig, *, cores: int, on_gpu: bool) -> Workload:
+    """LSP's step with these options; d is a start of 256 where it is left open. Shards and threads are a run's."""
+    num_shards = config.runtime.num_shards or max(1, cores // 4)
+    left = max(1, (cores - _GPU_HOST_THREADS) // num_shards) if on_gpu else 1
+    dim = config.lsp.subspace_dim
+    return Workload(
+        method="lsp",
+        batch_size=config.per_device_train_batch_size,
+        seq_length=config.max_seq_length,
+        num_micro_batches=config.gradient_accumulation_steps,
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        subspace_dim=256 if dim == "auto" else dim,
+        nnz_per_row=config.lsp.nnz_per_row,
+        whiten=config.lsp.whiten,
+        num_shards=num_shards,
+        shard_threads=config.runtime.shard_threads or left,
+        shard_by=config.runtime.shard_by,
+        pinned=config.runtime.pinned,
+    )
+
+
+def _forecast_json(entry: Forecast) -> dict[str, Any]:
+    return {
+        "method": entry.workload.method,
+        "policy": entry.policy,
+        "subspace_dim": entry.workload.subspace_dim if entry.workload.method == "lsp" else None,
+        "step_s": entry.step_s,
+        "tokens_per_s": entry.tokens_per_s,
+        "bottleneck": entry.bottleneck,
+        "busy_s": entry.busy_s,
+        "exposed_s": asdict(entry.exposed),
+        "bytes_each_way": entry.bytes_each_way,
+        "device_bytes": {**asdict(entry.device), "peak": entry.device.peak_bytes},
+        "host_bytes": {**asdict(entry.host), "total": entry.host.total_bytes},
+        "misfits": list(entry.misfits),
+    }

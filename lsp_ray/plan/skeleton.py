@@ -1,0 +1,54 @@
+"""A model's shape from its configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lsp_ray.errors import ConfigError
+from lsp_ray.models.layers import Layer, find_layers
+from lsp_ray.models.load import load_skeleton
+from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
+
+
+def shape_of(folder: Path) -> ModelShape:
+    """Return the shape of the model whose config.json is in `folder`; an encoder's is a classifier's with 2 labels.
+
+    Raises:
+        ConfigError: The configuration is no model's that can be trained.
+    """
+    return shape_of_model(_skeleton(folder))
+
+
+def shape_of_model(model: PreTrainedModel) -> ModelShape:
+    """Return a model's shape and freeze what is not trained; a model on the meta device will do."""
+    layers, config = find_layers(model), model.config
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    output = model.get_output_embeddings()
+    return ModelShape(
+        layers=tuple(map(_layer_shape, layers)),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        hidden_size=hidden,
+        attention_width=heads * int(getattr(config, "head_dim", None) or hidden // heads),
+        num_logits=2 if output is None else int(output.get_parameter("weight").shape[0]),
+    )
+
+
+def _skeleton(folder: Path) -> PreTrainedModel:
+    try:
+        return load_skeleton(folder, task="causal_lm")
+    except ConfigError as causal_error:
+        try:
+            return load_skeleton(folder, task="sequence_classification")
+        except ConfigError:
+            raise causal_error from None
+
+
+def _layer_shape(layer: Layer) -> LayerShape:
+    shapes = [site.shape for site in layer.linears]
+    return LayerShape(
+        linears=tuple(LinearShape(rows=rows, columns=columns) for rows, columns in shapes),
+        raw_numel=sum(site.parameter.numel() for site in layer.parameters),
+        is_block=layer.block is not None,
+    )

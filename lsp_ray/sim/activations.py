@@ -1,0 +1,30 @@
+"""Bytes that a block's forward keeps for its backward."""
+
+from __future__ import annotations
+
+from lsp_ray.sim.model_shape import LayerShape, ModelShape
+from lsp_ray.sim.workload import Workload
+
+
+def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
+    """Return the bytes kept for each token; 0 outside the blocks.
+
+    After Korthikanti et al. 2022, Section 4, with attention that keeps no scores, and counted from the linears' shapes:
+
+    - what the linears give out, but for the two that end in the residual stream;
+    - the answer of the activation function, as wide as the widest linear, and of attention;
+    - both norms: their input in float32 and what they scale;
+    - the linears' inputs (both norms' answers, attention's, the widest), or (X Q)ᵀ of each in their place.
+    """
+    if not layer.is_block or not layer.linears:
+        return 0.0
+    hidden, element = model.hidden_size, workload.element_bytes
+    given_out = sum(linear.rows for linear in layer.linears) - 2 * hidden
+    widest = max(max(linear.rows, linear.columns) for linear in layer.linears)
+    inputs = 2 * hidden + model.attention_width + widest
+    dims = [workload.dim_of(linear) for linear in layer.linears]
+    projected = sum(dim for dim in dims if dim is not None)
+    if projected and not workload.full_gradient:
+        inputs = projected
+    norms = 2 * hidden * (4 + element)
+    return float(element * (given_out + widest + model.attention_width + inputs) + norms)

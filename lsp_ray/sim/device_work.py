@@ -1,0 +1,126 @@
+"""DeviceWork: operations and bytes of a layer on the device, whatever the device.
+
+Legend: T tokens, S tokens of a sequence, A features of all heads, M rows out, N columns in, F either of them, K any
+width, D subspace, R non-zeros a row; e bytes of an activation.
+
+Sources: a product of (T, N) and (N, M) takes 2·T·M·N operations, and a backward twice a forward (Kaplan et al. 2020,
+Section 2.1). Attention's two products take 4·T·S·A (Chowdhery et al. 2022, Appendix B); nothing is taken off for causal
+masks. A sparse factor with R non-zeros in each of F rows, times a table of width K, gathers F·R rows of the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lsp_ray.sim.activations import activation_bytes
+from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
+from lsp_ray.sim.workload import Workload
+
+ADAMW_BYTES = 28  # for an element: gradient, both moments and parameter read, all but the gradient written, 4 each
+_LOGIT_BYTES = 24  # for a logit: to float32, its softmax, both gradients, back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceWork:
+    """Operations of matrix products, bytes read and written in order, bytes of rows gathered in any order."""
+
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    gathered_bytes: float = 0.0
+
+    def __add__(self, other: DeviceWork) -> DeviceWork:
+        return DeviceWork(
+            flops=self.flops + other.flops,
+            moved_bytes=self.moved_bytes + other.moved_bytes,
+            gathered_bytes=self.gathered_bytes + other.gathered_bytes,
+        )
+
+
+def forward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> DeviceWork:
+    """2·T·M·N a linear, attention, every activation written and read once, (X Q)ᵀ of projected linears."""
+    tokens = workload.tokens
+    work = DeviceWork(
+        flops=sum(2.0 * tokens * linear.numel for linear in layer.linears) + _attention_flops(model, workload, layer),
+        moved_bytes=2.0 * tokens * activation_bytes(model, workload, layer),
+    )
+    if workload.full_gradient:
+        return work
+    for linear in layer.linears:
+        work += _projection(workload, linear.columns, workload.dim_of(linear))
+    return work
+
+
+def backward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> DeviceWork:
+    """Gradients of inputs and weights, attention and activations twice the forward's; checkpointing adds a forward."""
+    tokens = workload.tokens
+    work = DeviceWork(
+        flops=sum(2.0 * tokens * linear.numel for linear in layer.linears)
+        + 2.0 * _attention_flops(model, workload, layer),
+        moved_bytes=4.0 * tokens * activation_bytes(model, workload, layer),
+    )
+    for linear in layer.linears:
+        work += _weight_gradient(workload, linear)
+    if workload.gradient_checkpointing and layer.is_block:
+        work += forward_work(model, workload, layer)
+    return work
+
+
+def loss_work(model: ModelShape, workload: Workload) -> DeviceWork:
+    """Logits and their input's gradient, 2·T each an element of the frozen output embedding, and the softmax."""
+    return DeviceWork(
+        flops=4.0 * workload.tokens * model.hidden_size * model.num_logits,
+        moved_bytes=float(_LOGIT_BYTES * workload.tokens * model.num_logits),
+    )
+
+
+def apply_work(workload: Workload, layer: LayerShape) -> DeviceWork:
+    """W ← W + P δ Qᵀ: two gathers in float32, the delta written and read, the weight read and written."""
+    add_bytes = 4 + 2 * workload.element_bytes
+    work = DeviceWork(moved_bytes=float(add_bytes * layer.raw_numel))
+    for linear in layer.linears:
+        dim = workload.dim_of(linear)
+        if dim is None:
+            work += DeviceWork(moved_bytes=float(add_bytes * linear.numel))
+            continue
+        table = linear.columns * dim
+        work += DeviceWork(
+            moved_bytes=float((4 + add_bytes) * linear.numel + 12 * table),
+            gathered_bytes=float(4 * workload.nnz_per_row * (linear.numel + table)),
+        )
+    return work
+
+
+def device_update_work(workload: Workload, layer: LayerShape) -> DeviceWork:
+    """AdamW on the device, with the gradient made float32 before it and the delta added after it."""
+    return DeviceWork(moved_bytes=float((ADAMW_BYTES + 8 + 3 * workload.element_bytes) * layer.numel))
+
+
+def _weight_gradient(workload: Workload, linear: LinearShape) -> DeviceWork:
+    """G = dYᵀX, 2·T·M·N; or (dY P)ᵀ(X Q), 2·T·D² and a gather; or, as in the paper, the former and then PᵀGQ."""
+    dim = workload.dim_of(linear)
+    full = DeviceWork(flops=2.0 * workload.tokens * linear.numel)
+    if dim is None:
+        return full
+    if not workload.full_gradient:
+        return _projection(workload, linear.rows, dim) + DeviceWork(flops=2.0 * workload.tokens * dim * dim)
+    element, half = workload.element_bytes, dim * linear.columns
+    return full + DeviceWork(
+        moved_bytes=float(element * (3 * half + dim * dim)),
+        gathered_bytes=float(element * workload.nnz_per_row * (linear.numel + half)),
+    )
+
+
+def _projection(workload: Workload, width: int, dim: int | None) -> DeviceWork:
+    """(X Q)ᵀ or (dY P)ᵀ: the (T, F) matrix transposed, F·R rows of T gathered, (D, T) written."""
+    if dim is None:
+        return DeviceWork()
+    row_bytes = workload.tokens * workload.element_bytes
+    return DeviceWork(
+        moved_bytes=float(row_bytes * (2 * width + dim)), gathered_bytes=float(row_bytes * width * workload.nnz_per_row)
+    )
+
+
+def _attention_flops(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
+    if not layer.is_block:
+        return 0.0
+    return 4.0 * workload.tokens * workload.seq_length * model.attention_width

@@ -1,0 +1,89 @@
+"""Forecast: one method under one policy on one machine, in seconds and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lsp_ray.config import PolicyName
+from lsp_ray.schedule.policy import POLICIES
+from lsp_ray.sim.cost_model import CostModel
+from lsp_ray.sim.hardware_profile import HardwareProfile
+from lsp_ray.sim.memory import DeviceMemory, HostMemory, device_memory, host_memory, peak_payload_bytes
+from lsp_ray.sim.model_shape import ModelShape
+from lsp_ray.sim.simulator import Simulation, Simulator
+from lsp_ray.sim.workload import Workload
+from lsp_ray.trace import Exposed, WorkStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a step takes.
+
+    Attributes:
+        policy: None where nothing leaves the device.
+        bytes_each_way: Down the link in a step, and as many up.
+        busy_s: Of each stream in a step.
+        misfits: What does not fit, a line each; empty where all does.
+    """
+
+    workload: Workload
+    policy: PolicyName | None
+    device: DeviceMemory
+    host: HostMemory
+    bytes_each_way: int
+    step_s: float
+    exposed: Exposed
+    busy_s: dict[WorkStream, float]
+    misfits: tuple[str, ...]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Throughput."""
+        return self.workload.tokens_per_step / self.step_s
+
+    @property
+    def bottleneck(self) -> WorkStream:
+        """The stream that is busy longest."""
+        return max(self.busy_s, key=lambda stream: self.busy_s[stream])
+
+
+def simulate(model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName | None) -> Simulation:
+    """Run a few steps; shards own layers in turn, or all of every layer's slices."""
+    num_lanes = 1 if workload.shard_by == "slice" else workload.num_shards
+    owners = [layer % num_lanes for layer in range(len(model.layers))]
+    decides = None if policy is None or workload.method == "native" else POLICIES[policy](owners)
+    costs = CostModel(model=model, workload=workload, hardware=hardware).step()
+    return Simulator(costs, decides, owners).run()
+
+
+def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName | None) -> Forecast:
+    """Return what a step of `workload` takes; `policy` is None for native."""
+    simulation = simulate(model, workload, hardware, policy)
+    payloads = [workload.payload_bytes(layer) for layer in model.layers]
+    device = device_memory(model, workload, peak_payload_bytes(simulation.spans, payloads))
+    host = host_memory(model, workload)
+    typical = simulation.typical
+    return Forecast(
+        workload=workload,
+        policy=policy,
+        device=device,
+        host=host,
+        bytes_each_way=sum(payloads),
+        step_s=typical.step_s,
+        exposed=typical.exposed,
+        busy_s=typical.busy_s,
+        misfits=_misfits(hardware, device, host),
+    )
+
+
+def _misfits(hardware: HardwareProfile, device: DeviceMemory, host: HostMemory) -> tuple[str, ...]:
+    needs = [("device", device.peak_bytes, hardware.device_memory_bytes)]
+    if hardware.on_gpu:
+        needs.append(("host", host.total_bytes, hardware.host_memory_bytes))
+    else:  # one memory for both
+        needs = [("host", device.peak_bytes + host.total_bytes, hardware.host_memory_bytes)]
+    return tuple(
+        f"{where} memory: {needed / 1e9:.1f} GB needed, {there / 1e9:.1f} GB there"
+        for where, needed, there in needs
+        if needed > there
+    )

@@ -1,0 +1,136 @@
+"""Memory of the device and of the host, by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from lsp_ray.sim.activations import activation_bytes
+from lsp_ray.sim.model_shape import LinearShape, ModelShape
+from lsp_ray.sim.workload import Workload
+from lsp_ray.trace import Span, WorkStream
+
+_INT16_ROWS = 1 << 15
+_LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
+_PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
+_STORE_SPARE_BYTES = 96 << 20  # of the object store beside the slots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """Bytes on the device; `activations` at the end of the forward, with the loss's."""
+
+    weights: float
+    projectors: float
+    optimizer_state: float
+    activations: float
+    gradients: float
+    payload_buffers: float
+
+    @property
+    def peak_bytes(self) -> float:
+        """Largest sum: activations go as gradients come, so they are not there together."""
+        steady = self.weights + self.projectors + self.optimizer_state
+        return steady + max(self.activations, self.gradients + self.payload_buffers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """Bytes on the host; `object_store` is shared memory: the slots, both ways."""
+
+    object_store: float
+    optimizer_state: float
+    whitening: float
+    processes: float
+
+    @property
+    def total_bytes(self) -> float:
+        """All parts."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+def device_memory(model: ModelShape, workload: Workload, payload_buffers: float) -> DeviceMemory:
+    """Return the device's memory; `payload_buffers` comes from `peak_payload_bytes`."""
+    native = workload.method == "native"
+    element = workload.element_bytes
+    gradients = [
+        sum(_gradient_bytes(workload, linear) for linear in layer.linears) + element * layer.raw_numel
+        for layer in model.layers
+    ]
+    blocks = [activation_bytes(model, workload, layer) for layer in model.layers]
+    if workload.gradient_checkpointing:
+        kept = sum(element * model.hidden_size for block in blocks if block) + max(blocks)
+    else:
+        kept = sum(blocks)
+    return DeviceMemory(
+        weights=float(element * model.num_parameters),
+        projectors=sum(_projector_bytes(workload, linear) for layer in model.layers for linear in layer.linears),
+        optimizer_state=8.0 * model.num_trained if native else 0.0,
+        activations=workload.tokens * (kept + _LOSS_BYTES * model.num_logits),
+        gradients=float(sum(gradients)) if native else float(max(gradients)),
+        payload_buffers=8.0 * max(layer.numel for layer in model.layers) if native else payload_buffers,
+    )
+
+
+def host_memory(model: ModelShape, workload: Workload) -> HostMemory:
+    """Return the host's memory beside what the device needs where the host computes."""
+    if workload.method == "native":
+        return HostMemory(object_store=_STORE_SPARE_BYTES, optimizer_state=0, whitening=0, processes=2 * _PROCESS_BYTES)
+    payload_numel = sum(workload.payload_numel(layer) for layer in model.layers)
+    dims = [workload.dim_of(linear) for layer in model.layers for linear in layer.linears] if workload.whiten else []
+    return HostMemory(
+        object_store=8.0 * payload_numel + _STORE_SPARE_BYTES,
+        optimizer_state=8.0 * payload_numel,
+        whitening=sum(8.0 * dim * dim for dim in dims if dim is not None),
+        processes=(2 + workload.num_shards) * _PROCESS_BYTES,
+    )
+
+
+def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:
+    """Most bytes of payloads and deltas that are on the device at one time, given a simulation's spans.
+
+    A payload lies there from the end of its layer's backward to the end of its way down, a delta from the start of its
+    way up until the forward that added it is done.
+    """
+    computed = sorted((span for span in spans if span.stream is WorkStream.GPU), key=lambda span: span.end_s)
+    changes: list[tuple[float, int]] = []
+    for span in spans:
+        size = payload_bytes[span.layer]
+        if span.stream is WorkStream.D2H:
+            made_s = max((run.end_s for run in computed if _made(run, span)), default=span.start_s)
+            changes += [(made_s, size), (span.end_s, -size)]
+        elif span.stream is WorkStream.H2D:
+            read_s = min((run.end_s for run in computed if _read(run, span)), default=span.end_s)
+            changes += [(span.start_s, size), (read_s, -size)]
+    held = peak = 0
+    for _, change in sorted(changes):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _made(run: Span, sent: Span) -> bool:
+    return (run.step, run.layer) == (sent.step, sent.layer) and run.end_s <= sent.start_s
+
+
+def _read(run: Span, brought: Span) -> bool:
+    return run.layer == brought.layer and run.step > brought.step and run.start_s >= brought.end_s
+
+
+def _gradient_bytes(workload: Workload, linear: LinearShape) -> int:
+    dim = workload.dim_of(linear)
+    if dim is None or workload.full_gradient:
+        return workload.element_bytes * linear.numel
+    return 4 * dim * dim
+
+
+def _projector_bytes(workload: Workload, linear: LinearShape) -> float:
+    """Paper, Section 3: O((M + N)·R) for both; a value and a row number each, whatever D is."""
+    if workload.dim_of(linear) is None:
+        return 0.0
+    return float(
+        sum(
+            side * workload.nnz_per_row * (workload.element_bytes + (2 if side <= _INT16_ROWS else 4))
+            for side in (linear.rows, linear.columns)
+        )
+    )

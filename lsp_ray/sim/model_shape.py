@@ -1,0 +1,66 @@
+"""ModelShape: a model as shapes alone, as costs and memory need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearShape:
+    """A trained linear with a weight of (rows, columns) = (M, N) = (out, in)."""
+
+    rows: int
+    columns: int
+
+    @property
+    def numel(self) -> int:
+        """M · N."""
+        return self.rows * self.columns
+
+    @property
+    def small_side(self) -> int:
+        """min(M, N)."""
+        return min(self.rows, self.columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """What is sent as one: linears, and elements of other trained parameters. The stem and the head are no blocks."""
+
+    linears: tuple[LinearShape, ...]
+    raw_numel: int
+    is_block: bool
+
+    @property
+    def numel(self) -> int:
+        """Trained elements."""
+        return self.raw_numel + sum(linear.numel for linear in self.linears)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A model.
+
+    Attributes:
+        layers: Shallowest first.
+        num_parameters: All of them, frozen ones and shared ones once.
+        hidden_size: Width of the residual stream.
+        attention_width: Heads times their width.
+        num_logits: Rows of the output embedding: the vocabulary; a classifier's labels.
+    """
+
+    layers: tuple[LayerShape, ...]
+    num_parameters: int
+    hidden_size: int
+    attention_width: int
+    num_logits: int
+
+    @property
+    def num_trained(self) -> int:
+        """Elements that are trained."""
+        return sum(layer.numel for layer in self.layers)
+
+    @property
+    def largest_small_side(self) -> int:
+        """min(M, N) of the linear where it is largest: the bound of `lsp.subspace_dim`."""
+        return max((linear.small_side for layer in self.layers for linear in layer.linears), default=0)

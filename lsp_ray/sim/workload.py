@@ -1,0 +1,93 @@
+"""Workload: what a step computes and sends, by method; no seconds yet.
+
+Legend: T tokens, M rows out, N columns in, D subspace, R non-zeros a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lsp_ray.config import Method
+from lsp_ray.errors import ConfigError
+from lsp_ray.sim.model_shape import LayerShape, LinearShape
+
+ShardBy = Literal["layer", "slice"]
+MIN_SIDE_PER_NNZ = 4  # as in methods/lsp.py: a linear with a smaller side than this times R is sent as it is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A step of one method.
+
+    Attributes:
+        method: What is trained, sent and applied.
+        batch_size: Examples in a micro-batch.
+        seq_length: Tokens of each, all of them with a target.
+        num_micro_batches: In an optimizer update.
+        bf16: Weights and activations of 2 bytes, else of 4.
+        gradient_checkpointing: Whether the backward runs each block's forward again.
+        subspace_dim: D asked for (lsp).
+        nnz_per_row: R (lsp).
+        whiten: Whether shards take Adam's step in whitened coordinates (lsp).
+        num_shards: Optimizer shards.
+        shard_threads: Threads of each.
+        shard_by: Whether a shard owns whole layers or a slice of every layer.
+        pinned: Whether slots are page-locked.
+        payload_element_bytes: 4 here; the paper sends 2.
+        full_gradient: Whether the (M, N) gradient is formed before it is compressed, as in the paper (lsp).
+    """
+
+    method: Method
+    batch_size: int
+    seq_length: int
+    num_micro_batches: int = 1
+    bf16: bool = True
+    gradient_checkpointing: bool = False
+    subspace_dim: int = 256
+    nnz_per_row: int = 4
+    whiten: bool = True
+    num_shards: int = 1
+    shard_threads: int = 1
+    shard_by: ShardBy = "layer"
+    pinned: bool = True
+    payload_element_bytes: int = 4
+    full_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        counts = ("batch_size", "seq_length", "num_micro_batches", "subspace_dim", "nnz_per_row")
+        for name in (*counts, "num_shards", "shard_threads", "payload_element_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"workload.{name}", "be at least 1", getattr(self, name))
+
+    @property
+    def tokens(self) -> int:
+        """T of a micro-batch."""
+        return self.batch_size * self.seq_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all micro-batches."""
+        return self.tokens * self.num_micro_batches
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight or an activation."""
+        return 2 if self.bf16 else 4
+
+    def dim_of(self, linear: LinearShape) -> int | None:
+        """D of a linear, at most half of its smaller side; None where it is not projected."""
+        if self.method != "lsp" or linear.small_side < MIN_SIDE_PER_NNZ * self.nnz_per_row:
+            return None
+        return min(self.subspace_dim, linear.small_side // 2)
+
+    def payload_numel(self, layer: LayerShape) -> int:
+        """Elements that a layer sends in each direction."""
+        if self.method == "native":
+            return 0
+        dims = [(linear, self.dim_of(linear)) for linear in layer.linears]
+        return layer.raw_numel + sum(linear.numel if dim is None else dim * dim for linear, dim in dims)
+
+    def payload_bytes(self, layer: LayerShape) -> int:
+        """Bytes that a layer sends in each direction."""
+        return self.payload_element_bytes * self.payload_numel(layer)

@@ -1,0 +1,70 @@
+"""The paper's figures: golden values of the simulator, and the order that they must keep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lsp_ray.config import Method, PolicyName
+from lsp_ray.sim.cost_model import CostModel
+from lsp_ray.sim.forecast import forecast
+from lsp_ray.sim.hardware_profile import hardware_names, load_hardware
+from lsp_ray.sim.workload import Workload
+from scripts.sim_paper import llama, main, paper_figures
+
+GOLDEN = {
+    "gpt2-774m: zero, slowdown": 1.6401,
+    "gpt2-774m: zero, s": 2.6684,
+    "gpt2-774m: lsp (512, 16), s": 2.2221,
+    "1.3b: zero, slowdown": 3.7082,
+    "llama-3b: zero, slowdown": 1.9794,
+    "llama-3b: zero, s": 2.9568,
+    "llama-3b: lsp (512, 16), s": 1.6817,
+    "llama-7b: zero, slowdown": 3.4458,
+    "llama-7b: layer-wise zero, throughput over zero": 2.1417,
+    "6.7b: compute, s": 1.6335,
+    "6.7b: zero, s": 4.5629,
+    "6.7b: lsp (2048, 8), s": 1.9060,
+    "6.7b: lsp (256, 8) over native": 1.0919,
+    "6.7b: lsp (512, 8) over native": 1.0983,
+}
+OFF_BY_MORE_THAN_A_FIFTH = {
+    "gpt2-774m: lsp (512, 16), s",
+    "llama-7b: layer-wise zero, throughput over zero",
+}
+
+
+def test_simulated_figures_are_what_they_were() -> None:
+    assert {name: figure.simulated for name, figure in paper_figures().items()} == pytest.approx(GOLDEN, abs=5e-4)
+
+
+def test_all_figures_but_two_are_within_a_fifth_of_the_papers() -> None:
+    figures = paper_figures()
+    assert {name for name, figure in figures.items() if abs(figure.error) > 0.2} == OFF_BY_MORE_THAN_A_FIFTH
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_native_is_faster_than_the_papers_lsp_and_that_faster_than_zero_layer_by_layer_and_in_sequence(
+    name: str,
+) -> None:
+    # the paper's native updates in 1 ms a layer: its step is the compute alone, all but 2 %
+    runs: list[tuple[Method, PolicyName | None]] = [
+        ("native", None),
+        ("lsp", "layerwise"),
+        ("zero_offload", "layerwise"),
+        ("zero_offload", "sequential"),
+    ]
+    machine, model = load_hardware(name), llama(2048, 5504, 24, 32256)
+    work = Workload(
+        method="native", batch_size=1, seq_length=256, shard_threads=machine.num_cores, full_gradient=True, whiten=False
+    )
+    steps_s = [forecast(model, replace(work, method=method), machine, policy).step_s for method, policy in runs]
+    updates = CostModel(model=model, workload=work, hardware=machine).step().layers
+    steps_s[0] -= sum(layer.update_s for layer in updates)
+    assert steps_s == sorted(steps_s)
+
+
+def test_the_script_prints_a_row_for_each_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(paper_figures())
