@@ -145,6 +145,25 @@ class StepMetrics:
         """Seconds in which the compute stream waited."""
         return self.exposed_d2h_s + self.exposed_cpu_s + self.exposed_h2d_s
 
+    @property
+    def busy_by_stream(self) -> dict[WorkStream, float]:
+        """Seconds in which each stream had work."""
+        return {
+            WorkStream.GPU: self.gpu_busy_s,
+            WorkStream.D2H: self.d2h_busy_s,
+            WorkStream.CPU: self.cpu_busy_s,
+            WorkStream.H2D: self.h2d_busy_s,
+        }
+
+    @property
+    def exposed_by_cause(self) -> dict[WorkStream, float]:
+        """Seconds in which the compute stream waited, by the stream that was late."""
+        return {
+            WorkStream.D2H: self.exposed_d2h_s,
+            WorkStream.CPU: self.exposed_cpu_s,
+            WorkStream.H2D: self.exposed_h2d_s,
+        }
+
 
 def busy_s(spans: Iterable[Span], stream: WorkStream, start_s: float, end_s: float) -> float:
     """Seconds in [start_s, end_s] in which at least one span of `stream` was under way."""
