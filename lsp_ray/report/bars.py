@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from lsp_ray.report.markup import Markup, element, joined
 
-WIDTH, LEFT, MIDDLE, ROW, BAR = 1120, 210, 760, 26, 16
-MAX_LABEL = 30  # characters that fit on the left
+WIDTH, LEFT, MIDDLE, ROW, BAR = 1120, 230, 740, 26, 16
+MAX_LABEL = 34  # characters that fit on the left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

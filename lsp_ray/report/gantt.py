@@ -52,13 +52,18 @@ def _bar(span: TracedSpan, across: Axis, zero_s: float, y: float, *, is_own: boo
     left = max(across.start, across.at((span.start_s - zero_s) * 1e3))
     right = min(across.end, across.at((span.end_s - zero_s) * 1e3))
     width = max(right - left - GAP, MIN_WIDTH)
-    kind = "wait" if span.category == "wait" else f"{_stream(span)} {span.category}"
-    age = "" if is_own or span.category == "wait" else " earlier"
+    kind = "wait" if span.cause is not None else f"{_stream(span)} {span.category}"
+    is_pale = span.category in (Phase.APPLY, Phase.FORWARD) or not (is_own or span.cause is not None)
+    age = "" if is_own or span.cause is not None else " earlier"
     parts = [element("title", _hover(span))]
     parts.append(element("rect", x=left, y=y, width=width, height=BAR, class_=f"bar {kind}{age}"))
     label = str(span.layer) if span.cause is None else f"waits for {_name(span.cause)}"
     if width > CHARACTER * len(label) + 2:
-        parts.append(element("text", label, x=left + width / 2, y=y + BAR / 2 + 4, class_="inside middle"))
+        parts.append(
+            element(
+                "text", label, x=left + width / 2, y=y + BAR / 2 + 4, class_=f"{'pale' if is_pale else 'inside'} middle"
+            )
+        )
     return element("g", *parts)
 
 
