@@ -201,7 +201,7 @@ def _claimed(asked: str | None) -> Iterator[Path]:
     except BaseException:
         metrics = path / "metrics.jsonl"
         if not metrics.exists() or metrics.stat().st_size == 0:
-            for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
+            for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.json"):
                 (path / name).unlink(missing_ok=True)
             if not existed:
                 path.rmdir()

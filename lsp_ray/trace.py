@@ -6,9 +6,12 @@ processes on one machine can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
+
+TRACED_AT_ONCE = 5  # steps in a row: enough to see one step reach into the next, and no file of gigabytes
 
 
 class WorkStream(StrEnum):
@@ -20,11 +23,33 @@ class WorkStream(StrEnum):
     H2D = "h2d"
 
 
+_CAUSES = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)  # what a delta passes through, in order
+
+
+class Phase(StrEnum):
+    """What the compute stream does for a layer in a step, in this order."""
+
+    APPLY = "apply"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
     """One stretch of work of one stream for one layer of one step."""
 
     stream: WorkStream
+    step: int
+    layer: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeSpan:
+    """One stretch of the compute stream's own work for one layer of one step."""
+
+    phase: Phase
     step: int
     layer: int
     start_s: float
@@ -42,6 +67,32 @@ class Wait:
     layer: int
     start_s: float
     end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitPart:
+    """The part of a wait that one stream caused; step and layer are the delta's."""
+
+    cause: WorkStream
+    step: int
+    layer: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Everything that happened for one step, counted from 0; it may have begun before the step and end after it.
+
+    `waits` are those of this step's forward, for deltas of earlier steps; `compute` is empty where `is_traced` says no.
+    """
+
+    step: int
+    start_s: float
+    end_s: float
+    compute: tuple[ComputeSpan, ...]
+    ops: tuple[Span, ...]
+    waits: tuple[WaitPart, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +116,8 @@ class StepMetrics:
     `step` is the number of updates made, so the first line says 1 as in HF's logs; elsewhere steps count from 0.
     `grad_norm` is the norm of what was sent (for lsp: of the compressed gradients), before any clipping.
     `exposed_*_s` is the time in which this step's forward waited for the previous step's deltas. `bias` (raw, relative,
-    cosine; see `Bias`) is there in the steps that measured it, with the number of projectors that are refitted for it.
+    cosine; see `Bias`) is there in the steps that measured it, with the relative bias of each layer that was in the
+    sample (by its number) and the number of projectors that are refitted.
     """
 
     step: int
@@ -85,12 +137,32 @@ class StepMetrics:
     bytes_d2h: int
     bytes_h2d: int
     bias: dict[str, float] | None = None
+    bias_by_layer: dict[str, float] | None = None
     num_refitted: int | None = None
 
     @property
     def exposed_s(self) -> float:
         """Seconds in which the compute stream waited."""
         return self.exposed_d2h_s + self.exposed_cpu_s + self.exposed_h2d_s
+
+    @property
+    def busy_by_stream(self) -> dict[WorkStream, float]:
+        """Seconds in which each stream had work."""
+        return {
+            WorkStream.GPU: self.gpu_busy_s,
+            WorkStream.D2H: self.d2h_busy_s,
+            WorkStream.CPU: self.cpu_busy_s,
+            WorkStream.H2D: self.h2d_busy_s,
+        }
+
+    @property
+    def exposed_by_cause(self) -> dict[WorkStream, float]:
+        """Seconds in which the compute stream waited, by the stream that was late."""
+        return {
+            WorkStream.D2H: self.exposed_d2h_s,
+            WorkStream.CPU: self.exposed_cpu_s,
+            WorkStream.H2D: self.exposed_h2d_s,
+        }
 
 
 def busy_s(spans: Iterable[Span], stream: WorkStream, start_s: float, end_s: float) -> float:
@@ -109,20 +181,35 @@ def busy_s(spans: Iterable[Span], stream: WorkStream, start_s: float, end_s: flo
 
 
 def exposed(waits: Sequence[Wait], spans: Iterable[Span]) -> Exposed:
+    """Sum up waiting by its cause, see `wait_parts`."""
+    seconds = dict.fromkeys(WorkStream, 0.0)
+    for part in wait_parts(waits, spans):
+        seconds[part.cause] += part.end_s - part.start_s
+    return Exposed(d2h_s=seconds[WorkStream.D2H], cpu_s=seconds[WorkStream.CPU], h2d_s=seconds[WorkStream.H2D])
+
+
+def wait_parts(waits: Iterable[Wait], spans: Iterable[Span]) -> Iterator[WaitPart]:
     """Split waiting by cause: what a layer's delta still lacked at each moment of the wait.
 
     Until its payload was down the wait is d2h's, until its update was done the CPU's, and the rest h2d's;
-    queueing for a stream counts as that stream's.
+    queueing for a stream counts as that stream's. Empty parts are left out.
     """
     ends = {(span.stream, span.step, span.layer): span.end_s for span in spans}
-    d2h_s = cpu_s = h2d_s = 0.0
     for wait in waits:
         down = _within(ends.get((WorkStream.D2H, wait.step, wait.layer), wait.start_s), wait)
         updated = max(down, _within(ends.get((WorkStream.CPU, wait.step, wait.layer), wait.start_s), wait))
-        d2h_s += down - wait.start_s
-        cpu_s += updated - down
-        h2d_s += wait.end_s - updated
-    return Exposed(d2h_s=d2h_s, cpu_s=cpu_s, h2d_s=h2d_s)
+        cuts = (wait.start_s, down, updated, wait.end_s)
+        for cause, (start_s, end_s) in zip(_CAUSES, pairwise(cuts), strict=True):
+            if end_s > start_s:
+                yield WaitPart(cause=cause, step=wait.step, layer=wait.layer, start_s=start_s, end_s=end_s)
+
+
+def is_traced(step: int, num_steps: int) -> bool:
+    """Whether a run's trace holds this step: the first TRACED_AT_ONCE, and as many in the middle as typical ones.
+
+    Known in advance, so that nothing is kept for later and a run that ends early leaves what it had.
+    """
+    return step < TRACED_AT_ONCE or 0 <= step - (num_steps - TRACED_AT_ONCE) // 2 < TRACED_AT_ONCE
 
 
 def _within(time_s: float, wait: Wait) -> float:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.event_log import MAX_STEPS, EventLog, read_event_log
 from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.schedule.policy import POLICIES
+from lsp_ray.trace_file import read_trace
 from tests.tiny import CLASSIFIERS, Family
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
 
@@ -110,7 +113,8 @@ def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
     assert set(lines[0]) == {
         *("step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "step_time_s"),
         *("gpu_busy_s", "d2h_busy_s", "cpu_busy_s", "h2d_busy_s"),
-        *("exposed_d2h_s", "exposed_cpu_s", "exposed_h2d_s", "bytes_d2h", "bytes_h2d", "bias", "num_refitted"),
+        *("exposed_d2h_s", "exposed_cpu_s", "exposed_h2d_s", "bytes_d2h", "bytes_h2d"),
+        *("bias", "bias_by_layer", "num_refitted"),
     }
     for line in lines:
         assert line["bytes_d2h"] == line["bytes_h2d"] == 4 * sum(job.payload_sizes)
@@ -121,10 +125,30 @@ def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
     assert set(written) == {
         *("method", "policy", "device", "num_shards", "eval_loss_before", "eval_loss_after", "step_time_s_median"),
         *("tokens_per_second", "overlap_fraction", "peak_device_bytes", "bytes_d2h_per_step", "bytes_h2d_per_step"),
-        "trainable_subspace_dims",
+        *("sample_before", "sample_after", "sample_expected", "trainable_subspace_dims"),
     }
     assert written["peak_device_bytes"] > 0
     assert 0 <= written["overlap_fraction"] <= 1
+
+
+def test_a_runs_trace_holds_every_layers_work_on_every_stream_once_a_step(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, max_steps=4, runtime={"num_shards": 2, "policy": "sequential"})
+    _, listener = run_on_threads(job, tmp_path / "out")
+    trace = read_trace(tmp_path / "out" / "trace.json")
+    found = Counter((span.category, span.step, span.layer) for span in trace.spans if span.category != "wait")
+    layers = range(len(job.payload_sizes))
+    once = [
+        (name, step, layer)
+        for name in ("forward", "backward", "d2h", "cpu", "h2d")
+        for step in range(4)
+        for layer in layers
+    ]
+    assert found == Counter(once) + Counter(("apply", step, layer) for step in (1, 2, 3) for layer in layers)
+    for metrics in listener.steps:
+        first_s, last_s = trace.steps[metrics.step - 1]
+        assert last_s - first_s == pytest.approx(metrics.step_time_s, abs=1e-5)
+        waits = [span for span in trace.spans if span.category == "wait" and first_s <= span.start_s < last_s]
+        assert sum(span.end_s - span.start_s for span in waits) == pytest.approx(metrics.exposed_s, abs=1e-5)
 
 
 def test_the_gradient_norm_is_the_same_wherever_the_update_runs(tmp_path: Path) -> None:
@@ -147,6 +171,9 @@ def test_refits_are_measured_reported_and_take_over(tmp_path: Path) -> None:
         assert metrics.bias is not None
         assert 0 < metrics.bias["relative"] <= 1
         assert metrics.num_refitted == 2  # an eighth of 14, rounded up
+        assert metrics.bias_by_layer is not None
+        assert set(metrics.bias_by_layer) <= {str(unit) for unit in range(len(job.payload_sizes))}
+        assert fmean(metrics.bias_by_layer.values()) == pytest.approx(metrics.bias["relative"])  # two layers, or one
     layers = find_layers(load_skeleton(job.model_folder, task="causal_lm"))
     shapes = projected_shapes(layers, job.config.lsp)
     before, after = (load_projectors(folder, shapes) for folder in (_unrefitted(tmp_path), tmp_path / "out"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -18,6 +20,14 @@ class Fence(Protocol):
         ...
 
 
+class Stamp(Protocol):
+    """A moment of the compute stream; readable once the stream has passed it and the later one."""
+
+    def seconds_until(self, later: Any) -> float:
+        """Seconds of the stream's time from here to `later`."""
+        ...
+
+
 class Backend(Protocol):
     """Explicit operations on streams. Compute (WorkStream.GPU) is the stream on which torch operators run.
 
@@ -28,6 +38,10 @@ class Backend(Protocol):
 
     def record(self, stream: WorkStream) -> Fence:
         """Return a fence behind everything submitted to `stream` so far."""
+        ...
+
+    def stamp(self) -> Stamp:
+        """Return the moment at which everything submitted to the compute stream so far is done; blocks nobody."""
         ...
 
     def wait(self, stream: WorkStream, fence: Fence) -> None:
@@ -64,6 +78,10 @@ class CpuBackend:
         """See `Backend`."""
         return _PassedFence()
 
+    def stamp(self) -> Stamp:
+        """See `Backend`. Operators are done when their call returns."""
+        return HostStamp(at_s=time.monotonic())
+
     def wait(self, stream: WorkStream, fence: Fence) -> None:
         """See `Backend`."""
 
@@ -85,6 +103,17 @@ class CpuBackend:
     def page_lock(self, slot: torch.Tensor) -> bool:
         """See `Backend`. Nothing to gain on a CPU."""
         return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStamp:
+    """See `Stamp`; seconds of the host's monotonic clock."""
+
+    at_s: float
+
+    def seconds_until(self, later: Self) -> float:
+        """See `Stamp`."""
+        return later.at_s - self.at_s
 
 
 class _PassedFence:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
-from lsp_ray.device.backend import Fence
+from lsp_ray.device.backend import Fence, Stamp
 from lsp_ray.trace import WorkStream
 
 
@@ -33,6 +35,12 @@ class CudaBackend:
         event = torch.cuda.Event(blocking=True)
         event.record(self._streams[stream])
         return event
+
+    def stamp(self) -> Stamp:
+        """See `Backend`. An event with a time of its own: the host does not wait for it."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._streams[WorkStream.GPU])
+        return CudaStamp(event=event)
 
     def wait(self, stream: WorkStream, fence: Fence) -> None:
         """See `Backend`."""
@@ -70,6 +78,17 @@ class CudaBackend:
         with suppress(RuntimeError):
             torch.zeros(1, device=self.device)
         return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaStamp:
+    """See `Stamp`."""
+
+    event: torch.cuda.Event
+
+    def seconds_until(self, later: Self) -> float:
+        """See `Stamp`."""
+        return float(self.event.elapsed_time(later.event)) / 1e3
 
 
 def _wait_then(fence: Fence, then: Callable[[], None]) -> None:

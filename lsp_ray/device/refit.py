@@ -32,9 +32,13 @@ SAMPLED_SHARE = 8  # one matrix in so many is measured in each period
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BiasReport:
-    """Means over the matrices measured in one step, and how many of them are refitted."""
+    """Means over the matrices measured in one step, and how many of them are refitted.
+
+    `relative_by_unit` has the relative bias alone, of the units with a matrix in the sample.
+    """
 
     bias: Bias
+    relative_by_unit: dict[int, float]
     num_measured: int
     num_refitted: int
 
@@ -123,13 +127,13 @@ class Refitter:
         if not self._sampled:
             return None
         sampled, self._sampled = self._sampled, []
-        found: list[Bias] = []
+        found: list[tuple[_Site, Bias]] = []
         for site in sampled:
             probe, site.module.probe = site.module.probe, None
             bias = probe.read(site.module.projector, whitened=self._whitened) if probe else None
             if bias is None:
                 continue
-            found.append(bias)
+            found.append((site, bias))
             if bias.relative > self._max_bias:
                 self._learning.append(site)
                 projector, generator = site.module.projector, self._generator(step, site.key, 0)
@@ -163,12 +167,14 @@ def _sites(units: Sequence[Unit]) -> list[_Site]:
     return [_Site(*place, key) for key, place in enumerate(places)]
 
 
-def _report(found: Sequence[Bias], num_refitted: int) -> BiasReport | None:
+def _report(found: Sequence[tuple[_Site, Bias]], num_refitted: int) -> BiasReport | None:
     if not found:
         return None
     mean = Bias(
-        raw=fmean(bias.raw for bias in found),
-        relative=fmean(bias.relative for bias in found),
-        cosine=fmean(bias.cosine for bias in found),
+        raw=fmean(bias.raw for _, bias in found),
+        relative=fmean(bias.relative for _, bias in found),
+        cosine=fmean(bias.cosine for _, bias in found),
     )
-    return BiasReport(bias=mean, num_measured=len(found), num_refitted=num_refitted)
+    units = sorted({site.unit for site, _ in found})
+    by_unit = {unit: fmean(bias.relative for site, bias in found if site.unit == unit) for unit in units}
+    return BiasReport(bias=mean, relative_by_unit=by_unit, num_measured=len(found), num_refitted=num_refitted)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lsp_ray.device.backend import Backend, Fence
+from lsp_ray.device.compute_trace import ComputeTrace
 from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
 from lsp_ray.device.memory import LiveStorage, peak_of
 from lsp_ray.device.refit import BiasReport, Refitter
@@ -28,7 +29,7 @@ from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.schedule.ops import GradientReady
-from lsp_ray.trace import Span, Wait, WorkStream
+from lsp_ray.trace import ComputeSpan, Phase, Span, Wait, WorkStream, is_traced
 
 DELTA_TIMEOUT_S = 600.0  # only a hang lasts so long: a dead actor is noticed by the driver at once
 
@@ -53,6 +54,7 @@ class StepReport:
     grad_square_sum: float
     peak_device_bytes: int | None
     bias: BiasReport | None
+    compute: tuple[ComputeSpan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,7 @@ class DeviceWorker:
         self._unapplied: list[deque[int]] = [deque() for _ in units]  # unit -> steps whose deltas it has not got yet
         self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
         self._waits: list[Wait] = []
+        self._trace = ComputeTrace(backend, is_on=False)
         self._add_hooks()
 
     def run_step(
@@ -192,6 +195,7 @@ class DeviceWorker:
         start_s = time.monotonic()
         self._step = step
         self._waits = []
+        self._trace = trace = ComputeTrace(self._backend, is_on=is_traced(step, len(self._learning_rates)))
         if self._refitter is not None:
             self._refitter.before_step(step)
         torch.manual_seed(mixed(self._seed, step))  # dropout depends on the step alone, not on what ran before
@@ -206,12 +210,15 @@ class DeviceWorker:
                 forward_s = backward_start_s - forward_start_s - sum(wait.end_s - wait.start_s for wait in self._waits)
             if position == len(micro_batches) - 1 and self._local_shard is None:
                 self._missing = [set(range(len(unit.targets))) for unit in self.units]
+            trace.begin_backward()
             loss.backward()
+            trace.end_backward()
         grad_square_sum = 0.0
         if self._local_shard is None:
             self._announce_rest()
         else:
             grad_square_sum = self._update_in_place(self._local_shard)
+        trace_end = trace.end()
         # without it the next forward's waiting would hold what the device still computes; the first layer's delta
         # needs the end of this backward anyway
         self._backend.record(WorkStream.GPU).synchronize()
@@ -228,6 +235,7 @@ class DeviceWorker:
             grad_square_sum=grad_square_sum,
             peak_device_bytes=None,
             bias=self._refitter.after_step(step) if self._refitter else None,
+            compute=trace.spans(step, trace_end, end_s),
         )
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -251,12 +259,12 @@ class DeviceWorker:
 
     def _note_gradient(self, unit: Unit, position: int) -> Callable[[torch.Tensor], None]:
         def note(_leaf: torch.Tensor) -> None:
-            if not self._missing:
-                return  # an earlier micro-batch: the sum goes on
-            missing = self._missing[unit.index]
-            missing.discard(position)
-            if not missing:
-                self._announce(unit)
+            if self._missing:  # else an earlier micro-batch: the sum goes on
+                missing = self._missing[unit.index]
+                missing.discard(position)
+                if not missing:
+                    self._announce(unit)
+            self._trace.gradient_done(unit.index)
 
         return note
 
@@ -288,6 +296,7 @@ class DeviceWorker:
     def _before_forward(self, unit: Unit) -> Callable[[nn.Module, object], None]:
         def apply(_module: nn.Module, _args: object) -> None:
             self._apply_due(unit)
+            self._trace.begin(Phase.FORWARD, unit.index)
 
         return apply
 
@@ -306,12 +315,14 @@ class DeviceWorker:
             self._apply(unit, unapplied.popleft())
 
     def _apply(self, unit: Unit, step: int) -> None:
+        self._trace.pause()
         ready = self._mailbox.has(step, unit.index)
         start_s = time.monotonic()
         arrived = self._mailbox.take(step, unit.index, timeout_s=DELTA_TIMEOUT_S)
         if not ready:
             self._waits.append(Wait(step=step, layer=unit.index, start_s=start_s, end_s=time.monotonic()))
         self._backend.wait(WorkStream.GPU, arrived.fence)
+        self._trace.begin(Phase.APPLY, unit.index)
         self._backend.hand_over(arrived.delta, WorkStream.GPU)
         with torch.no_grad():
             unit.apply(arrived.delta, self._update(step))
@@ -329,6 +340,7 @@ class DeviceWorker:
         update = self._update(self._step)
         with torch.no_grad():
             for unit in self.units:
+                self._trace.begin(Phase.APPLY, unit.index)
                 gradient = torch.cat([_taken_gradient(target) for target in unit.targets])
                 delta = torch.empty_like(gradient)
                 square_sum += shard.update(unit.index, gradient, delta, learning_rate=update.learning_rate)

@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress while it lasts."""
+"""What a person sees of a run: live progress, and report.html from what the run left."""

@@ -123,12 +123,7 @@ class Progress:
 
 def stream_shares(metrics: StepMetrics) -> str:
     """Return each stream's busy share of the step time, e.g. `gpu 97 %  d2h 1 %  cpu 23 %  h2d 1 %`."""
-    busy_s = {
-        WorkStream.GPU: metrics.gpu_busy_s,
-        WorkStream.D2H: metrics.d2h_busy_s,
-        WorkStream.CPU: metrics.cpu_busy_s,
-        WorkStream.H2D: metrics.h2d_busy_s,
-    }
+    busy_s = metrics.busy_by_stream
     return "  ".join(f"{stream} {_percent(busy_s[stream], metrics.step_time_s)} %" for stream in WorkStream)
 
 

@@ -8,10 +8,9 @@ from typing import Protocol
 from lsp_ray.device.worker import StepReport
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.layer_times import LayerTimes
-from lsp_ray.runtime.ledger import Ledger, OpReport
+from lsp_ray.runtime.ledger import ClosedStep, Ledger, OpReport
 from lsp_ray.schedule.ops import CostsMeasured, Event, GradientReady, Op, OpDone
 from lsp_ray.schedule.policy import Policy
-from lsp_ray.trace import StepMetrics
 
 STEPS_AHEAD = 2  # steps submitted at once: the device goes from one to the next without waiting for the driver
 
@@ -45,7 +44,7 @@ class Driver:
         workers: Who acts.
         policy: Who decides; for as many layers as there are units.
         learning_rates: One for every step.
-        on_step: Called with each step's metrics, in order.
+        on_step: Called with each step, in order.
         event_log: Where events and decisions are written, so that they can be replayed.
     """
 
@@ -55,7 +54,7 @@ class Driver:
         policy: Policy,
         learning_rates: Sequence[float],
         *,
-        on_step: Callable[[StepMetrics], None],
+        on_step: Callable[[ClosedStep], None],
         event_log: EventLog | None = None,
     ) -> None:
         self._workers = workers
@@ -73,8 +72,8 @@ class Driver:
         while not self.ledger.complete:
             for completion in self._workers.next_completions():
                 self._handle(completion)
-            while (metrics := self.ledger.close_next()) is not None:
-                self._on_step(metrics)
+            while (closed := self.ledger.close_next()) is not None:
+                self._on_step(closed)
                 self._tell_costs()
 
     def _handle(self, completion: Completion) -> None:

@@ -13,9 +13,11 @@ from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.ledger import ClosedStep
 from lsp_ray.runtime.throttle import Throttle, slower_by_themselves
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace import StepMetrics
+from lsp_ray.trace_file import trace_file
 
 
 class FineTuneWorkers(Workers, Protocol):
@@ -58,6 +60,7 @@ class Listener(Protocol):
 class Summary:
     """What summary.json holds. Times are seconds, sizes bytes, without the step whose memory was measured.
 
+    The samples are the model's answers to a held-out prompt, and what the data says.
     `overlap_fraction` is 1 − exposed time / step time; `policy` is None where nothing leaves the device.
     """
 
@@ -73,6 +76,9 @@ class Summary:
     peak_device_bytes: int | None
     bytes_d2h_per_step: int
     bytes_h2d_per_step: int
+    sample_before: str
+    sample_after: str
+    sample_expected: str
     trainable_subspace_dims: dict[str, int]
 
 
@@ -93,17 +99,19 @@ def fine_tune(
     listener.phase("evaluating before training")
     loss_before = workers.evaluate()
     listener.note(f"eval loss before: {loss_before:.4f}")
-    listener.note(f"sample before: {decode(workers.sample())}")
+    sample_before = decode(workers.sample())
+    listener.note(f"sample before: {sample_before}")
     steps, peak_bytes = _train(job, workers, setup.throttle, output_dir, listener)
     listener.phase("evaluating after training")
     loss_after = workers.evaluate()
     change = (loss_after - loss_before) / loss_before
     listener.note(f"eval loss after: {loss_after:.4f} ({change:+.1%})")
-    listener.note(f"sample after: {decode(workers.sample())}")
+    sample_after = decode(workers.sample())
+    listener.note(f"sample after: {sample_after}")
     listener.note(f"sample in the data: {job.sample_expected}")
     listener.phase("saving the checkpoint")
     workers.save(output_dir)
-    summary = _summary(job, steps, loss_before, loss_after, peak_bytes)
+    summary = _summary(job, steps, (loss_before, loss_after), (sample_before, sample_after), peak_bytes)
     _write_json(output_dir / "summary.json", asdict(summary))
     return summary
 
@@ -135,19 +143,21 @@ def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
 def _train(
     job: Job, workers: Workers, throttle: Throttle, output_dir: Path, listener: Listener
 ) -> tuple[list[StepMetrics], int | None]:
-    """Run all steps, a line of metrics.jsonl each; returns their metrics and the peak of device memory."""
+    """Run all steps, a line of metrics.jsonl each, some traced; returns their metrics and the peak of device memory."""
     policy = POLICIES[job.config.policy](job.layout.shard_of_unit)
     steps: list[StepMetrics] = []
     listener.phase(f"training: {job.num_steps} steps")
     with (
         (output_dir / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as metrics_file,
         (output_dir / "events.jsonl").open("w", encoding="utf-8") as events_file,
+        trace_file(output_dir / "trace.json", job.layout.shard_of_unit, num_steps=job.num_steps) as trace,
     ):
 
-        def on_step(metrics: StepMetrics) -> None:
-            steps.append(metrics)
-            metrics_file.write(json.dumps(asdict(metrics)) + "\n")
-            listener.step(metrics)
+        def on_step(closed: ClosedStep) -> None:
+            steps.append(closed.metrics)
+            metrics_file.write(json.dumps(asdict(closed.metrics)) + "\n")
+            trace.write(closed.timeline)
+            listener.step(closed.metrics)
 
         event_log = EventLog(events_file, job.config.policy, job.layout.shard_of_unit)
         driver = Driver(workers, policy, job.learning_rates, on_step=on_step, event_log=event_log)
@@ -160,8 +170,13 @@ def _train(
 
 
 def _summary(
-    job: Job, steps: Sequence[StepMetrics], loss_before: float, loss_after: float, peak_bytes: int | None
+    job: Job,
+    steps: Sequence[StepMetrics],
+    losses: tuple[float, float],
+    samples: tuple[str, str],
+    peak_bytes: int | None,
 ) -> Summary:
+    """Of a run whose eval losses and sample answers were these, before and after."""
     # the step whose memory was measured is slower for it
     timed = [metrics for metrics in steps if metrics.step != job.measured_step + 1] or steps
     total_s = sum(metrics.step_time_s for metrics in timed)
@@ -170,14 +185,17 @@ def _summary(
         policy=job.config.policy if job.payload_sizes else None,
         device=job.device,
         num_shards=job.layout.num_shards,
-        eval_loss_before=loss_before,
-        eval_loss_after=loss_after,
+        eval_loss_before=losses[0],
+        eval_loss_after=losses[1],
         step_time_s_median=median(metrics.step_time_s for metrics in timed),
         tokens_per_second=sum(metrics.num_tokens for metrics in timed) / total_s,
         overlap_fraction=1.0 - sum(metrics.exposed_s for metrics in timed) / total_s,
         peak_device_bytes=peak_bytes,
         bytes_d2h_per_step=round(median(metrics.bytes_d2h for metrics in steps)),
         bytes_h2d_per_step=round(median(metrics.bytes_h2d for metrics in steps)),
+        sample_before=samples[0],
+        sample_after=samples[1],
+        sample_expected=job.sample_expected,
         trainable_subspace_dims=job.subspace_dims,
     )
 

@@ -7,12 +7,12 @@ forward that adds them (of step t + 1, under a stale policy of step t + 2), whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from lsp_ray.device.worker import StepReport
 from lsp_ray.projection.reproject import Reprojection
-from lsp_ray.trace import Span, StepMetrics, WorkStream, busy_s, exposed
+from lsp_ray.trace import Span, StepMetrics, Timeline, WorkStream, busy_s, exposed, wait_parts
 
 STEPS_KEPT = 2  # so many steps before, operations still reach into a step: one, and one more under a stale policy
 
@@ -30,8 +30,16 @@ class OpReport:
     reprojections: tuple[Reprojection, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClosedStep:
+    """All there is to say about a step."""
+
+    metrics: StepMetrics
+    timeline: Timeline
+
+
 class Ledger:
-    """Turns reports, in any order, into one StepMetrics a step, in order.
+    """Turns reports, in any order, into one ClosedStep a step, in order.
 
     Args:
         num_units: Units that pass down, through their update and up in every step; 0 if nothing leaves the device.
@@ -61,24 +69,41 @@ class Ledger:
         """Note that an operation is done."""
         self._ops.setdefault(report.span.step, []).append(report)
 
-    def close_next(self) -> StepMetrics | None:
-        """Return the metrics of the next step in order if all of its reports are there, else None."""
+    def close_next(self) -> ClosedStep | None:
+        """Return the next step in order if all of its reports are there, else None."""
         step = self.num_closed
         report = self._steps.get(step)
         if report is None or len(self._ops.get(step, [])) < 3 * self._num_units:
             return None
-        metrics = self._metrics(report)
+        closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report))
         self.num_closed += 1
         self._steps.pop(step - 1, None)
         self._ops.pop(step - STEPS_KEPT, None)
-        return metrics
+        return closed
+
+    def _spans(self, step: int) -> list[Span]:
+        """Of the operations that may reach into the step."""
+        reaching = range(step - STEPS_KEPT, step + 1)
+        return [op.span for number in reaching for op in self._ops.get(number, [])]
+
+    def _start_s(self, report: StepReport) -> float:
+        before = self._steps.get(report.step - 1)
+        return before.end_s if before else report.start_s
+
+    def _timeline(self, report: StepReport) -> Timeline:
+        return Timeline(
+            step=report.step,
+            start_s=self._start_s(report),
+            end_s=report.end_s,
+            compute=report.compute,
+            ops=tuple(op.span for op in self._ops.get(report.step, [])),
+            waits=tuple(wait_parts(report.waits, self._spans(report.step))),
+        )
 
     def _metrics(self, report: StepReport) -> StepMetrics:
         own = self._ops.get(report.step, [])
-        reaching = range(report.step - STEPS_KEPT, report.step + 1)
-        spans = [op.span for step in reaching for op in self._ops.get(step, [])]
-        before = self._steps.get(report.step - 1)
-        start_s = before.end_s if before else report.start_s
+        spans = self._spans(report.step)
+        start_s = self._start_s(report)
         step_time_s = report.end_s - start_s
         late = exposed(report.waits, spans)
         square_sum = report.grad_square_sum + sum(op.grad_square_sum for op in own)
@@ -107,5 +132,11 @@ class Ledger:
             bytes_d2h=moved(WorkStream.D2H),
             bytes_h2d=moved(WorkStream.H2D),
             bias=asdict(report.bias.bias) if report.bias else None,
+            bias_by_layer=_by_name(report.bias.relative_by_unit) if report.bias else None,
             num_refitted=report.bias.num_refitted if report.bias else None,
         )
+
+
+def _by_name(bias_by_unit: Mapping[int, float]) -> dict[str, float]:
+    """As JSON has it: keys are text."""
+    return {str(unit): bias for unit, bias in bias_by_unit.items()}

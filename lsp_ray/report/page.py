@@ -1,0 +1,192 @@
+"""The report: sections of figures and tables about one run or several, as one HTML document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+
+from lsp_ray.report.bars import Bar, Segment, bars
+from lsp_ray.report.chart import NUM_RUN_COLOURS, Series, chart
+from lsp_ray.report.gantt import STREAM_NAMES, gantt
+from lsp_ray.report.markup import Markup, element, joined, page
+from lsp_ray.report.run_folder import WARM_UP_STEPS, RunFolder
+from lsp_ray.report.tables import NOTHING, config_table, figures_table, size
+from lsp_ray.trace import WorkStream
+
+_SAMPLES = (("sample_before", "Before"), ("sample_after", "After"), ("sample_expected", "In the data"))
+_LEAST_SHOWN = 0.05  # of a step: the width of the figure, so that next to no waiting looks like it
+_LATE = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)
+_LEGEND = {**{stream.value: name for stream, name in STREAM_NAMES.items()}, "wait": "GPU waits"}
+
+
+def report(runs: Sequence[RunFolder]) -> str:
+    """Return the whole document."""
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    names = ", ".join(run.name for run in runs)
+    sections = (
+        ("At a glance", _complaints(runs), figures_table(runs)),
+        ("Loss", *_losses(runs)),
+        ("The four streams in a typical step", *_gantts(runs)),
+        ("Exposed time by cause", *_exposed(runs)),
+        ("Busy share of each stream", *_busy(runs)),
+        ("Device memory and traffic", *_memory(runs)),
+        ("Bias by layer", *_bias(runs)),
+        ("A sample answer", *_samples(runs)),
+        ("Configuration", *_config(runs)),
+    )
+    drawn = [element("section", element("h2", title), *parts) for title, *parts in sections]
+    return page(f"lsp_ray: {names}", style, element("h1", "lsp_ray report"), element("main", *drawn))
+
+
+def _text(*parts: str) -> Markup:
+    return element("p", *parts)
+
+
+def _complaints(runs: Sequence[RunFolder]) -> Markup:
+    lines = [element("li", f"{run.name}: {line}") for run in runs for line in run.complaints]
+    return element("ul", *lines, class_="complaints") if lines else Markup("")
+
+
+def _run_legend(runs: Sequence[RunFolder]) -> Markup:
+    entries = []
+    for index, run in enumerate(runs):
+        line = element("line", x1=0, x2=28, y1=6, y2=6, class_="line")
+        sample = element("svg", line, viewBox="0 0 28 12", class_=f"swatch run-{index % NUM_RUN_COLOURS}")
+        entries.append(element("span", sample, run.name))
+    return element("p", *entries, class_="legend")
+
+
+def _stream_legend(*kinds: str) -> Markup:
+    entries = [element("span", element("i", class_=f"chip {kind}"), _LEGEND[kind]) for kind in kinds]
+    return element("p", *entries, class_="legend")
+
+
+def _losses(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    by_step, by_second = [], []
+    for index, run in enumerate(runs):
+        losses = [step.loss for step in run.steps]
+        seconds = accumulate(step.step_time_s for step in run.steps)
+        by_step.append(Series(name=run.name, run=index, points=[(s.step, s.loss) for s in run.steps]))
+        by_second.append(Series(name=run.name, run=index, points=list(zip(seconds, losses, strict=True))))
+    pair = element(
+        "div",
+        chart(by_step, x_label="steps", y_label="training loss"),
+        chart(by_second, x_label="seconds of training", y_label="training loss"),
+        class_="pair",
+    )
+    return _text("Loss of each step's own batch, so it jumps from step to step."), _run_legend(runs), pair
+
+
+def _gantts(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    how = _text(
+        "Time runs from left to right; numbers are layers. On the GPU each layer adds the last step's delta (palest) "
+        "and goes forward (pale); then come the backwards, deepest layer first (full colour). A layer's gradient goes "
+        "down the link, a CPU shard makes the update, the delta comes up. Pale bars on the links and the CPU belong to "
+        "the step before. A wait means that the next layer's delta was not there yet."
+    )
+    parts = [how, _stream_legend(*_LEGEND)]
+    for run in runs:
+        step = run.typical_step()
+        parts.append(element("h3", run.name))
+        if step is None or run.trace is None:
+            parts.append(element("p", "No traced step to show.", class_="nothing"))
+            continue
+        start_s, end_s = run.trace.steps[step]
+        median = "" if run.step_time_s is None else f"; the median step takes {run.step_time_s:.3f} s"
+        parts.append(_text(f"Step {step + 1}, {end_s - start_s:.3f} s{median}."))
+        parts.append(element("div", gantt(run.trace, step), class_="wide"))
+    return parts
+
+
+def _exposed(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    how = (
+        "Time a step in which the GPU stood still for a delta, by the stream that it was still in "
+        f"(means over the steps after the first {WARM_UP_STEPS})."
+    )
+    rows = []
+    longest_s = 0.0
+    for run in runs:
+        if not run.steps:
+            continue
+        late_s = {stream: fmean(step.exposed_by_cause[stream] for step in run.settled) for stream in _LATE}
+        step_s = fmean(step.step_time_s for step in run.settled)
+        longest_s = max(longest_s, sum(late_s.values()), _LEAST_SHOWN * step_s)
+        texts = [f"{STREAM_NAMES[stream]} {late_s[stream] * 1e3:.1f}" for stream in _LATE]
+        segments = [
+            Segment(value=late_s[stream], kind=stream.value, text=f"{text} ms")
+            for stream, text in zip(_LATE, texts, strict=True)
+        ]
+        figures = f"{' · '.join(texts)} ms: {sum(late_s.values()) / step_s:.1%} of the step"
+        rows.append(Bar(label=run.name, segments=segments, figures=figures))
+    scale = _text(how, f" The full width is {longest_s * 1e3:.0f} ms.")
+    return scale, _stream_legend(*_LATE), bars(rows, full=longest_s)
+
+
+def _busy(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    rows = []
+    for run in runs:
+        if not run.steps:
+            continue
+        step_s = fmean(step.step_time_s for step in run.settled)
+        for stream in WorkStream:
+            share = fmean(step.busy_by_stream[stream] for step in run.settled) / step_s
+            label = f"{run.name} · {STREAM_NAMES[stream]}" if len(runs) > 1 else STREAM_NAMES[stream]
+            segment = Segment(value=share, kind=stream.value, text=f"{share:.1%}")
+            rows.append(Bar(label=label, segments=[segment], figures=f"{share:.1%}"))
+    return _text("Share of the step in which a stream had work; several shards count as one stream."), bars(
+        rows, full=1
+    )
+
+
+def _memory(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    peaks, traffic = [], []
+    for run in runs:
+        peak = _number(run, "peak_device_bytes")
+        part = Segment(value=peak, kind=WorkStream.GPU.value, text=size(peak))
+        peaks.append(Bar(label=run.name, segments=[part], figures=size(peak) if peak else NOTHING))
+        both = {stream: _number(run, f"bytes_{stream}_per_step") for stream in (WorkStream.D2H, WorkStream.H2D)}
+        texts = [f"{STREAM_NAMES[stream]} {size(num_bytes)}" for stream, num_bytes in both.items()]
+        segments = [
+            Segment(value=num_bytes, kind=stream.value, text=text)
+            for (stream, num_bytes), text in zip(both.items(), texts, strict=True)
+        ]
+        traffic.append(Bar(label=run.name, segments=segments, figures=" · ".join(texts)))
+    return element("h3", "Peak memory on the device"), bars(peaks), element("h3", "Bytes a step"), bars(traffic)
+
+
+def _bias(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    series = []
+    for index, run in enumerate(runs):
+        points = [(float(layer), bias) for step in run.steps for layer, bias in (step.bias_by_layer or {}).items()]
+        series.append(Series(name=run.name, run=index, points=sorted(points), is_line=False))
+    how = (
+        "Relative bias of the projected gradient at its best scalar: 0 keeps the whole gradient, 1 nothing. Each dot "
+        "is one measurement of the layer's matrices that were in the sample (lsp.check_every)."
+    )
+    drawn = chart(series, x_label="layer", y_label="relative bias")
+    return _text(how), _run_legend(runs), element("div", drawn, class_="pair")
+
+
+def _samples(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    parts = []
+    for run in runs:
+        answers = [
+            joined(element("dt", title), element("dd", str(run.summary[name])))
+            for name, title in _SAMPLES
+            if name in run.summary
+        ]
+        shown = element("dl", *answers) if answers else element("p", "No answer was kept.", class_="nothing")
+        parts += [element("h3", run.name), shown]
+    return parts
+
+
+def _config(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    marked = "Options in which the runs differ come first, marked ≠." if len(runs) > 1 else "Every option of the run."
+    return _text(marked), config_table(runs)
+
+
+def _number(run: RunFolder, name: str) -> float:
+    value = run.summary.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
