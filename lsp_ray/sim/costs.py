@@ -1,0 +1,91 @@
+"""What one step costs each stream, in seconds: all that the simulator knows of model and machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from lsp_ray.errors import ConfigError
+from lsp_ray.schedule.ops import LayerSeconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCosts:
+    """Seconds of one layer, each stream alone on the machine.
+
+    Attributes:
+        forward_s: Forward of one micro-batch.
+        backward_s: Backward of one micro-batch, with the compression of the gradient.
+        apply_s: Decompressing the delta and adding it to the weights, on the device.
+        update_s: The optimizer's step on the device itself; 0 where the shards make it.
+        d2h_s: Payload down.
+        cpu_s: The optimizer's step on the layer's shard.
+        h2d_s: Delta up.
+    """
+
+    forward_s: float
+    backward_s: float
+    apply_s: float = 0.0
+    update_s: float = 0.0
+    d2h_s: float = 0.0
+    cpu_s: float = 0.0
+    h2d_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_seconds(field.name, getattr(self, field.name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """One step.
+
+    Attributes:
+        layers: Shallowest first.
+        loss_s: Between forward and backward of a micro-batch: output embedding and loss, both ways.
+        num_micro_batches: Forwards and backwards in a step.
+        hop_s: From an operation's end until its policy knows of it.
+        shared_link_rate: Rate of a copy, relative to the one it has alone, while the other direction is busy too;
+            1 for a link with full duplex, 0.5 where both directions share one bandwidth.
+    """
+
+    layers: tuple[LayerCosts, ...]
+    loss_s: float = 0.0
+    num_micro_batches: int = 1
+    hop_s: float = 0.0
+    shared_link_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_seconds("loss_s", self.loss_s)
+        _check_seconds("hop_s", self.hop_s)
+        if not self.layers:
+            raise ConfigError("sim.layers", "be at least one layer", len(self.layers))
+        if self.num_micro_batches < 1:
+            raise ConfigError("sim.num_micro_batches", "be at least 1", self.num_micro_batches)
+        if not 0.0 < self.shared_link_rate <= 1.0:
+            raise ConfigError("sim.shared_link_rate", "be above 0 and at most 1", self.shared_link_rate)
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of the device alone: no step is shorter."""
+        both_ways = self.loss_s + sum(layer.forward_s + layer.backward_s for layer in self.layers)
+        return self.num_micro_batches * both_ways + sum(layer.apply_s + layer.update_s for layer in self.layers)
+
+    @property
+    def measured(self) -> tuple[LayerSeconds, ...]:
+        """What a policy would be told after a live step."""
+        return tuple(
+            LayerSeconds(
+                forward_s=self.num_micro_batches * layer.forward_s + layer.apply_s,
+                backward_s=self.num_micro_batches * layer.backward_s,
+                d2h_s=layer.d2h_s,
+                cpu_s=layer.cpu_s,
+                h2d_s=layer.h2d_s,
+            )
+            for layer in self.layers
+        )
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ConfigError(f"sim.{name}", "be a finite number of seconds, at least 0", value)
