@@ -175,4 +175,4 @@ def test_balancing_keeps_rows_without_a_gradient_trainable() -> None:
     projector = fit_projector(left_MS, right_NS, 32, 4, torch.Generator().manual_seed(5), balanced=True)
     assert projector is not None
     assert torch.isfinite(projector.left.dense()).all()
-    assert float(dense(projector.left).square().sum(dim=0).min()) == pytest.approx(1.0, rel=1e-5)
+    assert float(dense(projector.left).square().sum(dim=0).min()) > 0

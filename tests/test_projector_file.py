@@ -82,3 +82,28 @@ def test_a_damaged_file_gives_projectors_or_one_line_and_nothing_else(
     file.write_bytes(bytes(content[:at]) if cut else bytes(content[:at] + bytes([byte]) + content[at + 1 :]))
     with suppress(ConfigError):
         assert set(load_projectors(file, NEEDED)) == set(NEEDED)
+
+
+def balanced() -> SparseProjector:
+    plain = projector(0)
+    return SparseProjector(
+        plain.left.scaled(torch.linspace(0.5, 2, 24)), plain.right.scaled(torch.linspace(0.1, 1, 16))
+    )
+
+
+def test_a_balanced_projectors_scales_come_back(tmp_path: Path) -> None:
+    save_projectors(tmp_path / FILE_NAME, {"a": balanced()})
+    after = load_projectors(tmp_path, {"a": NEEDED["a"]})["a"]
+    assert torch.equal(after.left.unscaled.dense(), balanced().left.unscaled.dense())
+    assert torch.equal(after.right.unscaled.dense(), balanced().right.unscaled.dense())
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.zeros(24), torch.full((24,), torch.nan), torch.ones(23), torch.ones(24, dtype=torch.float64)]
+)
+def test_scales_that_cannot_be_are_refused(tmp_path: Path, scale: torch.Tensor) -> None:
+    file = tmp_path / FILE_NAME
+    save_projectors(file, {"a": balanced()})
+    save_file(load_file(file) | {"a.left.scale": scale}, file, metadata={"subspace_dims": json.dumps({"a": DIM})})
+    with pytest.raises(ConfigError, match=r"hold intact projectors \(a\.left\.scale "):
+        load_projectors(file, {"a": NEEDED["a"]})

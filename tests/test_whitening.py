@@ -87,3 +87,32 @@ def test_another_projector_takes_over_moments_and_coordinates() -> None:
     exp_avg_DD, exp_avg_sq_DD = shard.moments(LAYER, FIRST, DIM)
     assert torch.isfinite(exp_avg_DD).all()
     assert float(exp_avg_sq_DD.min()) >= 0
+
+
+def balanced(seed: int) -> SparseProjector:
+    plain = projector(seed)
+    scales = (torch.rand(rows, generator=torch.Generator().manual_seed(9)) + 0.2 for rows in (96, 80))
+    return SparseProjector(
+        *(part.scaled(scale_F) for part, scale_F in zip((plain.left, plain.right), scales, strict=True))
+    )
+
+
+def test_a_balanced_projector_is_whitened_as_it_was_before_its_rows_were_scaled() -> None:
+    torch.testing.assert_close(Whitening.of(balanced(0)).left_DD, Whitening.of(projector(0)).left_DD)
+
+
+def test_a_balanced_projector_keeps_the_size_of_an_update() -> None:
+    factor, whitening = balanced(0), Whitening.of(balanced(0))
+    before = factor.left.dense().norm() * factor.right.dense().norm()
+    after = (factor.left.dense() @ whitening.left_DD).norm() * (factor.right.dense() @ whitening.right_DD).norm()
+    assert float(after * whitening.scale) == pytest.approx(float(before), rel=1e-4)
+
+
+def test_onto_the_same_balanced_projector_the_moments_stay() -> None:
+    shard = OptimizerShard({LAYER: NUMEL})
+    whiten(shard, LAYER, [(FIRST, balanced(0))])
+    updated(shard, gradient(0))
+    before = [moment.clone() for moment in shard.moments(LAYER, FIRST, DIM)]
+    carry_over(shard, LAYER, [Reprojection(first=FIRST, old=balanced(0), new=balanced(0))])
+    for ours, theirs in zip(shard.moments(LAYER, FIRST, DIM), before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=float(theirs.abs().max()) * 20 * RIDGE)

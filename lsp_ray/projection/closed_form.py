@@ -34,8 +34,9 @@ def fit_projector(
     """Learn P and Q from sketches of the gradients' column and row spaces (float32, on the device that computes).
 
     With `balanced`, P and Q change all rows alike, as Adam does in full fine-tuning, whatever their gradients' size:
-    they are learned for S G Z, where S and Z divide each row and column by the root of its norm, and S and Z are then
-    put into them. What is learned of a row of norm n has norm √n, so that with S it is 1. The bias is larger for it.
+    P̂ and Q̂ are learned for S G Z, where S and Z divide each row and column by the root of its norm n, and P = S P̂,
+    Q = Z Q̂. What P̂ learns of a row has norm √n, so that P's is 1. Whitening is that of P̂ and Q̂: Adam then sees an
+    orthogonal projection of S G Z. The bias for G itself is larger.
 
     Returns None where there is nothing to learn from: a target that is all zero (a frozen or unused layer) or not
     finite. `generator` draws positions, on the CPU.
@@ -45,19 +46,20 @@ def fit_projector(
         norm = float(target_FS.norm())
         if not (0.0 < norm < float("inf")):
             return None
-        scale_F1 = _balance(target_FS) if balanced else torch.ones_like(target_FS[:, :1])
-        scaled_FS = target_FS / norm * scale_F1
-        factor = fit_factor(scaled_FS / scaled_FS.norm(), dim, nnz_per_row, generator)
-        factors.append(_with_unit_columns(factor.with_values(factor.value_FR * scale_F1)))
+        if balanced:
+            scale_F = _balance(target_FS)
+            scaled_FS = target_FS / norm * scale_F.unsqueeze(1)
+            factors.append(fit_factor(scaled_FS / scaled_FS.norm(), dim, nnz_per_row, generator).scaled(scale_F))
+        else:
+            factors.append(fit_factor(target_FS / norm, dim, nnz_per_row, generator))
     return SparseProjector(*factors)
 
 
 def _balance(target_FS: torch.Tensor) -> torch.Tensor:
-    """Return n^(-1/2) for every row (F, 1), n its norm relative to the root mean square of all; at most 10."""
-    norm_F1 = target_FS.norm(dim=1, keepdim=True)
-    relative_F1 = norm_F1 / norm_F1.square().mean().sqrt()
-    scale_F1: torch.Tensor = relative_F1.clamp(min=SMALLEST_NORM).rsqrt()
-    return scale_F1
+    """Return n^(-1/2) for every row (F,), n its norm relative to the root mean square of all; at most 10."""
+    norm_F = target_FS.norm(dim=1)
+    scale_F: torch.Tensor = (norm_F / norm_F.square().mean().sqrt()).clamp(min=SMALLEST_NORM).rsqrt()
+    return scale_F
 
 
 def fit_factor(target_FS: torch.Tensor, dim: int, nnz_per_row: int, generator: torch.Generator) -> SparseFactor:

@@ -1,7 +1,8 @@
 """Projectors in a safetensors file, so that another run can start from them.
 
 For each linear NAME: NAME.left.index (M, R) and NAME.right.index (N, R), int16 or int32 column numbers, and
-NAME.left.value, NAME.right.value of the same shapes; the subspace dimensions are in the metadata.
+NAME.left.value, NAME.right.value of the same shapes, for balanced ones NAME.left.scale (M,) and NAME.right.scale
+(N,), float32; the subspace dimensions are in the metadata.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def save_projectors(path: Path, projectors: Mapping[str, SparseProjector]) -> No
         for side, factor in (("left", projector.left), ("right", projector.right)):
             tensors[f"{name}.{side}.index"] = factor.index_FR.to("cpu", index_dtype).contiguous()
             tensors[f"{name}.{side}.value"] = factor.value_FR.cpu().contiguous()
+            if factor.scale_F is not None:
+                tensors[f"{name}.{side}.scale"] = factor.scale_F
     dims = {name: projector.dim for name, projector in projectors.items()}
     path.write_bytes(save(tensors, metadata={_DIMS: json.dumps(dims)}))  # save_file would make it private (0600)
 
@@ -85,5 +88,17 @@ def _read(content: Any, name: str, needed: ProjectedShape, path: Path) -> Sparse
             raise ConfigError(_FIELD, bound, str(path))
         if not 1 <= index_FR.shape[1] <= needed.dim:
             raise ValueError(f"{name}.{side} has {index_FR.shape[1]} non-zeros a row in {needed.dim} columns")
-        factors.append(SparseFactor(index_FR.to(torch.int32), value_FR, needed.dim))
+        scale_F = _read_scale(content, f"{name}.{side}.scale", num_rows)
+        factors.append(SparseFactor(index_FR.to(torch.int32), value_FR, needed.dim, scale_F))
     return SparseProjector(*factors)
+
+
+def _read_scale(content: Any, key: str, num_rows: int) -> torch.Tensor | None:
+    if key not in content.keys():  # noqa: SIM118 - a safetensors file is no mapping
+        return None
+    scale_F: torch.Tensor = content.get_tensor(key)
+    if scale_F.shape != (num_rows,) or scale_F.dtype != torch.float32:
+        raise ValueError(f"{key} is not one float32 number for each of {num_rows} rows")
+    if not (torch.isfinite(scale_F).all() and (scale_F > 0).all()):
+        raise ValueError(f"{key} has a number that is not above 0")
+    return scale_F

@@ -41,22 +41,28 @@ class SparseFactor:
         index_FR: Column numbers as `random_positions` draws them, of any integer type; not kept.
         value_FR: The non-zeros, in the dtype of the products.
         dim: D.
+        scale_F: What the values of each row were multiplied with after they were learned (float32, on the CPU), where
+            coordinates are to be those of the unscaled factor; see `fit_projector`. Products know nothing of it.
 
     Raises:
         ValueError: The positions do not keep to their blocks.
     """
 
-    def __init__(self, index_FR: torch.Tensor, value_FR: torch.Tensor, dim: int) -> None:
+    def __init__(
+        self, index_FR: torch.Tensor, value_FR: torch.Tensor, dim: int, scale_F: torch.Tensor | None = None
+    ) -> None:
         num_rows, nnz_per_row = index_FR.shape
         sorted_RF, order_RF = torch.sort(index_FR.t(), dim=1, stable=True)
         value_S = value_FR.t().gather(1, order_RF).reshape(-1)
         self._set(order_RF.reshape(-1).to(_index_dtype(num_rows)), value_S, dim, nnz_per_row)
+        self.scale_F: torch.Tensor | None = scale_F
         if not torch.equal(sorted_RF.reshape(-1).to(torch.int32), self._slots.column_S):
             raise ValueError(f"positions are not one of each of {nnz_per_row} blocks of {dim} columns, equally often")
 
     def _set(self, row_S: torch.Tensor, value_S: torch.Tensor, dim: int, nnz_per_row: int) -> None:
         self._row_S, self._value_S = row_S, value_S
         self.dim, self.nnz_per_row = dim, nnz_per_row
+        self.scale_F = None
 
     @property
     def num_rows(self) -> int:
@@ -94,6 +100,19 @@ class SparseFactor:
         """A factor with other non-zeros at the same positions."""
         return self._like(self._row_S, value_FR[self._row_S.long(), self._slots.block_S])
 
+    def scaled(self, scale_F: torch.Tensor) -> SparseFactor:
+        """Each row times its scale (F,), which is remembered."""
+        other = self.with_values(self.value_FR * scale_F.to(self.value_FR).unsqueeze(1))
+        other.scale_F = scale_F.float().cpu()
+        return other
+
+    @property
+    def unscaled(self) -> SparseFactor:
+        """This factor as it was before `scaled`; itself where it was not."""
+        if self.scale_F is None:
+            return self
+        return self.with_values(self.value_FR.float() / self.scale_F.to(self.value_FR.device).unsqueeze(1))
+
     def dense(self) -> torch.Tensor:
         """The (F, D) matrix with its zeros; only fits and measurements need it."""
         dense_FD = self._value_S.new_zeros(self.num_rows, self.dim)
@@ -106,11 +125,13 @@ class SparseFactor:
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> SparseFactor:
         """The same factor on `device`, its values in `dtype` (default: unchanged)."""
-        return self._like(self._row_S.to(device), self._value_S.to(device, dtype or self._value_S.dtype))
+        other = self._like(self._row_S.to(device), self._value_S.to(device, dtype or self._value_S.dtype))
+        other.scale_F = self.scale_F
+        return other
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this factor alone holds: F · R values and row numbers."""
+        """Bytes that this factor alone holds on its device: F · R values and row numbers."""
         return self._row_S.nbytes + self._value_S.nbytes
 
     def _like(self, row_S: torch.Tensor, value_S: torch.Tensor) -> SparseFactor:

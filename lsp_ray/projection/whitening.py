@@ -36,9 +36,12 @@ class Whitening:
 
     def transitions(self, old: Whitening, change: Reprojection) -> tuple[torch.Tensor, torch.Tensor]:
         """T_P and T_Q, float64 (D, D), from the coordinates of `old` for `change.old` to these for `change.new`."""
-        left_DD = self.left_DD.double() @ cross(change.old.left, change.new.left) @ old.left_DD.double()
-        right_DD = self.right_DD.double() @ cross(change.old.right, change.new.right) @ old.right_DD.double()
-        return left_DD, right_DD
+        left_DD = cross(change.old.left.unscaled, change.new.left.unscaled)
+        right_DD = cross(change.old.right.unscaled, change.new.right.unscaled)
+        return (
+            self.left_DD.double() @ left_DD @ old.left_DD.double(),
+            self.right_DD.double() @ right_DD @ old.right_DD.double(),
+        )
 
     def apply(self, matrix_DD: torch.Tensor) -> torch.Tensor:
         """Return A X B."""
@@ -46,9 +49,11 @@ class Whitening:
 
 
 def _whitening(factor: SparseFactor) -> tuple[torch.Tensor, float]:
-    """(PᵀP + ridge)^(-1/2) and ‖P‖ / ‖P A‖."""
-    squares_D, basis_DD = torch.linalg.eigh(factor.gram().double())
+    """A = (P̂ᵀP̂ + ridge)^(-1/2), P̂ being the unscaled factor, and ‖P‖ / ‖P A‖."""
+    squares_D, basis_DD = torch.linalg.eigh(factor.unscaled.gram().double())
     squares_D = squares_D.clamp(min=0.0)
     damped_D = squares_D + RIDGE * squares_D.mean()
-    ratio = math.sqrt(float(squares_D.sum() / (squares_D / damped_D).sum()))
-    return ((basis_DD * damped_D.rsqrt()) @ basis_DD.t()).float(), ratio
+    whitening_DD = (basis_DD * damped_D.rsqrt()) @ basis_DD.t()
+    gram_DD = factor.gram().double()
+    ratio = math.sqrt(float(gram_DD.trace() / (whitening_DD @ gram_DD @ whitening_DD).trace()))
+    return whitening_DD.float(), ratio
