@@ -41,15 +41,15 @@ from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_model
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.projection.sparse_factor import SparseFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.whitening import Whitening
 from lsp_ray.runtime.job import prepare_job
 
 GALORE_RANK = 8  # (M + N) · 8 bfloat16 are the bytes of (M + N) · 4 values with int16 indices: those of LSP at r = 4
 LORA_RANK, LORA_ALPHA, LORA_RATE = 8, 16, 10.0
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
-WHITENING = {"lsp": (0.0, 0.0), "lsp_half_gram": (0.25, 1e-3), "lsp_gram": (0.5, 1e-4)}  # exponent p, ridge
-METHODS = ("full", *WHITENING, "random", "galore", "galore_one_sided", "lora")
+LSP = ("lsp", "lsp_plain", "lsp_unbalanced")  # as shipped, with --lsp.whiten false as well, with --lsp.balance false
+METHODS = ("full", *LSP, "random", "galore", "galore_one_sided", "lora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +126,7 @@ class Bench:
         self.seed = seed
         self.calibration = self.job.micro_batches.calibration(config.lsp.calibration_batches)
         self.fit_s: dict[str, float] = {}
+        self._projectors: dict[bool, list[SparseProjector]] = {}
 
     def load(self) -> PreTrainedModel:
         """The pretrained model in training mode."""
@@ -133,13 +134,17 @@ class Bench:
         model.train()
         return model
 
-    @cached_property
-    def projectors(self) -> list[SparseProjector]:
+    def projectors(self, *, balanced: bool) -> list[SparseProjector]:
         """One for every linear, learned in closed form from the calibration batches."""
+        if balanced not in self._projectors:
+            self._projectors[balanced] = self._learned(balanced=balanced)
+        return self._projectors[balanced]
+
+    def _learned(self, *, balanced: bool) -> list[SparseProjector]:
         start_s, model = time.monotonic(), self.load()
         _, linears = lsp_units(find_layers(model), self.job.config.lsp, seed=self.seed)
         unfitted = fit_projectors(
-            model, linears, self.calibration, ClosedFormFit(balanced=False), seed=self.seed, num_threads=1
+            model, linears, self.calibration, ClosedFormFit(balanced=balanced), seed=self.seed, num_threads=1
         )
         self.fit_s["lsp"] = time.monotonic() - start_s
         assert not unfitted, f"no gradient reaches {unfitted}"
@@ -189,7 +194,7 @@ class Bench:
             row["eval_after"] = mean_loss(model, eval_batches)
         except NonFiniteLossError as error:
             row["diverged"] = str(error)
-        fit_s = self.fit_s.get("lsp" if method in WHITENING else method.removesuffix("_one_sided"), 0.0)
+        fit_s = self.fit_s.get("lsp" if method in LSP else method.removesuffix("_one_sided"), 0.0)
         row |= {"step_s_median": median(report.end_s - report.start_s for report in reports), "fit_s": fit_s}
         return row | {"step_cpu_s_median": median(cpu_s), "train_losses": [report.loss for report in reports]}
 
@@ -197,7 +202,7 @@ class Bench:
         """Put the method's modules in place; returns what trains and where Adam runs."""
         layers = find_layers(model)
         maps: dict[int, DenseMap] = {}  # by the id of the leaf that it stands behind
-        if method in WHITENING or method == "random":
+        if method in LSP or method == "random":
             units = self._lsp(method, layers, maps)
         elif method == "lora":
             units = self._lora(layers, maps)
@@ -215,13 +220,12 @@ class Bench:
         units, linears = lsp_units(layers, self.job.config.lsp, seed=self.seed)
         if method == "random":
             return units
-        exponent, ridge = WHITENING[method]
-        for (_, module), projector in zip(linears, self.projectors, strict=True):
+        projectors = self.projectors(balanced=method == "lsp")
+        for (_, module), projector in zip(linears, projectors, strict=True):
             module.set_projector(projector)
-            if exponent:
-                left, left_growth = _whitener(projector.left, exponent, ridge)
-                right, right_growth = _whitener(projector.right, exponent, ridge)
-                scale = 1.0 / (left_growth * right_growth)
+            if method != "lsp_plain":
+                whitening = Whitening.of(projector)
+                left, right, scale = whitening.left_DD, whitening.right_DD, whitening.scale
                 maps[id(module.leaf)] = DenseMap(shape=module.leaf.shape, left=left, right=right, scale=scale)
         return units
 
@@ -248,16 +252,6 @@ class Bench:
                 small = DenseMap(shape=site.shape, left=sides[0], right=sides[1])
             scale = math.sqrt(rows * columns / small.numel)  # the factors' columns are orthonormal
             maps[id(site.module.get_parameter("weight"))] = replace(small, scale=scale)
-
-
-def _whitener(factor: SparseFactor, exponent: float, ridge: float) -> tuple[torch.Tensor, float]:
-    """Return A = (PᵀP / its mean diagonal + ridge · I)^(−exponent), float32 (D, D), and ‖P A‖ / ‖P‖."""
-    dense_FD = factor.dense().double()
-    gram_DD = dense_FD.t() @ dense_FD
-    values_D, vectors_DD = torch.linalg.eigh(gram_DD / gram_DD.diagonal().mean())
-    powers_D = (values_D + ridge) ** -exponent  # float64: rounding stays far below the ridge
-    whitener_DD = (vectors_DD * powers_D) @ vectors_DD.t()
-    return whitener_DD.float(), float((values_D * powers_D.square()).mean().sqrt())
 
 
 def _bases(gradients: Sequence[torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
