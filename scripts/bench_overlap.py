@@ -30,6 +30,7 @@ from lsp_ray.schedule.ops import CostsMeasured, LayerSeconds
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.costs import LayerCosts, StepCosts
 from lsp_ray.sim.simulator import Simulator
+from scripts.sim_paper import paper_figures
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "overlap.md"
 SKIPPED_STEPS = 3  # caches fill, the second step's memory is watched, and deltas arrive from the second step on
@@ -82,6 +83,7 @@ class Setting:
             output_dir=str(output_dir),
             max_steps=num_steps,
             max_eval_samples=4,
+            bf16=True,
             lsp=LspConfig(subspace_dim=self.dim, fit="random", check_every=0),
             runtime=runtime,
         )
@@ -143,7 +145,7 @@ def run(setting: Setting, num_steps: int) -> tuple[list[dict[str, Any]], tuple[L
 
 def _options(config: RunConfig) -> list[str]:
     values: dict[str, object] = {"--method": config.method, "--output_dir": config.output_dir}
-    values |= {"--max_steps": config.max_steps, "--max_eval_samples": config.max_eval_samples}
+    values |= {"--max_steps": config.max_steps, "--max_eval_samples": config.max_eval_samples, "--bf16": "true"}
     values |= {f"--lsp.{name}": getattr(config.lsp, name) for name in ("subspace_dim", "fit", "check_every")}
     names = ("device", "num_shards", "device_threads", "shard_threads", "policy", "link_gbps", "emulate")
     values |= {f"--runtime.{name}": getattr(config.runtime, name) for name in names}
@@ -275,6 +277,7 @@ def _figures(found: dict[Setting, Reading], errors: dict[str, float]) -> dict[st
         "lsp_over_native": found[LSP].step_s / found[NATIVE].step_s,
         "ray_over_threads": found[LSP].step_s / found[THREADS].step_s,
         "simulator_error": errors,
+        "paper": {name: [figure.paper, figure.simulated] for name, figure in paper_figures().items()},
     }
 
 

@@ -130,7 +130,10 @@ BAD = [
     (["--learning_rate", "fast"], r"learning_rate must be a number, got 'fast'"),
     (["--method", "magic"], r"method must be one of lsp, zero_offload, native, got 'magic'"),
     (["--bf16", "maybe"], r"bf16 must be true or false, got 'maybe'"),
-    (["--runtime.policy", "foo"], r"runtime\.policy must be one of layerwise, sequential, got 'foo'"),
+    (
+        ["--runtime.policy", "foo"],
+        r"runtime\.policy must be one of sequential, delayed, layerwise_fcfs, layerwise, earliest_deadline, got 'foo'",
+    ),
     (["--runtime.num_shards", "1.5"], r"runtime\.num_shards must be a whole number, got '1\.5'"),
     (["--seed", ""], r"seed must be a whole number, got ''"),
     (["--max_steps", "-5"], r"max_steps must be at least 1, or -1 to train num_train_epochs, got -5"),

@@ -79,7 +79,8 @@ def _plan(config: PlanConfig) -> None:
 
     from lsp_ray.plan.table import print_plan
 
-    print_plan(plan, Console())
+    width = None if sys.stdout.isatty() else 140  # a file need not fit a terminal
+    print_plan(plan, Console(width=width))
 
 
 def _measured(config: PlanConfig, folder: Path, model: ModelShape) -> HardwareProfile:

@@ -35,7 +35,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 def _times(forecasts: tuple[Forecast, ...]) -> Table:
     table = Table(title="time", title_justify="left")
     for header in ("method", "policy"):
-        table.add_column(header)
+        table.add_column(header, no_wrap=True)
     for header in ("step", "tokens/s", "exposed", "each way"):
         table.add_column(header, justify="right")
     table.add_column("bottleneck")
@@ -55,7 +55,7 @@ def _times(forecasts: tuple[Forecast, ...]) -> Table:
 def _memory(forecasts: tuple[Forecast, ...]) -> Table:
     table = Table(title="memory, GB", title_justify="left")
     for header in ("method", "policy"):
-        table.add_column(header)
+        table.add_column(header, no_wrap=True)
     parts = ("weights", "projectors", "optimizer", "activations", "gradients", "payloads", "device", "store", "host")
     for header in parts:
         table.add_column(header, justify="right")

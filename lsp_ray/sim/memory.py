@@ -18,20 +18,21 @@ _STORE_SPARE_BYTES = 96 << 20  # of the object store beside the slots
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMemory:
-    """Bytes on the device; `activations` at the end of the forward, with the loss's."""
+    """Bytes on the device; `activations` at the end of the forward, with the loss's; `block` the largest block's."""
 
     weights: float
     projectors: float
     optimizer_state: float
     activations: float
+    block: float
     gradients: float
     payload_buffers: float
 
     @property
     def peak_bytes(self) -> float:
-        """Largest sum: activations go as gradients come, so they are not there together."""
+        """Largest sum: activations go as gradients come, so the peak is at one of the backward's ends."""
         steady = self.weights + self.projectors + self.optimizer_state
-        return steady + max(self.activations, self.gradients + self.payload_buffers)
+        return steady + max(self.activations, self.block + self.gradients + self.payload_buffers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,7 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
         projectors=sum(_projector_bytes(workload, linear) for layer in model.layers for linear in layer.linears),
         optimizer_state=8.0 * model.num_trained if native else 0.0,
         activations=workload.tokens * (kept + _LOSS_BYTES * model.num_logits),
+        block=workload.tokens * max(blocks),
         gradients=float(sum(gradients)) if native else float(max(gradients)),
         payload_buffers=8.0 * max(layer.numel for layer in model.layers) if native else payload_buffers,
     )
