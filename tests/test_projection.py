@@ -256,3 +256,9 @@ def test_positions_by_similarity_keep_to_the_blocks(rows: int, dim: int, nnz_per
     index_FR = similar_positions(torch.randn(rows, 5, generator=generator), dim, nnz_per_row, generator)
     factor = SparseFactor(index_FR, torch.ones(rows, nnz_per_row), dim)  # refuses other positions
     assert torch.equal(factor.index_FR, index_FR)
+
+
+def test_a_balanced_projectors_update_is_twice_as_large() -> None:
+    plain = SIZE.projector()
+    left, right = (part.scaled(torch.full((part.num_rows,), 3.0)) for part in (plain.left, plain.right))
+    assert SparseProjector(left, right).update_scale == pytest.approx(2 * plain.update_scale / 9)

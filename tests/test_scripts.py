@@ -196,7 +196,8 @@ def test_the_readme_lists_every_option_with_its_default() -> None:
 
 
 def test_options_in_the_readmes_examples_exist() -> None:
-    known = {name for name, _ in options(RunConfig)} | {"--config", "--help", "--output"}  # the last is report's
+    known = {name for name, _ in options(RunConfig)} | {"--config", "--help"}
+    known |= {"--output"} | {"--hardware", "--json", "--measure"}  # of report and of plan
     assert set(re.findall(r"(?<=[\s`])--[a-z][\w.]*", README)) <= known
 
 

@@ -12,6 +12,10 @@ import torch
 from lsp_ray.errors import ConfigError
 from lsp_ray.projection.sparse_factor import SparseFactor, random_positions
 
+# spread over all rows, an update goes less along the steepest directions: at the learning rates that are best for full
+# fine-tuning, balanced projectors train best with updates twice as large (docs/log.md)
+BALANCED_GAIN = 2.0
+
 
 class SparseProjector:
     """A pair P (M, D), Q (N, D) of sparse factors for a weight of shape (M, N). Paper, Definition 1.
@@ -63,9 +67,11 @@ class SparseProjector:
         """sqrt(M·N) / (‖P‖·‖Q‖): makes ‖P δ Qᵀ‖ about that of a full-size delta with entries like δ's.
 
         With it a learning rate means what it means in full fine-tuning, at any D and R. The identity has scale 1.
+        Balanced projectors get BALANCED_GAIN times as much.
         """
         squares = self.left.square_sum() * self.right.square_sum()
-        return math.sqrt(self.left.num_rows * self.right.num_rows / squares) if squares > 0 else 0.0
+        gain = 1.0 if self.left.scale_F is None else BALANCED_GAIN
+        return gain * math.sqrt(self.left.num_rows * self.right.num_rows / squares) if squares > 0 else 0.0
 
     @property
     def nbytes(self) -> int:
