@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.projection.sparse_factor import SparseFactor, random_positions, similar_positions
-from lsp_ray.projection.sparse_projector import SparseProjector, subspace_dim_for
+from lsp_ray.projection.sparse_projector import BALANCED_GAIN, SparseProjector, subspace_dim_for
 
 EXACT = 1e-13  # float64 sums of at most some hundred terms
 CPU = torch.device("cpu")
@@ -258,7 +258,7 @@ def test_positions_by_similarity_keep_to_the_blocks(rows: int, dim: int, nnz_per
     assert torch.equal(factor.index_FR, index_FR)
 
 
-def test_a_balanced_projectors_update_is_twice_as_large() -> None:
+def test_a_balanced_projectors_update_is_larger_by_the_gain() -> None:
     plain = SIZE.projector()
     left, right = (part.scaled(torch.full((part.num_rows,), 3.0)) for part in (plain.left, plain.right))
-    assert SparseProjector(left, right).update_scale == pytest.approx(2 * plain.update_scale / 9)
+    assert SparseProjector(left, right).update_scale == pytest.approx(BALANCED_GAIN * plain.update_scale / 9)

@@ -13,8 +13,8 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.projection.sparse_factor import SparseFactor, random_positions
 
 # spread over all rows, an update goes less along the steepest directions: at the learning rates that are best for full
-# fine-tuning, balanced projectors train best with updates twice as large (docs/log.md)
-BALANCED_GAIN = 2.0
+# fine-tuning, balanced projectors train best with updates three times as large (docs/log.md)
+BALANCED_GAIN = 3.0
 
 
 class SparseProjector:
