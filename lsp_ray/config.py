@@ -14,7 +14,7 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.hardware import EmulatedMachine
 
 Fit = Literal["closed_form", "paper", "random"]
-Method = Literal["lsp", "zero_offload", "native"]
+Method = Literal["lsp", "zero_offload", "native", "lora", "galore"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
 SchedulerType = Literal[
@@ -42,8 +42,8 @@ def _above_zero(name: str, value: float | None) -> None:
 class LspConfig:
     """The learned sparse projectors (method lsp)."""
 
-    subspace_dim: int = 256
-    """Size d of the (d, d) compressed gradient; matrices with a small side use at most half of it."""
+    subspace_dim: int | Literal["auto"] = 256
+    """Size d of the (d, d) compressed gradient, at most half a matrix's small side; auto: largest the link hides."""
     nnz_per_row: int = 4
     """Non-zeros r in every row of a projector; projector memory grows with r, not with d."""
     fit: Fit = "closed_form"
@@ -64,14 +64,59 @@ class LspConfig:
     """Relative bias (at its best scalar) above which a measured matrix's projectors are learned anew."""
 
     def __post_init__(self) -> None:
-        _at_least("lsp.subspace_dim", self.subspace_dim, 1)
+        if self.subspace_dim != "auto":
+            _at_least("lsp.subspace_dim", self.subspace_dim, 1)
+        elif self.init_from is not None:
+            raise ConfigError("lsp.subspace_dim", "be the number of the run that lsp.init_from names", "auto")
         _at_least("lsp.nnz_per_row", self.nnz_per_row, 1)
         _at_least("lsp.calibration_batches", self.calibration_batches, 1)
         _at_least("lsp.check_every", self.check_every, 0)
         _at_least("lsp.timeout_s", self.timeout_s, 0)
         _at_least("lsp.max_bias", self.max_bias, 0)
-        if self.nnz_per_row > self.subspace_dim:
+        if self.subspace_dim != "auto" and self.nnz_per_row > self.subspace_dim:
             raise ConfigError("lsp.nnz_per_row", f"be at most lsp.subspace_dim ({self.subspace_dim})", self.nnz_per_row)
+
+    @property
+    def dim(self) -> int:
+        """The size d as a number.
+
+        Raises:
+            ConfigError: It is still open; `lsp_ray.plan.auto_dim` decides it.
+        """
+        if self.subspace_dim == "auto":
+            raise ConfigError("lsp.subspace_dim", "be a number by now", "auto")
+        return self.subspace_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (method lora), named as in PEFT."""
+
+    r: int = 8
+    """Rank of the adapters, which stand beside every linear but a classifier's head; method lora."""
+    lora_alpha: float = 16.0
+    """The adapters' output is multiplied by lora_alpha / r."""
+
+    def __post_init__(self) -> None:
+        _at_least("lora.r", self.r, 1)
+        _above_zero("lora.lora_alpha", self.lora_alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaloreConfig:
+    """Gradients projected onto their leading singular vectors (method galore), named and set as in galore-torch."""
+
+    rank: int = 128
+    """Dimensions that a gradient's shorter side is projected onto; smaller matrices train whole; method galore."""
+    update_proj_gap: int = 200
+    """Steps between two singular value decompositions of each matrix's gradient."""
+    scale: float = 0.25
+    """Factor of the updates of projected matrices."""
+
+    def __post_init__(self) -> None:
+        _at_least("galore.rank", self.rank, 1)
+        _at_least("galore.update_proj_gap", self.update_proj_gap, 1)
+        _above_zero("galore.scale", self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +124,7 @@ class RuntimeConfig:
     """Actors, threads and schedule."""
 
     num_shards: int | None = None
-    """CPU shard actors that own the optimizer state; default: a quarter of the cores, at least 1."""
+    """CPU shard actors that own the optimizer state; default: 1, from 16 cores on 2."""
     policy: PolicyName | None = None
     """Order of transfers and updates; default: layerwise, for zero_offload sequential."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -87,7 +132,7 @@ class RuntimeConfig:
     device_threads: int | None = None
     """CPU threads of the GPU actor; default: what the shards leave on a CPU run, else 2."""
     shard_threads: int | None = None
-    """CPU threads of each shard; default: the other cores divided by num_shards."""
+    """CPU threads of each shard; default: what a GPU run leaves, or a quarter of a CPU run's cores, over num_shards."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
     emulate: EmulatedMachine | None = None
@@ -109,13 +154,13 @@ class RunConfig:
     """One fine-tuning run."""
 
     model_name_or_path: str = "smollm2-135m"
-    """Alias smollm2-135m, a local folder, a .gguf file or a hub id."""
+    """Alias smollm2-135m or all-minilm-l6-v2 (an encoder), a local folder, a .gguf file or a hub id."""
     dataset: str = "stdlib-docstrings"
     """stdlib-docstrings, a JSONL, CSV or Parquet file or a folder of them, or a hub id."""
     output_dir: str | None = None
     """New or empty folder for checkpoint, metrics and summary; default: lsp_output, or lsp_output-2 …"""
     method: Method = "lsp"
-    """lsp: projected gradients; zero_offload: full gradients to the CPU; native: all on the device."""
+    """lsp: projected gradients; zero_offload: full gradients to the CPU; native, lora, galore: all on the device."""
     max_steps: int = 40
     """Optimizer updates; -1 trains num_train_epochs instead."""
     num_train_epochs: float = 1.0
@@ -132,26 +177,49 @@ class RunConfig:
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; biases and norms have none."""
+    max_grad_norm: float = 0.0
+    """Clip what is sent (for lsp: compressed gradients) to this global norm, exactly; 0 (not HF's 1.0) never clips."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient of NaN or infinity: stop, or skip the step, so that no weight nor moment changes."""
     max_seq_length: int = 128
     """Tokens kept of an example; short by default so that a first run is quick."""
     max_eval_samples: int = 128
     """Held-out examples on which eval loss is measured."""
+    max_eval_answers: int = 0
+    """Held-out questions answered to compare the final number, after ####, with the data's (as GSM8K has it); slow."""
     seed: int = 42
     """Seed of data order, projectors and rounding."""
     bf16: bool | None = None
     """Weights and activations in bfloat16; default: where the GPU or CPU is fast at it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    save_steps: int = 500
+    """Steps between checkpoints (checkpoint-N in output_dir), from which a run can go on; 0 saves on Ctrl-C only."""
+    save_total_limit: int | None = 2
+    """Checkpoints kept, the newest ones; null keeps all."""
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint-N folder, or from the last one in output_dir, to the same result as without the break."""
     lsp: LspConfig = field(default_factory=LspConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    galore: GaloreConfig = field(default_factory=GaloreConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_eval_samples"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_seq_length", self.max_seq_length, 8)
-        for name in ("learning_rate", "weight_decay", "warmup_steps", "seed"):
+        _at_least("save_total_limit", self.save_total_limit, 1)
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "save_steps",
+            "seed",
+            "max_eval_answers",
+        ):
             _at_least(name, getattr(self, name), 0)
-        for name in ("model_name_or_path", "dataset", "output_dir"):
+        for name in ("model_name_or_path", "dataset", "output_dir", "resume_from_checkpoint"):
             if getattr(self, name) == "":
                 raise ConfigError(name, "name one", "")
         if self.seed > MAX_SEED:
@@ -171,6 +239,11 @@ class RunConfig:
     def num_sketched_steps(self) -> int:
         """Steps that have as many micro-batches as projectors are learned from."""
         return -(-self.lsp.calibration_batches // self.gradient_accumulation_steps)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer's state is on the CPU, so that gradients and updates cross the link."""
+        return self.method in ("lsp", "zero_offload")
 
     @property
     def policy(self) -> PolicyName:

@@ -42,8 +42,16 @@ class WorkerLostError(LspRayError):
     """An actor died while its answer was awaited; names the actor and the step."""
 
 
+class CheckpointError(LspRayError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+class StoppedError(LspRayError):
+    """Someone asked the run to stop, and it has saved what it had; says how to go on."""
+
+
 class NonFiniteGradientError(LspRayError):
-    """A gradient holds NaN or infinity; names the layer. Moments and weights are as they were before it."""
+    """A gradient holds NaN or infinity; names step and layer. Moments and weights are as they were before it."""
 
 
 class OutOfDeviceMemoryError(LspRayError):

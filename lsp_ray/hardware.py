@@ -1,5 +1,9 @@
 """Machines of the paper, as proportions: what a step's full-gradient traffic and full Adam take, over its GPU compute.
 
+They are figures of one step that the paper ran. The profiles in sim/ describe the same machines as speeds, for any
+model; a proportion cannot be read off them without that step's compute, which only the paper tells.
+tests/test_sim_paper.py holds the two to each other.
+
 Chen et al., arXiv 2406.10181, Table 1 and Figure 2. Proportions rather than speeds: a run emulates a machine by scaling
 its own link and shards to its own compute, and a simulator can scale any of the three.
 """

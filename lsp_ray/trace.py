@@ -114,7 +114,8 @@ class StepMetrics:
     """One line of metrics.jsonl. A step is one optimizer update; times are seconds, sizes bytes.
 
     `step` is the number of updates made, so the first line says 1 as in HF's logs; elsewhere steps count from 0.
-    `grad_norm` is the norm of what was sent (for lsp: of the compressed gradients), before any clipping.
+    `grad_norm` is the norm of what was sent (for lsp: of the compressed gradients), before any clipping;
+    `grad_scale` is what it was multiplied by: below 1 where it was clipped, 0 where the step was skipped.
     `exposed_*_s` is the time in which this step's forward waited for the previous step's deltas. `bias` (raw, relative,
     cosine; see `Bias`) is there in the steps that measured it, with the relative bias of each layer that was in the
     sample (by its number) and the number of projectors that are refitted.
@@ -136,6 +137,7 @@ class StepMetrics:
     exposed_h2d_s: float
     bytes_d2h: int
     bytes_h2d: int
+    grad_scale: float = 1.0
     bias: dict[str, float] | None = None
     bias_by_layer: dict[str, float] | None = None
     num_refitted: int | None = None

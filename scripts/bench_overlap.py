@@ -23,13 +23,26 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lsp_ray.config import LspConfig, PolicyName, RunConfig, RuntimeConfig
-from lsp_ray.hardware import MACHINES, EmulatedMachine
+from lsp_ray.config import RunConfig
+from lsp_ray.hardware import MACHINES
 from lsp_ray.runtime.event_log import Decision, read_event_log
+from lsp_ray.runtime.throttle import Throttle, emulating
 from lsp_ray.schedule.ops import CostsMeasured, LayerSeconds
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.costs import LayerCosts, StepCosts
 from lsp_ray.sim.simulator import Simulator
+from scripts.overlap_settings import (
+    COMPARED,
+    LSP,
+    NATIVE,
+    PAPER_MACHINE,
+    PREDICTED,
+    PREDICTED_QUICK,
+    THREADS,
+    ZERO,
+    Setting,
+    own_policy,
+)
 from scripts.sim_paper import paper_figures
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "overlap.md"
@@ -37,84 +50,18 @@ SKIPPED_STEPS = 3  # caches fill, the second step's memory is watched, and delta
 HOP_S = 0.0008  # a call to an actor and back (docs/log.md)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One run."""
-
-    method: str
-    policy: PolicyName | None = None
-    dim: int = 256
-    link_gbps: float | None = None
-    emulate: EmulatedMachine | None = None
-    on_ray: bool = True
-
-    @property
-    def name(self) -> str:
-        """What the tables call it."""
-        parts = [self.method]
-        if self.method == "lsp":
-            parts.append(f"d = {self.dim}")
-        if self.policy is not None:
-            parts.append(self.policy)
-        if self.link_gbps is not None:
-            parts.append(f"{self.link_gbps:g} GB/s")
-        if self.emulate is not None:
-            parts.append(f"as {self.emulate}")
-        return ", ".join(parts) + ("" if self.on_ray else ", threads")
-
-    @property
-    def free(self) -> Setting:
-        """The same work, nothing slowed down, in the method's own order: what the simulator is given."""
-        return Setting(method=self.method, dim=self.dim, policy=_own_policy(self.method))
-
-    def config(self, output_dir: Path, num_steps: int) -> RunConfig:
-        """The run's options."""
-        runtime = RuntimeConfig(
-            device="cpu",
-            num_shards=1,
-            device_threads=1,
-            shard_threads=1,
-            policy=self.policy,
-            link_gbps=self.link_gbps,
-            emulate=self.emulate,
-        )
-        return RunConfig(
-            method=self.method,  # type: ignore[arg-type]
-            output_dir=str(output_dir),
-            max_steps=num_steps,
-            max_eval_samples=4,
-            bf16=True,
-            lsp=LspConfig(subspace_dim=self.dim, fit="random", check_every=0),
-            runtime=runtime,
-        )
-
-
-LSP = Setting(method="lsp", policy="layerwise")
-ZERO = Setting(method="zero_offload", policy="sequential")
-NATIVE = Setting(method="native")
-THREADS = replace(LSP, on_ray=False)
-PAPER_MACHINE: EmulatedMachine = "rtx4090-threadripper"
-COMPARED = (LSP, NATIVE, THREADS, ZERO, replace(LSP, emulate=PAPER_MACHINE), replace(ZERO, emulate=PAPER_MACHINE))
-SLOW_LINK_POLICIES: tuple[PolicyName, ...] = ("layerwise_fcfs", "earliest_deadline", "sequential")
-ZERO_POLICIES: tuple[PolicyName, ...] = ("sequential", "delayed", "layerwise_fcfs", "layerwise")
-PREDICTED = (
-    *(replace(LSP, policy=policy, link_gbps=0.05) for policy in SLOW_LINK_POLICIES),
-    *(replace(LSP, link_gbps=link) for link in (0.1, 0.03)),
-    replace(LSP, dim=128),
-    replace(LSP, dim=128, link_gbps=0.01),
-    *(replace(ZERO, policy=policy, link_gbps=0.5) for policy in ZERO_POLICIES),
-)
-PREDICTED_QUICK = (replace(LSP, policy="sequential", link_gbps=0.05), replace(LSP, link_gbps=0.03))
-
-
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Medians over the steps of all rounds of a setting; seconds."""
+    """Medians over the steps of all rounds of a setting; seconds.
+
+    `compute_s` is what the emulated link and shards were scaled to, None where nothing is emulated.
+    """
 
     step_s: float
     exposed_s: float
     spread_s: float
     layers: tuple[LayerSeconds, ...]
+    compute_s: float | None
 
     @property
     def exposed_fraction(self) -> float:
@@ -122,8 +69,17 @@ class Reading:
         return self.exposed_s / self.step_s
 
 
-def run(setting: Setting, num_steps: int) -> tuple[list[dict[str, Any]], tuple[LayerSeconds, ...]]:
-    """Return the timed lines of metrics.jsonl, and what a run measured its layers to cost."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run: the timed lines of metrics.jsonl, what its layers cost, and `compute_s` as in `Reading`."""
+
+    lines: list[dict[str, Any]]
+    layers: tuple[LayerSeconds, ...]
+    compute_s: float | None
+
+
+def run(setting: Setting, num_steps: int) -> Measured:
+    """Run a setting in a folder of its own and read what it left."""
     with tempfile.TemporaryDirectory() as folder:
         output_dir = Path(folder) / "run"
         config = setting.config(output_dir, num_steps)
@@ -139,8 +95,9 @@ def run(setting: Setting, num_steps: int) -> tuple[list[dict[str, Any]], tuple[L
                 raise SystemExit(f"{setting.name} failed")
         lines = _read_lines(output_dir / "metrics.jsonl")
         told = [decision.event for decision in _decisions(output_dir / "events.jsonl")]
+        compute_s = json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))["emulated_compute_s"]
     costs = [event.layers for event in told if isinstance(event, CostsMeasured)]
-    return lines[SKIPPED_STEPS:], costs[-1] if costs else ()
+    return Measured(lines[SKIPPED_STEPS:], costs[-1] if costs else (), compute_s)
 
 
 def _options(config: RunConfig) -> list[str]:
@@ -181,36 +138,41 @@ def readings(
     settings: Sequence[Setting], *, num_steps: int, rounds: int, say: Callable[[str], None]
 ) -> dict[Setting, Reading]:
     """Run every setting once in each round."""
-    lines: dict[Setting, list[dict[str, Any]]] = {setting: [] for setting in settings}
-    layers: dict[Setting, tuple[LayerSeconds, ...]] = {}
+    runs: dict[Setting, list[Measured]] = {setting: [] for setting in settings}
     for number in range(rounds):
         for setting in settings:
-            timed, layers[setting] = run(setting, num_steps)
-            lines[setting] += timed
-            say(f"round {number + 1}: {setting.name}: {median(line['step_time_s'] for line in timed):.3f} s a step")
-    return {setting: _reading(lines[setting], layers[setting]) for setting in settings}
+            measured = run(setting, num_steps)
+            runs[setting].append(measured)
+            step_s = median(line["step_time_s"] for line in measured.lines)
+            say(f"round {number + 1}: {setting.name}: {step_s:.3f} s a step")
+    return {setting: _reading(runs[setting]) for setting in settings}
 
 
-def _reading(lines: Sequence[dict[str, Any]], layers: tuple[LayerSeconds, ...]) -> Reading:
+def _reading(runs: Sequence[Measured]) -> Reading:
+    lines = [line for measured in runs for line in measured.lines]
+    scaled_to_s = [measured.compute_s for measured in runs if measured.compute_s is not None]
     times_s = sorted(line["step_time_s"] for line in lines)
     waits_s = [line["exposed_d2h_s"] + line["exposed_cpu_s"] + line["exposed_h2d_s"] for line in lines]
     quarter = len(times_s) // 4
-    return Reading(median(times_s), median(waits_s), times_s[-1 - quarter] - times_s[quarter], layers)
+    spread_s = times_s[-1 - quarter] - times_s[quarter]
+    compute_s = median(scaled_to_s) if scaled_to_s else None
+    return Reading(median(times_s), median(waits_s), spread_s, runs[-1].layers, compute_s)
 
 
-def predicted_step_s(setting: Setting, free: Reading, sizes: Sequence[int], full_numel: int, compute_s: float) -> float:
+def predicted_step_s(
+    setting: Setting, free: Reading, sizes: Sequence[int], full_numel: int, compute_s: float | None
+) -> float:
     """Simulate a setting from what the unthrottled run of the same work measured.
 
     A throttled copy takes its bytes over the rate, and an emulated machine's update its elements over the rate, unless
-    the real ones are slower by themselves.
+    the real ones are slower by themselves. An emulated machine is that of the live run, scaled to the same `compute_s`.
     """
-    link_bytes_per_s, updates_per_s = float("inf"), float("inf")
-    if setting.link_gbps is not None:
-        link_bytes_per_s = setting.link_gbps * 1e9
+    throttle = Throttle(link_gbps=setting.link_gbps)
     if setting.emulate is not None:
-        machine = MACHINES[setting.emulate]
-        link_bytes_per_s = 8 * full_numel / (compute_s * machine.traffic_over_compute)
-        updates_per_s = full_numel / (compute_s * machine.update_over_compute)
+        assert compute_s is not None, "a run that emulates says what it scaled to"
+        throttle = emulating(MACHINES[setting.emulate], compute_s=compute_s, full_numel=full_numel)
+    link_bytes_per_s = float("inf") if throttle.link_gbps is None else throttle.link_gbps * 1e9
+    updates_per_s = throttle.updates_per_s or float("inf")
     layers = tuple(
         LayerCosts(
             forward_s=layer.forward_s,
@@ -222,12 +184,13 @@ def predicted_step_s(setting: Setting, free: Reading, sizes: Sequence[int], full
         for layer, size in zip(free.layers, sizes, strict=True)
     )
     shard_of_layer = [0] * len(layers)
-    policy = POLICIES[setting.policy or _own_policy(setting.method)](shard_of_layer)
+    policy = POLICIES[setting.policy or own_policy(setting.method)](shard_of_layer)
     return Simulator(StepCosts(layers=layers, hop_s=HOP_S), policy, shard_of_layer, num_steps=10).run().typical.step_s
 
 
-def _own_policy(method: str) -> PolicyName:
-    return "sequential" if method == "zero_offload" else "layerwise"
+def is_predicted(setting: Setting) -> bool:
+    """Whether the simulator predicts it, from the run that it is `free` of."""
+    return setting != setting.free and setting.method != "native" and setting.on_ray
 
 
 def _payload_sizes(setting: Setting) -> tuple[int, ...]:
@@ -250,12 +213,10 @@ def main() -> None:
     rest = readings([*sorted(free, key=lambda s: s.name), *others], num_steps=num_steps, rounds=1, say=_say)
     found = compared | rest
     sizes = {setting.free: _payload_sizes(setting.free) for setting in found if setting.method != "native"}
-    compute_s = sum(layer.forward_s + layer.backward_s for layer in found[ZERO].layers)
     errors = {}
-    for setting in found:
-        if setting == setting.free or setting.method == "native" or not setting.on_ray:
-            continue
-        step_s = predicted_step_s(setting, found[setting.free], sizes[setting.free], sum(sizes[ZERO]), compute_s)
+    for setting in filter(is_predicted, found):
+        free_sizes, compute_s = sizes[setting.free], found[setting].compute_s
+        step_s = predicted_step_s(setting, found[setting.free], free_sizes, sum(sizes[ZERO]), compute_s)
         errors[setting.name] = step_s / found[setting].step_s - 1.0
     figures = _figures(found, errors)
     if not options.quick:

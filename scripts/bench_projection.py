@@ -28,7 +28,8 @@ from scripts.projection_bench.kernels import KernelSize, kernel_times
 from scripts.projection_bench.measure import METHODS, Measured, Point, Shape, measure
 from scripts.projection_bench.page import Findings, method_notes, page
 from scripts.projection_bench.plot import draw
-from scripts.projection_bench.tables import TextTable, fit_table, grid_table, kernel_table, score_table
+from scripts.projection_bench.tables import TextTable, fit_table, grid_table, kernel_table, score_table, transfer_table
+from scripts.projection_bench.transfer import transfers
 
 MODEL, STDLIB, GSM8K = "smollm2-135m", "stdlib-docstrings", "gsm8k"
 MAIN = Point(4, 256)
@@ -95,10 +96,12 @@ def _measure_all(options: argparse.Namespace, console: Console) -> Findings:
     grids: dict[str, Measured] = {}
     notes = list(method_notes())
     counts: Counter[Shape] = Counter()
+    sources: dict[str, Source] = {}
     for label, dataset in {STDLIB: STDLIB, GSM8K: options.gsm8k}.items():
         if dataset is None:
             continue
         source = open_source(MODEL, dataset, batch_size=BATCH_SIZE, max_seq_length=MAX_TOKENS, log=console.print)
+        sources[label] = source
         counts = Counter(site.shape for layer in source.layers for site in layer.linears)
         sample = spread(len(source.layers), SAMPLED_LAYERS)
         grids[label] = _measure(source, sample, QUICK_GRID if options.quick else GRID, label, console)
@@ -121,6 +124,7 @@ def _measure_all(options: argparse.Namespace, console: Console) -> Findings:
         grids=grids,
         fit_seconds=fit_seconds,
         times_ms=times_ms,
+        transfers=tuple(transfers(sources, sample, MAIN)) if len(sources) > 1 else (),
         wall_s=time.monotonic() - begin_s,
     )
 
@@ -153,6 +157,8 @@ def _tables(findings: Findings) -> list[TextTable]:
         for label, measured in findings.headline.items()
     ]
     tables.append(fit_table("Seconds to fit the whole model, r=4 d=256", findings.fit_seconds))
+    if findings.transfers:
+        tables.append(transfer_table("Projectors of another data set, r=4 d=256, sampled layers", findings.transfers))
     shape = f"T={size.tokens} M={size.rows} d={size.dim} r={size.nnz_per_row}"
     tables.append(kernel_table(f"Compress, {shape}, medians of {REPETITIONS}", findings.times_ms))
     for label, measured in findings.grids.items():

@@ -88,16 +88,17 @@ class MappedShard(OptimizerShard):
         super().__init__({unit: sum(part.numel for part in maps) for unit, maps in maps_of_unit.items()})
         self._maps_of_unit = maps_of_unit
 
-    def update(self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float) -> torch.Tensor:
-        """See `OptimizerShard`; the sum of squares is that of what Adam sees."""
+    def update(
+        self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float, grad_scale: float = 1.0
+    ) -> None:
+        """See `OptimizerShard`."""
         maps = self._maps_of_unit[layer]
         parts = grad.split([math.prod(part.shape) for part in maps])
         small = torch.cat([part.down(grad_part) for part, grad_part in zip(maps, parts, strict=True)])
         step = torch.empty_like(small)
-        square_sum = super().update(layer, small, step, learning_rate=learning_rate)
+        super().update(layer, small, step, learning_rate=learning_rate, grad_scale=grad_scale)
         steps = step.split([part.numel for part in maps])
         torch.cat([part.up(step_part) for part, step_part in zip(maps, steps, strict=True)], out=delta)
-        return square_sum
 
 
 class LoraLinear(nn.Module):

@@ -161,6 +161,7 @@ def _model(linears: tuple[LinearShape, ...], hidden: int, num_layers: int, vocab
         num_parameters=num_layers * layer.numel + vocabulary * hidden,
         hidden_size=hidden,
         attention_width=hidden,
+        key_value_width=hidden,
         num_logits=vocabulary,
     )
 

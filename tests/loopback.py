@@ -8,8 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from lsp_ray.device.backend import CpuBackend
+from lsp_ray.device.judge import Judge
+from lsp_ray.device.refit import Refitter
+from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.unit import Unit
-from lsp_ray.device.worker import DeviceWorker, StepReport
+from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.methods.lsp_shard import carry_over
 from lsp_ray.models.loss import Batch
 from lsp_ray.optim.shard import OptimizerShard
@@ -29,10 +32,13 @@ class Loopback:
         native: bool = False,
         seed: int = 0,
         staleness: int = 0,
+        refitter: Refitter | None = None,
+        judge: Judge | None = None,
     ) -> None:
         sizes = {unit.index: unit.numel for unit in units}
         self.announced: list[GradientReady] = []
         self.gradients: dict[int, torch.Tensor] = {}
+        self.deltas: dict[int, torch.Tensor] = {}
         self._learning_rates = learning_rates
         self._shard = OptimizerShard(sizes)
         self._slots = {index: torch.empty(numel) for index, numel in sizes.items()}
@@ -46,6 +52,8 @@ class Loopback:
             on_gradients=self.announced.append,
             local_shard=OptimizerShard(sizes) if native else None,
             staleness=staleness,
+            refitter=refitter,
+            judge=judge,
         )
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
@@ -58,6 +66,8 @@ class Loopback:
             carry_over(self._shard, ready.layer, reprojections)
             self.gradients[ready.layer] = slot.clone()
             delta = torch.empty_like(slot)
-            self._shard.update(ready.layer, slot, delta, learning_rate=self._learning_rates[step])
+            rate, scale = self._learning_rates[step], report.grad_scale
+            self._shard.update(ready.layer, slot, delta, learning_rate=rate, grad_scale=scale)
+            self.deltas[ready.layer] = delta
             self.worker.prefetch(step, ready.layer, delta)
         return report

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 
-from lsp_ray.config import LspConfig, Method, PolicyName, RunConfig, RuntimeConfig
+from lsp_ray.config import GaloreConfig, LoraConfig, LspConfig, Method, PolicyName, RunConfig, RuntimeConfig
 from lsp_ray.errors import (
     ConfigError,
     DeadlineError,
@@ -65,6 +65,24 @@ def assert_names_field_bound_and_value(error: ConfigError, field: str, bound: st
 def test_a_bad_lsp_value_is_refused(given: dict[str, Any], field: str, bound: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
         LspConfig(**given)
+    assert_names_field_bound_and_value(caught.value, field, bound, value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "field", "bound", "value"),
+    [
+        (LoraConfig, {"r": 0}, "lora.r", "be at least 1", 0),
+        (LoraConfig, {"lora_alpha": 0.0}, "lora.lora_alpha", "be above 0", 0.0),
+        (GaloreConfig, {"rank": 0}, "galore.rank", "be at least 1", 0),
+        (GaloreConfig, {"update_proj_gap": 0}, "galore.update_proj_gap", "be at least 1", 0),
+        (GaloreConfig, {"scale": math.inf}, "galore.scale", "be above 0", math.inf),
+    ],
+)
+def test_a_bad_value_of_a_baseline_is_refused(
+    kind: type, given: dict[str, Any], field: str, bound: str, value: object
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind(**given)
     assert_names_field_bound_and_value(caught.value, field, bound, value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -210,6 +211,11 @@ FAULTY_FILES = [
     ("nulls.jsonl", b'{"text": null}\n{"text": null}\n', "row 1"),
     ("mixed.jsonl", b'{"text": "a"}\n{"text": 1}\n', "hold text in column 'text'"),
     ("list.jsonl", b'{"text": ["a"]}\n{"text": ["b"]}\n', "hold text in column 'text'"),
+    ("nothing.jsonl", b"null\nnull\n", "line 1: no object"),
+    ("numbers.json", b"[1, 2]", "well-formed json"),
+    ("deep.jsonl", b'{"text": "a"}\n{"text": ' + b"[" * 100 + b"]" * 100 + b"}\n", "line 2: nested more than 64 deep"),
+    ("zeros.csv", b"text\na\0b\nc\n", "line 2: a NUL character"),
+    ("packed.csv", gzip.compress(b"text\na\nb\n"), "UTF-8"),
 ]
 
 
@@ -224,6 +230,22 @@ def test_a_faulty_file_ends_in_one_line_that_names_it(
     assert said in str(caught.value)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_line_of_100_megabytes_ends_in_one_line(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a " * 50_000_000 + b'"}\n')
+    with pytest.raises(
+        ConfigError, match=r"lines of at most 67108864 characters, got .*rows\.jsonl'; line 2 is longer"
+    ):
+        load(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_text_that_would_take_minutes_to_tokenise_is_refused(load: Load, tmp_path: Path, suffix: str) -> None:
+    table = Dataset.from_dict({"text": ["a", "b " * 5_000_001]})
+    getattr(table, f"to_{suffix}")(tmp_path / f"rows.{suffix}")
+    with pytest.raises(ConfigError, match="at most 10000000 bytes of text in a row of column 'text', got 10000002"):
+        load(tmp_path / f"rows.{suffix}")
 
 
 def test_a_faulty_file_of_a_folder_is_named(load: Load, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
@@ -132,7 +133,19 @@ def test_content_in_parts_is_joined_and_null_keys_are_absent(tokenizer: PreTrain
     assert "w9" not in tokens(tokenizer, tokenized)
 
 
-@pytest.mark.parametrize("messages", ["w1", [], ["w1"], [{"from": "human", "value": "w1"}]])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        "w1",
+        [],
+        ["w1"],
+        [{"from": "human", "value": "w1"}],
+        [{"role": "user", "content": 3}],
+        [{"role": "user", "content": {"text": "w2"}}],
+        [{"role": "user", "content": [{"text": 3}]}],
+        [{"role": "user", "content": ["w1"]}],
+    ],
+)
 def test_messages_in_another_form_are_named(tokenizer: PreTrainedTokenizerFast, messages: object) -> None:
     with pytest.raises(ConfigError, match=r"lists of role and content.*made\.jsonl"):
         tokenize_rows(rows_of(Shape.MESSAGES, [{"messages": messages}]), tokenizer, max_seq_length=64)
@@ -224,6 +237,17 @@ def test_class_names_keep_their_order_and_minus_one_is_unlabelled(tokenizer: Pre
     assert tokenized.label_names == ("no", "maybe", "yes")
     assert list(tokenized.train["labels"]) == [2, 0]
     assert tokenized.num_dropped == 2
+
+
+@pytest.mark.parametrize("label", [3, -2])
+def test_a_label_out_of_range_is_named(tokenizer: PreTrainedTokenizerFast, label: int) -> None:
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["no", "maybe", "yes"])})
+    split = Dataset.from_list(sentences(2, 1, 0), features=features)
+    labels = pa.chunked_array([pa.array([2, label, 0])])
+    table = split.data.table.set_column(1, "label", labels)  # as a file may hold them; datasets itself would object
+    rows = Rows(name="made", shape=Shape.SENTENCE, train=Dataset(table, info=split.info), eval=split)
+    with pytest.raises(ConfigError, match=rf"hold labels from 0 to 2 in column 'label', got '{label}'; in made"):
+        tokenize_rows(rows, tokenizer, max_seq_length=8)
 
 
 def test_a_class_of_the_held_out_rows_alone_counts_but_their_minus_one_does_not(

@@ -111,7 +111,7 @@ def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines == [asdict(metrics) for metrics in listener.steps]
     assert set(lines[0]) == {
-        *("step", "loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "step_time_s"),
+        *("step", "loss", "grad_norm", "grad_scale", "learning_rate", "num_tokens", "tokens_per_second", "step_time_s"),
         *("gpu_busy_s", "d2h_busy_s", "cpu_busy_s", "h2d_busy_s"),
         *("exposed_d2h_s", "exposed_cpu_s", "exposed_h2d_s", "bytes_d2h", "bytes_h2d"),
         *("bias", "bias_by_layer", "num_refitted"),
@@ -124,8 +124,10 @@ def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
     assert written == asdict(summary)
     assert set(written) == {
         *("method", "policy", "device", "num_shards", "eval_loss_before", "eval_loss_after", "step_time_s_median"),
+        *("eval_before", "eval_after"),
         *("tokens_per_second", "overlap_fraction", "peak_device_bytes", "bytes_d2h_per_step", "bytes_h2d_per_step"),
         *("sample_before", "sample_after", "sample_expected", "trainable_subspace_dims"),
+        *("emulated_compute_s", "num_clipped", "num_skipped"),
     }
     assert written["peak_device_bytes"] > 0
     assert 0 <= written["overlap_fraction"] <= 1
@@ -190,6 +192,20 @@ def test_with_refits_neither_shards_nor_policy_change_a_bit(tmp_path: Path) -> N
     base = weights_after(tmp_path, "one", **REFITS)
     other = weights_after(tmp_path, "two", runtime={"num_shards": 2, "policy": "sequential"}, **REFITS)
     assert_same_bits(base, other)
+
+
+@pytest.mark.parametrize("balance", [True, False], ids=["balanced", "plain"])
+def test_refits_make_no_jump_in_the_loss_curve(tmp_path: Path, balance: bool) -> None:
+    changes: dict[str, Any] = {"max_steps": 30, "learning_rate": 3e-4}  # at higher rates a single batch jumps by itself
+    refits = {"check_every": 6, "max_bias": 0.0, "balance": balance}
+    _, refitted = run_on_threads(tiny_job(tmp_path, **changes, lsp=refits), tmp_path / "refitted")
+    _, never = run_on_threads(
+        tiny_job(tmp_path, **changes, lsp={"check_every": 0, "balance": balance}), tmp_path / "never"
+    )
+    assert sum(metrics.num_refitted or 0 for metrics in refitted.steps) > 0
+    ratios = [ours.loss / theirs.loss for ours, theirs in zip(refitted.steps, never.steps, strict=True)]
+    assert max(ratios) <= 1.02
+    assert min(ratios) < 1  # new subspaces, and on this data they help
 
 
 def test_a_bound_that_nothing_exceeds_changes_nothing(tmp_path: Path) -> None:

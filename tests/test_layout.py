@@ -16,7 +16,13 @@ def test_two_cores_without_a_gpu_give_one_thread_to_each_side() -> None:
 
 def test_sixty_four_cores_beside_a_gpu_go_to_the_shards() -> None:
     layout = plan_layout(RuntimeConfig(), [10] * 32, cores=64, on_gpu=True)
-    assert (layout.device_threads, layout.num_shards, layout.shard_threads) == (2, 16, 3)
+    assert (layout.device_threads, layout.num_shards, layout.shard_threads) == (2, 2, 31)
+
+
+def test_cores_of_a_cpu_run_are_mostly_the_devices_however_many_shards_there_are() -> None:
+    for asked, expected in ((None, (12, 2, 2)), (4, (12, 4, 1)), (8, (8, 8, 1))):
+        layout = plan_layout(RuntimeConfig(num_shards=asked), [10] * 32, cores=16, on_gpu=False)
+        assert (layout.device_threads, layout.num_shards, layout.shard_threads) == expected
 
 
 def test_one_core_still_runs_everything() -> None:

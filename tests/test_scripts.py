@@ -21,6 +21,7 @@ from lsp_ray.config import RunConfig
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["scripts/demo", "scripts/test", "scripts/check", ".ci/run"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = {
     canonicalize_name(requirement.name): requirement
@@ -167,7 +168,11 @@ def test_a_machine_without_python_is_told_so_in_one_line(checkout: Checkout, tmp
 
 def test_every_dependency_is_pinned_within_its_own_range() -> None:
     project = PYPROJECT["project"]
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    for text in [
+        *project["dependencies"],
+        *project["optional-dependencies"]["dev"],
+        *project["optional-dependencies"]["bench"],
+    ]:
         requirement = Requirement(text)
         (pin,) = PINS[canonicalize_name(requirement.name)].specifier
         assert pin.operator == "=="
@@ -195,10 +200,26 @@ def test_the_readme_lists_every_option_with_its_default() -> None:
     assert listed == expected
 
 
-def test_options_in_the_readmes_examples_exist() -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.name)
+def test_options_that_a_page_names_exist(page: Path) -> None:
     known = {name for name, _ in options(RunConfig)} | {"--config", "--help"}
     known |= {"--output"} | {"--hardware", "--json", "--measure"}  # of report and of plan
-    assert set(re.findall(r"(?<=[\s`])--[a-z][\w.]*", README)) <= known
+    known |= {"--strict", "--shm-size", "--no-build-isolation"}  # of mypy, docker and pip
+    known |= {"--quick", "--data_dir", "--seeds"}  # of the benchmarks
+    assert set(re.findall(r"(?<=[\s`])--[a-z][\w.-]*", page.read_text(encoding="utf-8"))) <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_other_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_a_page_starts_exist(page: Path) -> None:
+    for module in set(re.findall(r"python -m (lsp_ray\.\w+)", page.read_text(encoding="utf-8"))):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 def test_the_licence_is_apache_2() -> None:

@@ -165,7 +165,7 @@ def test_a_payload_holds_the_compressed_gradient_of_autograds_own() -> None:
     name, module = linears[0]
     gradient_MN = reference.get_submodule(name).get_parameter("weight").grad
     assert gradient_MN is not None
-    sent_DD = run.gradients[0][: LSP.subspace_dim**2].view(LSP.subspace_dim, LSP.subspace_dim)
+    sent_DD = run.gradients[0][: LSP.dim**2].view(LSP.dim, LSP.dim)
     torch.testing.assert_close(sent_DD, module.projector.compress(gradient_MN), rtol=1e-4, atol=1e-7)
 
 

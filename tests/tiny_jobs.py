@@ -10,9 +10,10 @@ import torch
 
 from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig
 from lsp_ray.models.load import load_model
-from lsp_ray.runtime.fine_tune import FineTuneWorkers, Summary, fine_tune
+from lsp_ray.runtime.fine_tune import Summary, fine_tune
 from lsp_ray.runtime.job import Job, prepare_job
 from lsp_ray.runtime.thread_workers import ThreadWorkers
+from lsp_ray.runtime.training import FineTuneWorkers, Stop
 from lsp_ray.trace import StepMetrics
 from tests.tiny import CLASSIFIERS, Family, write_tiny_jsonl, write_tiny_model
 
@@ -62,18 +63,22 @@ def tiny_job(folder: Path, family: Family = "llama", **changes: Any) -> Job:
     return prepare_job(tiny_config(folder, family, **changes), lambda _line: None)
 
 
-def run_job(job: Job, workers: FineTuneWorkers, output_dir: Path) -> tuple[Summary, Recorder]:
-    """Fine-tune into a new folder."""
-    output_dir.mkdir(parents=True)
-    listener = Recorder()
-    return fine_tune(job, workers, output_dir, listener, str), listener
+def run_job(
+    job: Job, workers: FineTuneWorkers, output_dir: Path, listener: Recorder | None = None, stop: Stop | None = None
+) -> tuple[Summary, Recorder]:
+    """Fine-tune into a folder, a new one unless a run goes on."""
+    output_dir.mkdir(parents=True, exist_ok=job.saved is not None)
+    listener = listener or Recorder()
+    return fine_tune(job, workers, output_dir, listener, str, stop), listener
 
 
-def run_on_threads(job: Job, output_dir: Path) -> tuple[Summary, Recorder]:
+def run_on_threads(
+    job: Job, output_dir: Path, listener: Recorder | None = None, stop: Stop | None = None
+) -> tuple[Summary, Recorder]:
     """Fine-tune with the actors' work on threads of this process."""
     workers = ThreadWorkers(job)
     try:
-        return run_job(job, workers, output_dir)
+        return run_job(job, workers, output_dir, listener, stop)
     finally:
         workers.close()
 

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lsp_ray.data.dataset import check_length
 from lsp_ray.errors import ConfigError
 
 Message = dict[str, Any]
@@ -52,14 +53,20 @@ def _plain_messages(messages: object, dataset: str) -> list[Message]:
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+            content = "".join(part.get("text") or "" for part in content)
+        check_length(dataset, "messages", len(content or ""))
         # files with optional keys read as null where a message has none, and templates ask whether a key is there
         plain.append({key: value for key, value in message.items() if value is not None} | {"content": content or ""})
     return plain
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str)
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and isinstance(part.get("text"), str | None) for part in content)
+    return isinstance(content, str | None)
 
 
 def _by_marks(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:

@@ -37,16 +37,24 @@ def read_classes(rows: Rows) -> Classes:
     """
     feature = rows.train.features["label"]
     if isinstance(feature, ClassLabel):
-        names = tuple(feature.names)
-        # a cast of the other split may have spelled its labels out
-        by_name = {name: index for index, name in enumerate(names)}
-        return Classes(names=names, index_of=by_name | {str(index): index for index in range(len(names))})
+        return _named_classes(rows, tuple(feature.names))
     known = _labels(rows.name, rows.train)
     known |= _labels(rows.name, rows.eval) - {"-1"}
     names = _in_order(known)
     if len(names) < 2:
         raise ConfigError("dataset", "have at least 2 classes in column 'label'", names, hint=f"in {rows.name}")
     return Classes(names=names, index_of={name: index for index, name in enumerate(names)})
+
+
+def _named_classes(rows: Rows, names: tuple[str, ...]) -> Classes:
+    # a cast of the other split may have spelled its labels out
+    by_name = {name: index for index, name in enumerate(names)}
+    classes = Classes(names=names, index_of=by_name | {str(index): index for index in range(len(names))})
+    unknown = (_labels(rows.name, rows.train) | _labels(rows.name, rows.eval)) - {*classes.index_of, "-1"}
+    if unknown:
+        bound = f"hold labels from 0 to {len(names) - 1} in column 'label'"
+        raise ConfigError("dataset", bound, ", ".join(sorted(unknown)[:3]), hint=f"in {rows.name}")
+    return classes
 
 
 def _labels(name: str, rows: Dataset) -> set[str]:

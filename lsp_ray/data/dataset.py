@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
 from lsp_ray.config import Task
@@ -20,6 +21,7 @@ STDLIB_DOCSTRINGS = "stdlib-docstrings"
 
 _HELD_OUT_SHARE = 0.1
 _MAX_HELD_OUT = 2000  # more rows make eval loss no steadier, and are missed in training
+_MAX_TEXT_BYTES = 10_000_000  # two Bibles; tokenising all of what is then cut off would look like a hang
 
 
 class Shape(StrEnum):
@@ -87,6 +89,11 @@ def load_rows(name: str, *, seed: int, cache_dir: Path | None = None) -> Rows:
     if name == STDLIB_DOCSTRINGS:
         return _load_stdlib()
     splits = read_splits(name, cache_dir=cache_dir)
+    with quiet():
+        return _rows_of(name, splits, seed)
+
+
+def _rows_of(name: str, splits: Splits, seed: int) -> Rows:
     main = splits[_main_split(splits)]
     shape, columns = _form(name, main.column_names)
     train = _normalised(name, columns, main)
@@ -144,6 +151,8 @@ def _normalised(name: str, columns: Mapping[str, str], rows: Dataset) -> Dataset
             rows = _as_text(name, original, column, rows)
         if column != "label":
             _check_no_null(name, original, rows.data.column(column))
+        if column not in ("messages", "label"):
+            check_length(name, original, pc.max(pc.binary_length(rows.data.column(column))).as_py())
     return rows
 
 
@@ -173,6 +182,13 @@ def _check_no_null(name: str, spelled: str, values: Any) -> None:
         raise ConfigError("dataset", f"have a value in every row of column '{spelled}'", None, hint=hint)
 
 
+def check_length(name: str, spelled: str, num_bytes: int | None) -> None:
+    """Raise ConfigError where a row's text in a column is too long; None: there is no row."""
+    if num_bytes is not None and num_bytes > _MAX_TEXT_BYTES:
+        bound = f"hold at most {_MAX_TEXT_BYTES} bytes of text in a row of column '{spelled}'"
+        raise ConfigError("dataset", bound, num_bytes, hint=f"in {name}; max_seq_length would cut most of it off")
+
+
 def _is_labelled(rows: Dataset) -> bool:
     """Tell whether any row has a class: public test splits of benchmarks have null, -1 or nothing there."""
     feature = rows.features["label"]
@@ -185,6 +201,5 @@ def _split(name: str, shape: Shape, rows: Dataset, seed: int) -> Rows:
     if len(rows) < 2:
         raise ConfigError("dataset", "have at least 2 rows, one of them to hold out", len(rows), hint=f"in {name}")
     num_held_out = min(max(1, int(len(rows) * _HELD_OUT_SHARE)), _MAX_HELD_OUT)
-    with quiet():
-        parts = rows.train_test_split(test_size=num_held_out, seed=seed)
+    parts = rows.train_test_split(test_size=num_held_out, seed=seed)
     return Rows(name=name, shape=shape, train=parts["train"], eval=parts["test"])

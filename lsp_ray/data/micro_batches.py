@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lsp_ray.data.tokenize import TokenizedRows
+from lsp_ray.errors import ConfigError
 
 Batch = dict[str, torch.Tensor]
 """int64 CPU tensors: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S) or (B,), maybe `token_type_ids`."""
@@ -64,7 +65,8 @@ class MicroBatches:
         epochs_of_steps = math.ceil(num_train_epochs * len(self._train) / (batch_size * accumulation))
         self._num_steps = epochs_of_steps if max_steps == -1 else max_steps
         self._max_eval_samples = max_eval_samples
-        self._collate = _collator(tokenized, tokenizer)
+        self._sorts = tokenized.collate is None  # else nothing is known of a row
+        self._collate = _collator(tokenized, tokenizer) if tokenized.collate is None else _checked(tokenized.collate)
 
     @property
     def num_steps(self) -> int:
@@ -87,7 +89,8 @@ class MicroBatches:
         """
         chosen = np.sort(_order(self._seed, _EVAL_CHOICE, 0, len(self._eval))[: self._max_eval_samples])
         rows = _rows(self._eval, chosen.tolist())
-        rows.sort(key=lambda row: len(row["input_ids"]))
+        if self._sorts:
+            rows.sort(key=lambda row: len(row["input_ids"]))
         return [self._collate(rows[at : at + self._batch_size]) for at in range(0, len(rows), self._batch_size)]
 
     def read_ahead(self, num_steps: int, *, first_step: int = 0) -> Generator[list[Batch], None, None]:
@@ -128,8 +131,10 @@ def _order(seed: int, draw: int, epoch: int, total: int) -> np.ndarray[tuple[int
     return np.random.default_rng((seed, draw, epoch)).permutation(total)
 
 
-def _rows(rows: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
+def _rows(rows: Dataset, indices: Sequence[int]) -> list[Any]:
     """Return rows in the order of `indices`, which may repeat."""
+    if not isinstance(rows, Dataset):
+        return [rows[index] for index in indices]
     columns: dict[str, list[Any]] = rows[list(indices)]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -149,5 +154,23 @@ def _collator(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> A
     def collated(rows: list[dict[str, Any]]) -> Batch:
         features = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
         return dict(collate(features))
+
+    return collated
+
+
+def _checked(collate: Callable[[list[Any]], Mapping[str, Any]]) -> Callable[[list[Any]], Batch]:
+    """A person's own collator, whose batches are looked at.
+
+    Raises:
+        ConfigError: A batch lacks input_ids or labels.
+    """
+
+    def collated(rows: list[Any]) -> Batch:
+        batch = dict(collate(rows))
+        for name in ("input_ids", "labels"):
+            if not isinstance(batch.get(name), torch.Tensor):
+                raise ConfigError("data_collator", f"return a tensor {name}", sorted(batch))
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        return batch
 
     return collated

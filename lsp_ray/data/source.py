@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 import urllib.error
 import urllib.request
@@ -19,6 +18,7 @@ from datasets import Dataset, DatasetDict
 from datasets.packaged_modules.cache.cache import Cache
 
 from lsp_ray.data.quiet import quiet
+from lsp_ray.data.text_file import check_csv, check_json
 from lsp_ray.errors import ConfigError
 
 Splits = Mapping[str, Dataset]
@@ -31,6 +31,7 @@ _BUILDERS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+_CHECKS = {"json": check_json, "csv": check_csv}
 _SUFFIXES = ", ".join(_BUILDERS)
 
 _SPLIT_WORDS = {
@@ -51,6 +52,11 @@ _UNREADABLE = (
     OSError,
     ValueError,
     StopIteration,  # datasets' own answer to a JSON file without rows
+    # what odd metadata in a Parquet file makes it raise
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
 )
 # httpx's, by whatever name the installed hub client imports it
 _HTTP_ERROR: type[Exception] = huggingface_hub.errors.HTTPError  # type: ignore[attr-defined]
@@ -122,9 +128,14 @@ def _read_files(paths: Sequence[Path], cache_dir: Path | None) -> Dataset:
     if builder is None or builders:
         raise ConfigError("dataset", f"be files of one known format ({_SUFFIXES})", ", ".join(map(str, paths)))
     try:
+        for path in paths:
+            if builder in _CHECKS:
+                _CHECKS[builder](path)
         rows = _read(builder, paths, cache_dir)
-        # the JSON reader takes any bytes for text, which would fail much later
+        # a reader that took any bytes for text would fail much later
         rows.data.table.validate(full=True)
+    except ConfigError:
+        raise
     except _UNREADABLE as error:
         if len(paths) > 1:
             for path in paths:
@@ -154,18 +165,7 @@ def _unreadable(path: Path, builder: str, error: BaseException) -> ConfigError:
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError) or "UTF8" in str(cause):
         return ConfigError("dataset", "be UTF-8 text", str(path), hint=_first_line(cause))
-    at = _first_bad_line(path) if path.suffix.lower() in (".jsonl", ".ndjson") else ""
-    return ConfigError("dataset", f"be well-formed {builder}", str(path), hint=at or _first_line(cause))
-
-
-def _first_bad_line(path: Path) -> str:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                return f"line {number}: {error.msg}"
-    return ""
+    return ConfigError("dataset", f"be well-formed {builder}", str(path), hint=_first_line(cause))
 
 
 def _first_line(error: BaseException) -> str:
@@ -179,7 +179,7 @@ def _read_hub(name: str, cache_dir: Path | None) -> Splits:
         return _read_cached(hub_id, configuration, cache)
     try:
         splits = datasets.load_dataset(hub_id, configuration or None, cache_dir=cache)
-    except (*_UNREADABLE, RuntimeError, _HTTP_ERROR) as error:
+    except (*_UNREADABLE, _HTTP_ERROR) as error:
         hint = " ".join(str(error).split())[:300]
         raise ConfigError("dataset", "be a data set that the hub can serve", name, hint=hint) from error
     return dict(splits)

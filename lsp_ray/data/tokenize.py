@@ -46,10 +46,12 @@ class TokenizedRows:
     task: Task
     label_names: tuple[str, ...]
     """Names of the classes in the order of their indices; empty for a causal LM."""
-    num_truncated: int
+    num_truncated: int = 0
     """Rows of both splits that lost tokens to `max_seq_length`, dropped ones included."""
-    num_dropped: int
+    num_dropped: int = 0
     """Rows of both splits left out: no token with a loss was left, or no class was given."""
+    collate: Callable[[list[Any]], Mapping[str, Any]] | None = None
+    """Makes a batch of a list of rows, as transformers' collators do: rows may then be of any kind, in a sequence."""
 
 
 def tokenize_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_seq_length: int) -> TokenizedRows:
@@ -71,7 +73,8 @@ def tokenize_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_seq_len
     classes = None
     if rows.shape.task == "sequence_classification":
         _check_length(tokenizer, max_seq_length)
-        classes = read_classes(rows)
+        with quiet():
+            classes = read_classes(rows)
     encode = _encoder(rows, classes, tokenizer, max_seq_length)
     with quiet():
         train, eval_ = _tokenized(rows.train, encode), _tokenized(rows.eval, encode)

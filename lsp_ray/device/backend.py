@@ -1,9 +1,24 @@
-"""What the device side needs of the hardware: copies on streams of their own, and fences between streams."""
+"""What the device side needs of the hardware: work on streams that names its buffers, and fences between streams.
+
+The contract, which a checking backend in the tests proves for whole training runs:
+
+- A stream does its work in order, later than it is submitted, and side by side with the other streams and the host.
+- Buffers that cross streams are made by `empty` or are host slots. Work names those that it reads and writes: `launch`
+  for torch's operators, `copy_async` for copies. All other tensors belong to the compute stream.
+- Two accesses to a buffer, one of them a write, are ordered: on one stream; by `wait` on a fence recorded behind the
+  first; or by a host thread that returned from `Fence.synchronize` before it submits the second or tells another.
+- A buffer of `empty` is let go when every stream's access is ordered before later work of the stream it was made for,
+  or after `hand_over` to the stream.
+- A host slot is taken and released by `Slot` (runtime/slots.py): `to_write` once its last reader is done, `publish`
+  once the write is done (a copy is, when its fence was synchronized), `to_read` after that.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -29,10 +44,7 @@ class Stamp(Protocol):
 
 
 class Backend(Protocol):
-    """Explicit operations on streams. Compute (WorkStream.GPU) is the stream on which torch operators run.
-
-    A buffer is written or read by another stream only after `wait` on a fence recorded behind its last use.
-    """
+    """Explicit operations on streams. Compute (WorkStream.GPU) is the stream on which torch operators run."""
 
     device: torch.device
 
@@ -48,6 +60,12 @@ class Backend(Protocol):
         """Let later work of `stream` start only once `fence` is passed; does not block the caller."""
         ...
 
+    def launch(
+        self, stream: WorkStream, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()
+    ) -> AbstractContextManager[None]:
+        """Within the context torch's operators go to `stream`; of the buffers that cross streams they use these."""
+        ...
+
     def copy_async(self, stream: WorkStream, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Submit a copy; both tensors must live until a fence recorded behind it is passed."""
         ...
@@ -60,8 +78,11 @@ class Backend(Protocol):
         """Say that `stream` uses a buffer made by `empty` for another one, so that it is not reused too early."""
         ...
 
-    def when_passed(self, fence: Fence, then: Callable[[], None]) -> None:
-        """Call `then` once the fence is passed, in the order of these calls; does not block the caller."""
+    def when_passed(self, fence: Fence, then: Callable[[], None]) -> Future[None]:
+        """Call `then` once the fence is passed, in the order of these calls; does not block the caller.
+
+        The future is done when `then` is, and holds what it or the fence raised.
+        """
         ...
 
     def page_lock(self, slot: torch.Tensor) -> bool:
@@ -85,6 +106,12 @@ class CpuBackend:
     def wait(self, stream: WorkStream, fence: Fence) -> None:
         """See `Backend`."""
 
+    def launch(
+        self, stream: WorkStream, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()
+    ) -> AbstractContextManager[None]:
+        """See `Backend`."""
+        return nullcontext()
+
     def copy_async(self, stream: WorkStream, destination: torch.Tensor, source: torch.Tensor) -> None:
         """See `Backend`."""
         destination.copy_(source)
@@ -96,9 +123,12 @@ class CpuBackend:
     def hand_over(self, tensor: torch.Tensor, stream: WorkStream) -> None:
         """See `Backend`."""
 
-    def when_passed(self, fence: Fence, then: Callable[[], None]) -> None:
+    def when_passed(self, fence: Fence, then: Callable[[], None]) -> Future[None]:
         """See `Backend`."""
         then()
+        told: Future[None] = Future()
+        told.set_result(None)
+        return told
 
     def page_lock(self, slot: torch.Tensor) -> bool:
         """See `Backend`. Nothing to gain on a CPU."""

@@ -1,13 +1,15 @@
 """CudaBackend: one CUDA stream for each direction of the link, beside the default stream that computes.
 
-Not run on a GPU yet. Each choice follows PyTorch's "CUDA semantics" notes; the reason stands beside it.
+Not run on a GPU yet. Each choice follows PyTorch's "CUDA semantics" notes; the reason stands beside it. That training
+asks for every fence it needs is proven without a GPU (tests/test_checking_backend.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -47,6 +49,14 @@ class CudaBackend:
         assert isinstance(fence, torch.cuda.Event)
         self._streams[stream].wait_event(fence)
 
+    def launch(
+        self, stream: WorkStream, *, reads: Sequence[torch.Tensor] = (), writes: Sequence[torch.Tensor] = ()
+    ) -> AbstractContextManager[None]:
+        """See `Backend`."""
+        # said, not assumed: autograd's threads run a hook on the stream of the forward that it belongs to
+        context: AbstractContextManager[None] = torch.cuda.stream(self._streams[stream])
+        return context
+
     def copy_async(self, stream: WorkStream, destination: torch.Tensor, source: torch.Tensor) -> None:
         """See `Backend`. With pageable host memory CUDA stages the copy: slower, same order, same result."""
         with torch.cuda.stream(self._streams[stream]):
@@ -62,16 +72,18 @@ class CudaBackend:
         """See `Backend`."""
         tensor.record_stream(self._streams[stream])
 
-    def when_passed(self, fence: Fence, then: Callable[[], None]) -> None:
+    def when_passed(self, fence: Fence, then: Callable[[], None]) -> Future[None]:
         """See `Backend`."""
         # the host runs far ahead of the device: what it has submitted is not there yet
-        self._announcer.submit(_wait_then, fence, then)
+        return self._announcer.submit(_wait_then, fence, then)
 
     def page_lock(self, slot: torch.Tensor) -> bool:
         """See `Backend`."""
         # slots are shared memory that torch did not allocate, so pin_memory() would copy them: register in place
-        error = torch.cuda.cudart().cudaHostRegister(slot.data_ptr(), slot.nbytes, 0)
-        if int(error) == 0:
+        cudart, address = torch.cuda.cudart(), slot.data_ptr()
+        if int(cudart.cudaHostRegister(address, slot.nbytes, 0)) == 0:
+            # CUDA would go on copying from and to the old pages after the address has been given to other memory
+            weakref.finalize(slot.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False
             return True
         # the failure stays behind as the runtime's last error, and the next kernel's launch check would raise it: let
         # it be a kernel that nobody needs

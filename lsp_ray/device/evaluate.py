@@ -1,14 +1,21 @@
-"""What a model does without training: its loss, an answer, a label. Every delta must have been added before."""
+"""What a model does without training: its loss and scores, an answer, a label. Every delta must have been added before.
+
+Legend: B examples, C classes, S tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from lsp_ray.models.loss import Batch, num_targets, summed_loss
+
+ANSWERS_AT_ONCE = 8  # prompts that are continued together
+_LARGEST_EXPONENT = 700.0  # a loss above it has a perplexity that no float holds
 
 
 def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
@@ -21,18 +28,44 @@ def mean_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     return total / max(count, 1)
 
 
-def generate(model: PreTrainedModel, inputs: Batch, max_new_tokens: int) -> list[int]:
-    """Continue one prompt greedily; returns the new tokens, at most `max_new_tokens`."""
+def language_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
+    """A causal language model's mean loss and perplexity."""
+    loss = mean_loss(model, batches)
+    return {"loss": loss, "perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
+
+
+def class_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
+    """A classifier's mean loss, accuracy, F1 and Matthews' correlation, as scikit-learn counts them.
+
+    With two classes F1 is that of the second, as GLUE has it; with more it is the mean over the classes.
+    """
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # a second to import, unused elsewhere
+
+    predicted = [label for batch in batches for label in predict(model, _without_labels(batch))]
+    expected = [int(label) for batch in batches for label in batch["labels"]]
+    average = "binary" if max((1, *predicted, *expected)) == 1 else "macro"
+    return {
+        "loss": mean_loss(model, batches),
+        "accuracy": float(accuracy_score(expected, predicted)),
+        "f1": float(f1_score(expected, predicted, average=average, zero_division=0.0)),
+        "matthews": float(matthews_corrcoef(expected, predicted)),
+    }
+
+
+def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """Continue prompts greedily; returns the new tokens of each, at most `max_new_tokens`, padding after its end."""
     config = model.config
+    pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.eos_token_id if config.pad_token_id is None else config.pad_token_id,
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=pad
     )
+    answers: list[list[int]] = []
     with _evaluating(model):
-        output_1S = model.generate(**_on_device_of(model, inputs), generation_config=greedy)  # type: ignore[operator]
-    return [int(token) for token in output_1S[0, inputs["input_ids"].shape[1] :]]
+        for first in range(0, len(prompts), ANSWERS_AT_ONCE):
+            inputs = _on_device_of(model, _left_padded(prompts[first : first + ANSWERS_AT_ONCE], pad))
+            output_BS = model.generate(**inputs, generation_config=greedy)  # type: ignore[operator]
+            answers += output_BS[:, inputs["input_ids"].shape[1] :].tolist()
+    return answers
 
 
 def predict(model: PreTrainedModel, inputs: Batch) -> list[int]:
@@ -40,6 +73,19 @@ def predict(model: PreTrainedModel, inputs: Batch) -> list[int]:
     with _evaluating(model):
         labels_B = model(**_on_device_of(model, inputs)).logits.argmax(dim=-1)
     return [int(label) for label in labels_B]
+
+
+def _without_labels(batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int | Sequence[int]) -> dict[str, torch.Tensor]:
+    """On the left, so that every answer follows its prompt."""
+    filler = pad if isinstance(pad, int) else pad[0]
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 @contextmanager
@@ -51,5 +97,5 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     model.train()
 
 
-def _on_device_of(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+def _on_device_of(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -5,6 +5,7 @@ Legend: T tokens, M rows (out), N columns (in), D subspace, S width of a sketch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,18 @@ class Lesson(Protocol):
         self, dim: int, nnz_per_row: int, generator: torch.Generator, device: torch.device
     ) -> SparseProjector | None:
         """Return a projector in float32, made on `device`; None if the gradients were all zero or not finite."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What an empty lesson needs to go on as this one, on the CPU."""
+        ...
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on where another lesson was.
+
+        Raises:
+            ValueError: It was for another matrix.
+        """
         ...
 
 
@@ -71,12 +84,30 @@ class GradientSketch:
         self.left_MS += (grad_output_TM.t() @ (input_TN @ draw_NS)).float().cpu()
         self.right_NS += (input_TN.t() @ (grad_output_TM @ draw_MS)).float().cpu()
 
+    def add_full(self, grad_MN: torch.Tensor) -> None:
+        """Add a gradient that is there in full."""
+        width = self.left_MS.shape[1]
+        self.left_MS += (grad_MN @ self._draw(self.right_NS.shape[0], width, grad_MN)).float().cpu()
+        self.right_NS += (grad_MN.t() @ self._draw(self.left_MS.shape[0], width, grad_MN)).float().cpu()
+
     def learn(
         self, dim: int, nnz_per_row: int, generator: torch.Generator, device: torch.device
     ) -> SparseProjector | None:
         """See `Lesson`."""
         targets = self.left_MS.to(device), self.right_NS.to(device)
         return fit_projector(*targets, dim, nnz_per_row, generator, balanced=self._balanced)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See `Lesson`."""
+        return {"left": self.left_MS, "right": self.right_NS, "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See `Lesson`."""
+        for name, into in (("left", self.left_MS), ("right", self.right_NS)):
+            if state[name].shape != into.shape:
+                raise ValueError(f"a {name} sketch of {tuple(state[name].shape)}, not {tuple(into.shape)}")
+            into.copy_(state[name])
+        self._generator.set_state(state["generator"])
 
     def _draw(self, rows: int, width: int, like: torch.Tensor) -> torch.Tensor:
         return torch.randn(rows, width, generator=self._generator).to(like)
@@ -111,7 +142,7 @@ class PaperFit:
 
     def lesson(self, shape: tuple[int, int], dim: int, generator: torch.Generator) -> Lesson:
         """See `Fit`."""
-        return _FullGradients(self)
+        return _FullGradients(self, shape)
 
     def host_bytes(self, shape: tuple[int, int], dim: int, num_batches: int) -> int:
         """See `Fit`. Float32."""
@@ -119,8 +150,9 @@ class PaperFit:
 
 
 class _FullGradients:
-    def __init__(self, fit: PaperFit) -> None:
+    def __init__(self, fit: PaperFit, shape: tuple[int, int]) -> None:
         self._fit = fit
+        self._shape = shape
         self._gradients: list[torch.Tensor] = []
 
     def add(self, grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> None:
@@ -139,3 +171,13 @@ class _FullGradients:
             max_bias=self._fit.max_bias,
             timeout_s=self._fit.timeout_s,
         )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See `Lesson`."""
+        return {str(position): grad_MN for position, grad_MN in enumerate(self._gradients)}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See `Lesson`."""
+        self._gradients = [state[str(position)] for position in range(len(state))]
+        if any(grad_MN.shape != self._shape for grad_MN in self._gradients):
+            raise ValueError(f"a gradient of another matrix than {self._shape}")

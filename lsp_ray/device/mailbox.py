@@ -45,6 +45,11 @@ class DeltaMailbox:
         with self._changed:
             return (step, unit) in self._arrived
 
+    def waiting(self) -> dict[tuple[int, int], ArrivedDelta]:
+        """What is there and not yet taken, by (step, unit)."""
+        with self._changed:
+            return dict(self._arrived)
+
     def take(self, step: int, unit: int, *, timeout_s: float) -> ArrivedDelta:
         """Wait for the delta that `step` made for `unit` and remove it.
 

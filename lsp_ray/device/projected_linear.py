@@ -82,16 +82,23 @@ class ProjectedTarget:
         return self.owner.leaf
 
     def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
-        """W ← (1 − lr · decay) W + scale · P δ Qᵀ, a few rows at a time: no full-size delta exists."""
-        projector = self.owner.projector
-        keep = 1.0 - update.learning_rate * update.weight_decay
-        table_DN = projector.spread_columns(delta.view(self.leaf.shape) * self.owner.update_scale)
-        weight_MN = self.owner.weight_MN.detach()
-        rows_at_once = max(1, MAX_ELEMENTS // weight_MN.shape[1])
-        for first in range(0, weight_MN.shape[0], rows_at_once):
-            rows_KN = weight_MN[first : first + rows_at_once]
-            delta_KN = projector.left.times(table_DN, first, rows_KN.shape[0])
-            update.rounding.add_(rows_KN, delta_KN, keep=keep, step=update.step, key=key, first=first)
+        """See `Target`; `add_decompressed` does it."""
+        delta_DD = delta.view(self.leaf.shape) * self.owner.update_scale
+        add_decompressed(self.owner.weight_MN, delta_DD, self.owner.projector, update, key)
+
+
+def add_decompressed(
+    weight_MN: torch.Tensor, delta_DD: torch.Tensor, projector: SparseProjector, update: Update, key: int
+) -> None:
+    """W ← (1 − lr · decay) W + P δ Qᵀ in place, a few rows at a time: no full-size delta exists."""
+    keep = 1.0 - update.learning_rate * update.weight_decay
+    table_DN = projector.spread_columns(delta_DD)
+    weight_MN = weight_MN.detach()
+    rows_at_once = max(1, MAX_ELEMENTS // weight_MN.shape[1])
+    for first in range(0, weight_MN.shape[0], rows_at_once):
+        rows_KN = weight_MN[first : first + rows_at_once]
+        delta_KN = projector.left.times(table_DN, first, rows_KN.shape[0])
+        update.rounding.add_(rows_KN, delta_KN, keep=keep, step=update.step, key=key, first=first)
 
 
 class BiasProbe:

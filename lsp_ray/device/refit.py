@@ -12,7 +12,7 @@ All of it happens at steps that the configuration alone decides, so neither a sc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean
@@ -43,8 +43,19 @@ class BiasReport:
     num_refitted: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefitState:
+    """What is under way between two steps, by the number of the matrix: lessons, and projectors that wait to take over.
+
+    The lessons' tensors are the Refitter's own.
+    """
+
+    lessons: Mapping[int, Mapping[str, torch.Tensor]]
+    fitted: Mapping[int, SparseProjector]
+
+
 @dataclass(frozen=True, slots=True)
-class _Site:
+class Site:
     """A projected matrix and its place: the unit's index, its target's first payload element, its number."""
 
     module: ProjectedLinear
@@ -82,10 +93,10 @@ class Refitter:
         self._num_sketched, self._seed = num_sketched, seed
         self._whitened = whitened
         self._sites = _sites(units)
-        self._sampled: list[_Site] = []
-        self._learning: list[_Site] = []
-        self._fits: list[tuple[_Site, Future[SparseProjector | None]]] = []
-        self._takeovers: dict[int, list[tuple[_Site, SparseProjector]]] = {}
+        self._sampled: list[Site] = []
+        self._learning: list[Site] = []
+        self._fits: list[tuple[Site, Future[SparseProjector | None]]] = []
+        self._takeovers: dict[int, list[tuple[Site, SparseProjector]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refit")
 
     def before_step(self, step: int) -> None:
@@ -127,7 +138,7 @@ class Refitter:
         if not self._sampled:
             return None
         sampled, self._sampled = self._sampled, []
-        found: list[tuple[_Site, Bias]] = []
+        found: list[tuple[Site, Bias]] = []
         for site in sampled:
             probe, site.module.probe = site.module.probe, None
             bias = probe.read(site.module.projector, whitened=self._whitened) if probe else None
@@ -140,7 +151,42 @@ class Refitter:
                 site.module.lesson = self._fit.lesson(projector.shape, projector.dim, generator)
         return _report(found, len(self._learning))
 
-    def _sample(self, step: int) -> list[_Site]:
+    def state(self) -> RefitState:
+        """Return what is under way; waits for fits that still run."""
+        fitted = {site.key: fit.result() for site, fit in self._fits}
+        return RefitState(
+            lessons={site.key: site.module.lesson.state() for site in self._learning if site.module.lesson},
+            fitted={key: projector for key, projector in fitted.items() if projector is not None},
+        )
+
+    def restore(self, state: RefitState) -> None:
+        """Go on where another Refitter was between two steps.
+
+        Raises:
+            ValueError: Its matrices were others.
+        """
+        for key, tensors in state.lessons.items():
+            site = self.site(key)
+            projector = site.module.projector
+            site.module.lesson = self._fit.lesson(projector.shape, projector.dim, torch.Generator())
+            site.module.lesson.restore(tensors)
+            self._learning.append(site)
+        for key, projector in state.fitted.items():
+            done: Future[SparseProjector | None] = Future()
+            done.set_result(projector)
+            self._fits.append((self.site(key), done))
+
+    def site(self, key: int) -> Site:
+        """The matrix with this number.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if not 0 <= key < len(self._sites):
+            raise ValueError(f"matrix {key} of {len(self._sites)}")
+        return self._sites[key]
+
+    def _sample(self, step: int) -> list[Site]:
         order = torch.randperm(len(self._sites), generator=self._generator(step))
         return [self._sites[int(index)] for index in order[: -(-len(self._sites) // SAMPLED_SHARE)]]
 
@@ -157,17 +203,17 @@ class Refitter:
         return torch.Generator().manual_seed(mixed(self._seed, *numbers))
 
 
-def _sites(units: Sequence[Unit]) -> list[_Site]:
+def _sites(units: Sequence[Unit]) -> list[Site]:
     places = [
         (target.owner, unit.index, first)
         for unit in units
         for first, target in zip(unit.offsets, unit.targets, strict=True)
         if isinstance(target, ProjectedTarget)
     ]
-    return [_Site(*place, key) for key, place in enumerate(places)]
+    return [Site(*place, key) for key, place in enumerate(places)]
 
 
-def _report(found: Sequence[tuple[_Site, Bias]], num_refitted: int) -> BiasReport | None:
+def _report(found: Sequence[tuple[Site, Bias]], num_refitted: int) -> BiasReport | None:
     if not found:
         return None
     mean = Bias(

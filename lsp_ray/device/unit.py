@@ -85,8 +85,21 @@ class Unit:
         sizes = [target.leaf.numel() for target in self.targets]
         return [0, *accumulate(sizes)][:-1]
 
+    def take_gradient(self, payload: torch.Tensor) -> None:
+        """Move the targets' gradients from their leaves into a flat float32 payload of `numel` elements."""
+        torch.cat([_taken_gradient(target) for target in self.targets], out=payload)
+
     def apply(self, delta: torch.Tensor, update: Update) -> None:
         """Add a flat float32 delta of `numel` elements to the unit's targets."""
         parts = delta.split([target.leaf.numel() for target in self.targets])
         for offset, (target, part) in enumerate(zip(self.targets, parts, strict=True)):
             target.apply(part, update, self.first_key + offset)
+
+
+def _taken_gradient(target: Target) -> torch.Tensor:
+    """The leaf's gradient as flat float32, removed from the leaf; zeros where the forward did not use it."""
+    gradient = target.leaf.grad
+    target.leaf.grad = None
+    if gradient is None:
+        return torch.zeros(target.leaf.numel(), device=target.leaf.device)
+    return gradient.detach().reshape(-1).float()

@@ -5,62 +5,31 @@ Three threads call it: compute (`run_step`, `flush` and everything else), d2h (`
 
 from __future__ import annotations
 
-import math
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lsp_ray.device.backend import Backend, Fence
+from lsp_ray.device.backend import Backend
 from lsp_ray.device.compute_trace import ComputeTrace
-from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
+from lsp_ray.device.deltas import Deltas
+from lsp_ray.device.judge import Judge, Verdict
 from lsp_ray.device.memory import LiveStorage, peak_of
-from lsp_ray.device.refit import BiasReport, Refitter
+from lsp_ray.device.payloads import Payloads
+from lsp_ray.device.refit import Refitter
 from lsp_ray.device.rounding import Rounding, mixed
+from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.token_bucket import TokenBucket
-from lsp_ray.device.unit import Target, Unit, Update
-from lsp_ray.errors import LspRayError, NonFiniteLossError
+from lsp_ray.device.unit import Unit, Update
+from lsp_ray.errors import LspRayError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.schedule.ops import GradientReady
-from lsp_ray.trace import ComputeSpan, Phase, Span, Wait, WorkStream, is_traced
-
-DELTA_TIMEOUT_S = 600.0  # only a hang lasts so long: a dead actor is noticed by the driver at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """What the compute stream did in one step; `loss` is the mean over the step's targets.
-
-    `forward_s` is the first micro-batch's forward without its waits, `backward_s` the last one's backward: between
-    them lie the deadlines and the arrivals of a step. `grad_square_sum` is filled where gradients never leave the
-    device; elsewhere the shards count it.
-    """
-
-    step: int
-    loss: float
-    num_tokens: int
-    start_s: float
-    end_s: float
-    forward_s: float
-    backward_s: float
-    waits: tuple[Wait, ...]
-    grad_square_sum: float
-    peak_device_bytes: int | None
-    bias: BiasReport | None
-    compute: tuple[ComputeSpan, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Payload:
-    gradient: torch.Tensor
-    fence: Fence
+from lsp_ray.trace import Phase, Span, WorkStream, is_traced
 
 
 class DeviceWorker:
@@ -76,6 +45,7 @@ class DeviceWorker:
         on_gradients: Told, on any thread, that a unit's payload is ready to be sent.
         local_shard: Optimizer state on the device (native): gradients then go nowhere else.
         refitter: Renews projectors while training.
+        judge: Clips and skips; default: does neither, and a step that is not finite is an error.
         measured_step: The step over which `peak_device_bytes` is measured.
         staleness: The delta of step t is added before the forward of step t + 1 + staleness.
         link: Slows copies down, in bytes, each direction by itself; default: none does.
@@ -93,32 +63,36 @@ class DeviceWorker:
         on_gradients: Callable[[GradientReady], None],
         local_shard: OptimizerShard | None = None,
         refitter: Refitter | None = None,
+        judge: Judge | None = None,
         measured_step: int = 1,
         staleness: int = 0,
         link: Mapping[WorkStream, TokenBucket] | None = None,
     ) -> None:
+        link = link or {}
         self.model = model
         self.units = units
-        self._on_gradients = on_gradients
         self._backend = backend
-        self._link = link or {}
         self._learning_rates = learning_rates
         self._weight_decay = weight_decay
         self._seed = seed
         self._rounding = Rounding(seed, backend.device)
         self._local_shard = local_shard
         self._refitter = refitter
-        self._reprojections: dict[tuple[int, int], tuple[Reprojection, ...]] = {}
+        self._judge = judge or Judge(units)
+        self._reprojections: dict[int, tuple[Reprojection, ...]] = {}  # unit -> what its next payload brings
         self._measured_step = measured_step
         self._live: LiveStorage | None = None
-        self._mailbox = DeltaMailbox()
-        self._payloads: dict[tuple[int, int], _Payload] = {}
-        self._payloads_lock = threading.Lock()
+        self._deltas = Deltas(
+            units,
+            backend,
+            update_of=self._update,
+            staleness=staleness,
+            link=link.get(WorkStream.H2D),
+        )
+        self._payloads = Payloads(backend, on_gradients, link=link.get(WorkStream.D2H))
         self._step = -1
         self._staleness = staleness
-        self._unapplied: list[deque[int]] = [deque() for _ in units]  # unit -> steps whose deltas it has not got yet
         self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
-        self._waits: list[Wait] = []
         self._trace = ComputeTrace(backend, is_on=False)
         self._add_hooks()
 
@@ -133,7 +107,8 @@ class DeviceWorker:
             host_slots: Host memory that does not count as the device's.
 
         Raises:
-            NonFiniteLossError: The loss is NaN or infinite.
+            NonFiniteLossError: The loss is NaN or infinite, and the judge does not skip.
+            NonFiniteGradientError: The same of a gradient.
             DeadlineError: A delta that this step's forward reads did not come.
         """
         if step != self._measured_step:
@@ -150,52 +125,46 @@ class DeviceWorker:
         With the span come the matrices that this payload is the first of in a new subspace: their moments must follow
         before the update.
         """
-        with self._payloads_lock:
-            payload = self._payloads.pop((step, unit))
-            reprojections = self._reprojections.pop((step, unit), ())
-        payload.fence.synchronize()  # the span then holds the copy alone, not the compute before it
-        start_s = time.monotonic()
-        self._backend.wait(WorkStream.D2H, payload.fence)
-        self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
-        self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
-        self._slow_down(WorkStream.D2H, slot, start_s)
-        span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
-        return span, reprojections
+        return self._payloads.send(step, unit, slot)
 
     def prefetch(self, step: int, unit: int, slot: torch.Tensor) -> Span:
         """Copy the unit's delta of `step` from the host slot to the device; called on the h2d thread."""
-        start_s = time.monotonic()
-        delta = self._backend.empty(WorkStream.H2D, slot.numel())
         live = self._live
-        if live is not None:
-            live.watch(delta)
-        self._backend.copy_async(WorkStream.H2D, delta, slot)
-        fence = self._backend.record(WorkStream.H2D)
-        if WorkStream.H2D in self._link:  # the forward must not get it before its time
-            fence.synchronize()
-            self._slow_down(WorkStream.H2D, slot, start_s)
-        self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence))
-        fence.synchronize()  # on return the slot may be written again
-        return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
-
-    def _slow_down(self, direction: WorkStream, slot: torch.Tensor, start_s: float) -> None:
-        if direction in self._link:
-            self._link[direction].take(slot.nbytes, start_s=start_s)
+        return self._deltas.prefetch(step, unit, slot, live.watch if live is not None else None)
 
     def abandon(self, error: LspRayError) -> None:
         """Let a forward that waits for a delta, now or later, fail with this error: nobody will bring it."""
-        self._mailbox.fail(error)
+        self._deltas.abandon(error)
 
     def flush(self) -> None:
         """Wait for and add every delta that is still out."""
         for unit in self.units:
-            self._apply_pending(unit, up_to=self._step)
+            self._deltas.apply(unit, up_to=self._step)
+
+    def settle(self) -> dict[tuple[int, int], torch.Tensor]:
+        """Between two steps: add what the next forward would add first; return a copy of what it would not add yet.
+
+        By (step, unit): the deltas that a stale policy keeps back, flat float32 on the CPU; NaN for a skipped step,
+        of which nothing is to be added.
+        """
+        for unit in self.units:
+            self._deltas.apply(unit, up_to=self._step - self._staleness)
+        return self._deltas.kept_back()
+
+    def resume(self, step: int, kept_back: Mapping[tuple[int, int], torch.Tensor]) -> None:
+        """Before the first step: go on at `step`, with what `settle` returned."""
+        self._step = step - 1
+        for (made, index), delta in sorted(kept_back.items()):
+            if delta.isnan().any():
+                continue
+            self._deltas.expect(made, self.units[index])
+            self.prefetch(made, index, delta)
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()
         self._step = step
-        self._waits = []
         self._trace = trace = ComputeTrace(self._backend, is_on=is_traced(step, len(self._learning_rates)))
+        waits = self._deltas.begin_step(trace)
         if self._refitter is not None:
             self._refitter.before_step(step)
         torch.manual_seed(mixed(self._seed, step))  # dropout depends on the step alone, not on what ran before
@@ -204,24 +173,26 @@ class DeviceWorker:
         for position, batch in enumerate(micro_batches):
             forward_start_s = time.monotonic()
             loss = summed_loss(self.model, self._on_device(batch)) / total_targets
-            mean_loss += self._checked(float(loss.detach()))  # also waits for the device
+            loss_part = float(loss.detach())  # also waits for the device
+            mean_loss += loss_part
             backward_start_s = time.monotonic()
             if position == 0:
-                forward_s = backward_start_s - forward_start_s - sum(wait.end_s - wait.start_s for wait in self._waits)
-            if position == len(micro_batches) - 1 and self._local_shard is None:
-                self._missing = [set(range(len(unit.targets))) for unit in self.units]
+                forward_s = backward_start_s - forward_start_s - sum(wait.end_s - wait.start_s for wait in waits)
+            # a loss that is not finite goes no further: a gradient of it must never reach the optimizer's state
+            if not self._judge.accepts(step, loss_part, self._learning_rates[step]):
+                self._drop_gradients()
+                break
+            if position == len(micro_batches) - 1:
+                self._arm()
             trace.begin_backward()
             loss.backward()
             trace.end_backward()
-        grad_square_sum = 0.0
-        if self._local_shard is None:
-            self._announce_rest()
-        else:
-            grad_square_sum = self._update_in_place(self._local_shard)
+        verdict = self._conclude()
         trace_end = trace.end()
         # without it the next forward's waiting would hold what the device still computes; the first layer's delta
         # needs the end of this backward anyway
         self._backend.record(WorkStream.GPU).synchronize()
+        self._payloads.settle()
         end_s = time.monotonic()
         return StepReport(
             step=step,
@@ -231,8 +202,9 @@ class DeviceWorker:
             end_s=end_s,
             forward_s=forward_s,
             backward_s=end_s - backward_start_s,
-            waits=tuple(self._waits),
-            grad_square_sum=grad_square_sum,
+            waits=tuple(waits),
+            grad_norm=verdict.grad_norm,
+            grad_scale=verdict.grad_scale,
             peak_device_bytes=None,
             bias=self._refitter.after_step(step) if self._refitter else None,
             compute=trace.spans(step, trace_end, end_s),
@@ -241,14 +213,29 @@ class DeviceWorker:
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self._backend.device) for name, tensor in batch.items()}
 
-    def _checked(self, loss: float) -> float:
-        """Stop before the backward: a gradient that is not finite must never reach the optimizer's state."""
-        if not math.isfinite(loss):
-            learning_rate = self._learning_rates[self._step]
-            raise NonFiniteLossError(f"loss of step {self._step} is {loss}; learning_rate was {learning_rate:g} there")
-        return loss
+    def _conclude(self) -> Verdict:
+        """After the last backward: send or use what is left, and judge the step."""
+        if self._local_shard is not None:
+            return self._update_in_place(self._local_shard)
+        self._announce_rest()
+        verdict = self._judge.verdict(self._step)
+        if verdict.grad_scale == 0.0:
+            self._deltas.void(self._step)
+        return verdict
+
+    def _drop_gradients(self) -> None:
+        """Forget what earlier micro-batches left; the step still sends, so that it takes its way like any other."""
+        for unit in self.units:
+            for target in unit.targets:
+                target.leaf.grad = None
+        self._arm()
 
     # gradients on their way down
+
+    def _arm(self) -> None:
+        """From now on a unit's gradients are announced as they come."""
+        if self._local_shard is None:
+            self._missing = [set(range(len(unit.targets))) for unit in self.units]
 
     def _add_hooks(self) -> None:
         for unit in self.units:
@@ -270,15 +257,9 @@ class DeviceWorker:
 
     def _announce(self, unit: Unit) -> None:
         """Gather the unit's gradients into one payload and tell that it is ready."""
-        gradient = torch.cat([_taken_gradient(target) for target in unit.targets])
-        payload = _Payload(gradient=gradient, fence=self._backend.record(WorkStream.GPU))
-        with self._payloads_lock:
-            self._payloads[self._step, unit.index] = payload
-        unapplied = self._unapplied[unit.index]
-        assert len(unapplied) <= self._staleness, f"unit {unit.name} has not got its delta of step {unapplied[0]}"
-        unapplied.append(self._step)
-        ready = GradientReady(step=self._step, layer=unit.index)
-        self._backend.when_passed(payload.fence, lambda: self._on_gradients(ready))
+        self._deltas.expect(self._step, unit)
+        self._judge.see(unit)
+        self._payloads.announce(self._step, unit, self._reprojections.pop(unit.index, ()))
 
     def _announce_rest(self) -> None:
         """Units that this step's forward did not use in full send zeros for what is missing.
@@ -304,48 +285,38 @@ class DeviceWorker:
         """Add what the forward of this step must see; once a step, however often the forward runs."""
         switches = self._refitter is not None and self._refitter.has_new(unit.index)
         # deltas made for the old projectors mean nothing to the new ones: none may stay behind
-        self._apply_pending(unit, up_to=self._step - 1 - (0 if switches else self._staleness))
+        self._deltas.apply(unit, up_to=self._step - 1 - (0 if switches else self._staleness))
         if switches:
             self._switch(unit)
-
-    def _apply_pending(self, unit: Unit, *, up_to: int) -> None:
-        """Wait for the unit's deltas of steps ≤ `up_to` and add them in order."""
-        unapplied = self._unapplied[unit.index]
-        while unapplied and unapplied[0] <= up_to:
-            self._apply(unit, unapplied.popleft())
-
-    def _apply(self, unit: Unit, step: int) -> None:
-        self._trace.pause()
-        ready = self._mailbox.has(step, unit.index)
-        start_s = time.monotonic()
-        arrived = self._mailbox.take(step, unit.index, timeout_s=DELTA_TIMEOUT_S)
-        if not ready:
-            self._waits.append(Wait(step=step, layer=unit.index, start_s=start_s, end_s=time.monotonic()))
-        self._backend.wait(WorkStream.GPU, arrived.fence)
-        self._trace.begin(Phase.APPLY, unit.index)
-        self._backend.hand_over(arrived.delta, WorkStream.GPU)
-        with torch.no_grad():
-            unit.apply(arrived.delta, self._update(step))
 
     def _switch(self, unit: Unit) -> None:
         """Let new projectors take over: the gradient of the step under way is the first in theirs."""
         assert self._refitter is not None
-        reprojections = self._refitter.switch(unit.index)
-        with self._payloads_lock:
-            self._reprojections[self._step, unit.index] = reprojections
+        self._reprojections[unit.index] = self._refitter.switch(unit.index)
 
-    def _update_in_place(self, shard: OptimizerShard) -> float:
-        """Native's update after the backward, one unit at a time; returns the sum of squares of the gradients."""
-        square_sum = torch.zeros((), device=self._backend.device)
+    def _update_in_place(self, shard: OptimizerShard) -> Verdict:
+        """Native's update after the backward, one unit at a time."""
+        for unit in self.units:
+            self._judge.see(unit)
+        verdict = self._judge.verdict(self._step)
+        if verdict.grad_scale == 0.0:
+            self._drop_gradients()
+            return verdict
         update = self._update(self._step)
         with torch.no_grad():
             for unit in self.units:
                 self._trace.begin(Phase.APPLY, unit.index)
-                gradient = torch.cat([_taken_gradient(target) for target in unit.targets])
-                delta = torch.empty_like(gradient)
-                square_sum += shard.update(unit.index, gradient, delta, learning_rate=update.learning_rate)
+                gradient, delta = (self._backend.empty(WorkStream.GPU, unit.numel) for _ in range(2))
+                unit.take_gradient(gradient)
+                shard.update(
+                    unit.index,
+                    gradient,
+                    delta,
+                    learning_rate=update.learning_rate,
+                    grad_scale=verdict.grad_scale,
+                )
                 unit.apply(delta, update)
-        return float(square_sum)
+        return verdict
 
     def _update(self, step: int) -> Update:
         return Update(
@@ -354,12 +325,3 @@ class DeviceWorker:
             weight_decay=self._weight_decay,
             rounding=self._rounding,
         )
-
-
-def _taken_gradient(target: Target) -> torch.Tensor:
-    """The leaf's gradient as flat float32, removed from the leaf; zeros where the forward did not use it."""
-    gradient = target.leaf.grad
-    target.leaf.grad = None
-    if gradient is None:
-        return torch.zeros(target.leaf.numel(), device=target.leaf.device)
-    return gradient.detach().reshape(-1).float()

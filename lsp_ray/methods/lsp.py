@@ -28,10 +28,10 @@ def subspace_dims(layers: Sequence[Layer], lsp: LspConfig) -> dict[str, int]:
     sites = [site for layer in layers for site in layer.linears]
     largest = max(sites, key=lambda site: min(site.shape), default=None)
     bound = min(largest.shape) if largest else 0
-    if largest is None or lsp.subspace_dim > bound:
+    if largest is None or lsp.dim > bound:
         where = f" for {largest.name} ({largest.shape[0]} × {largest.shape[1]}), the largest linear" if largest else ""
-        raise ConfigError("lsp.subspace_dim", f"be at most {bound}{where}", lsp.subspace_dim)
-    dims = {site.name: subspace_dim_for(site.shape, lsp.subspace_dim) for site in sites if _is_projected(site, lsp)}
+        raise ConfigError("lsp.subspace_dim", f"be at most {bound}{where}", lsp.dim)
+    dims = {site.name: subspace_dim_for(site.shape, lsp.dim) for site in sites if _is_projected(site, lsp)}
     if not dims:
         raise ConfigError("lsp.nnz_per_row", f"be at most {bound // MIN_SIDE_PER_NNZ} for this model", lsp.nnz_per_row)
     return dims

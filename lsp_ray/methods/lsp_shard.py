@@ -16,6 +16,20 @@ def whiten(shard: OptimizerShard, unit: int, projectors: Sequence[tuple[int, Spa
         shard.set_coordinates(unit, first, projector.dim, Whitening.of(projector))
 
 
+def adopt(shard: OptimizerShard, unit: int, changes: Sequence[Reprojection]) -> None:
+    """Take the coordinates of new projectors, if there are any, for moments that were carried over before."""
+    for change in changes:
+        if shard.coordinates(unit, change.first, change.new.dim) is not None:
+            whiten(shard, unit, [(change.first, change.new)])
+
+
+def go_back(shard: OptimizerShard, unit: int, changes: Sequence[Reprojection]) -> None:
+    """Take the coordinates of the old projectors, for moments that were put back to what they were before them."""
+    for change in changes:
+        if shard.coordinates(unit, change.first, change.old.dim) is not None:
+            whiten(shard, unit, [(change.first, change.old)])
+
+
 def carry_over(shard: OptimizerShard, unit: int, changes: Sequence[Reprojection]) -> None:
     """Move the moments, and the coordinates if there are any, of matrices that have new projectors."""
     for change in changes:

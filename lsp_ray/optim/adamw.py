@@ -34,6 +34,16 @@ class AdamWState:
             step=torch.zeros((), device=device),
         )
 
+    def clone(self) -> AdamWState:
+        """Return a copy."""
+        return AdamWState(exp_avg=self.exp_avg.clone(), exp_avg_sq=self.exp_avg_sq.clone(), step=self.step.clone())
+
+    def copy_(self, other: AdamWState) -> None:
+        """Take the other's values, in this state's tensors."""
+        self.exp_avg.copy_(other.exp_avg)
+        self.exp_avg_sq.copy_(other.exp_avg_sq)
+        self.step.copy_(other.step)
+
 
 def adamw_delta_(
     delta: torch.Tensor, grad: torch.Tensor, state: AdamWState, *, learning_rate: float, hyper: AdamWHyper

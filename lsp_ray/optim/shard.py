@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 
-from lsp_ray.errors import NonFiniteGradientError
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 
 
@@ -33,13 +32,18 @@ class OptimizerShard:
         numel_of_layer: Payload length (float32 elements) of each layer this shard owns.
         hyper: AdamW's constants.
         device: Where m and v live; default: the CPU.
+        states: The state to work on, where it lives outside of this shard; default: a new one.
     """
 
     def __init__(
-        self, numel_of_layer: Mapping[int, int], hyper: AdamWHyper | None = None, device: torch.device | None = None
+        self,
+        numel_of_layer: Mapping[int, int],
+        hyper: AdamWHyper | None = None,
+        device: torch.device | None = None,
+        states: Mapping[int, AdamWState] | None = None,
     ) -> None:
         self._hyper = hyper or AdamWHyper()
-        self._states = {layer: AdamWState.zeros(numel, device) for layer, numel in numel_of_layer.items()}
+        self.states = states or {layer: AdamWState.zeros(numel, device) for layer, numel in numel_of_layer.items()}
         self._coordinates: dict[int, dict[tuple[int, int], Coordinates]] = {layer: {} for layer in numel_of_layer}
 
     def set_coordinates(self, layer: int, first: int, dim: int, coordinates: Coordinates) -> None:
@@ -50,36 +54,41 @@ class OptimizerShard:
         """What `set_coordinates` was given for this matrix."""
         return self._coordinates[layer].get((first, dim))
 
-    def update(self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float) -> torch.Tensor:
-        """Write the step for `grad` into `delta`; return the sum of squares of `grad`, a scalar.
+    def update(
+        self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float, grad_scale: float = 1.0
+    ) -> None:
+        """Write the step for `grad` times `grad_scale` into `delta`.
 
-        Both are flat float32 of the layer's payload length and stay the caller's.
-
-        Raises:
-            NonFiniteGradientError: `grad` holds NaN or infinity; nothing was changed.
+        Both are flat float32 of the layer's payload length and stay the caller's. Where the scale is 0, or `grad` holds
+        NaN or infinity, the step is none at all: the state stays as it is and `delta` is zero. Whoever made the
+        gradient says that it is not finite; here it may be there before that is known.
         """
-        square_sum = torch.dot(grad, grad)
-        if not torch.isfinite(square_sum) and not torch.isfinite(grad).all():  # finite squares can overflow in the sum
-            raise NonFiniteGradientError(f"the gradient of layer {layer} is not finite")
+        if not is_usable(grad, grad_scale):
+            delta.zero_()
+            return
         changed = self._coordinates[layer]
         seen = grad.clone() if changed else grad
+        if grad_scale != 1.0:
+            seen = seen * grad_scale
         for (first, dim), coordinates in changed.items():
-            _matrix(seen, first, dim).copy_(coordinates.apply(_matrix(grad, first, dim)))
-        adamw_delta_(delta, seen, self._states[layer], learning_rate=learning_rate, hyper=self._hyper)
+            _matrix(seen, first, dim).copy_(coordinates.apply(_matrix(seen, first, dim)))
+        adamw_delta_(delta, seen, self.states[layer], learning_rate=learning_rate, hyper=self._hyper)
         for (first, dim), coordinates in changed.items():
             step_DD = _matrix(delta, first, dim)
             step_DD.copy_(coordinates.apply(step_DD) * coordinates.scale)
-        return square_sum
 
     def moments(self, layer: int, first: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """m and v of one (dim, dim) matrix of a layer's payload, views into this shard's state."""
-        state = self._states[layer]
+        state = self.states[layer]
         return _matrix(state.exp_avg, first, dim), _matrix(state.exp_avg_sq, first, dim)
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of m and v."""
-        return sum(state.exp_avg.nbytes + state.exp_avg_sq.nbytes for state in self._states.values())
+
+def is_usable(grad: torch.Tensor, grad_scale: float) -> bool:
+    """Whether a flat gradient is to reach m and v: it is finite, and its step is not skipped."""
+    if grad_scale == 0.0:
+        return False
+    # finite squares can overflow in the sum; it alone is one pass without a copy
+    return bool(torch.isfinite(torch.dot(grad, grad)) or torch.isfinite(grad).all())
 
 
 def _matrix(flat: torch.Tensor, first: int, dim: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from lsp_ray.errors import ConfigError, LspRayError
 from lsp_ray.plan.options import PlanConfig
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch is imported
+    from lsp_ray.plan.typical_batch import TypicalBatch
     from lsp_ray.sim.hardware_profile import HardwareProfile
     from lsp_ray.sim.model_shape import ModelShape
 
@@ -69,8 +70,10 @@ def _plan(config: PlanConfig) -> None:
     named = None if config.hardware is None else load_hardware(config.hardware)
     folder = resolve_config(config.model_name_or_path, log=_note)
     model = shape_of(folder)
-    hardware = named or _measured(config, folder, model)
-    work = workload_of(config, cores=hardware.num_cores, on_gpu=hardware.on_gpu)
+    batch = _typical(config, folder)
+    hardware = named or _measured(config, folder, model, batch)
+    num_units = len(model.layers)
+    work = workload_of(config, num_units=num_units, cores=hardware.num_cores, on_gpu=hardware.on_gpu, batch=batch)
     plan = make_plan(model, work, hardware, auto_dim=config.lsp.subspace_dim == "auto")
     if config.json:
         print(json.dumps(plan.as_json(), indent=2))
@@ -79,20 +82,35 @@ def _plan(config: PlanConfig) -> None:
 
     from lsp_ray.plan.table import print_plan
 
-    width = None if sys.stdout.isatty() else 140  # a file need not fit a terminal
+    width = None if sys.stdout.isatty() else 160  # a file need not fit a terminal
     print_plan(plan, Console(width=width))
 
 
-def _measured(config: PlanConfig, folder: Path, model: ModelShape) -> HardwareProfile:
+def _measured(config: PlanConfig, folder: Path, model: ModelShape, batch: TypicalBatch | None) -> HardwareProfile:
     """This machine; without a GPU the device is given the cores that the shards leave, as in a run."""
     import torch
 
     from lsp_ray.plan.measure import measure
     from lsp_ray.plan.plan import workload_of
 
-    cores = len(os.sched_getaffinity(0))
-    work = workload_of(config, cores=cores, on_gpu=torch.cuda.is_available())
-    return measure(folder, model, work, device_threads=max(1, cores - work.num_shards * work.shard_threads))
+    cores, device = len(os.sched_getaffinity(0)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work = workload_of(config, num_units=len(model.layers), cores=cores, on_gpu=device.type == "cuda", batch=batch)
+    device_threads = max(1, cores - work.num_shards * work.shard_threads)
+    return measure(folder, model, work, device=device, device_threads=device_threads)
+
+
+def _typical(config: PlanConfig, folder: Path) -> TypicalBatch | None:
+    """Of the data set, if there is one."""
+    if config.dataset is None:
+        return None
+    from lsp_ray.plan.typical_batch import typical_batch
+
+    return typical_batch(
+        config.dataset,
+        folder,
+        batch_size=config.per_device_train_batch_size,
+        max_seq_length=config.max_seq_length,
+    )
 
 
 def _note(text: str) -> None:

@@ -39,10 +39,10 @@ def block_pace(folder: Path, workload: Workload, hardware: HardwareProfile, devi
         model = AutoModel.from_config(config, dtype=dtype, trust_remote_code=False).to(device)
     find_layers(model)  # freezes what is not trained
     model.enable_input_require_grads()
-    ids_BS = torch.zeros(workload.batch_size, workload.seq_length, dtype=torch.int64, device=device)
+    ids_BS = torch.zeros(workload.batch_size, workload.padded_length, dtype=torch.int64, device=device)
     taken_s = min(_step_s(model, ids_BS) for _ in range(_NUM_RUNS))
     native = Workload(
-        method="native", batch_size=workload.batch_size, seq_length=workload.seq_length, bf16=workload.bf16
+        method="native", batch_size=workload.batch_size, seq_length=workload.padded_length, bf16=workload.bf16
     )
     costs = CostModel(model=shape_of_model(model), workload=native, hardware=hardware).step()
     return taken_s / sum(layer.forward_s + layer.backward_s for layer in costs.layers)

@@ -53,18 +53,24 @@ class _Timer:
 
 
 def measure(
-    folder: Path, model: ModelShape, workload: Workload, *, device_threads: int, budget_s: float = 0.4
+    folder: Path,
+    model: ModelShape,
+    workload: Workload,
+    *,
+    device: torch.device,
+    device_threads: int,
+    budget_s: float = 0.4,
 ) -> HardwareProfile:
-    """Return this machine's profile. The device is the GPU if there is one, else `device_threads` of the cores.
+    """Return this machine's profile. The device is a GPU, or `device_threads` of the cores.
 
     Args:
         folder: Holds the model's config.json: the device's rates are brought to the pace of two of its blocks.
         model: Products are measured in the shape of its most common linear.
         workload: Gives tokens, rows that a gather adds up, and the type for the pace.
+        device: What computes.
         device_threads: For the device; where that is a GPU its launches get them.
         budget_s: Of each of a dozen rates; by default everything stays under 20 s.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = _rates(model, workload, _Timer(device=device, budget_s=budget_s), device_threads)
     with _threads(device_threads):
         pace = block_pace(folder, workload, rates, device)

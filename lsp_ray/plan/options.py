@@ -26,9 +26,9 @@ class PlanRuntimeConfig:
     """Shards and their memory."""
 
     num_shards: int | None = None
-    """CPU shard actors; default: a quarter of the cores, at least 1."""
+    """CPU shard actors; default: 1, from 16 cores on 2."""
     shard_threads: int | None = None
-    """CPU threads of each shard; default: the other cores divided by num_shards."""
+    """CPU threads of each shard; default: what a GPU run leaves, or a quarter of a CPU run's cores, over num_shards."""
     shard_by: Literal["layer", "slice"] = "layer"
     """Whether a shard owns whole layers, as in a run, or a slice of every layer (forecast only)."""
     pinned: bool = True
@@ -46,7 +46,9 @@ class PlanConfig:
     measure: bool = False
     """Measure this machine instead, in under 20 s."""
     max_seq_length: int = 128
-    """Tokens of an example, all of them with a target."""
+    """Tokens kept of an example."""
+    dataset: str | None = None
+    """A run's data set: time and memory are then of its typical micro-batch, else of the longest there can be."""
     per_device_train_batch_size: int = 4
     """Examples in a micro-batch."""
     gradient_accumulation_steps: int = 1

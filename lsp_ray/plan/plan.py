@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from lsp_ray.config import Method, PolicyName
+from lsp_ray.config import Method, PolicyName, RuntimeConfig
 from lsp_ray.plan.options import PlanConfig
+from lsp_ray.plan.typical_batch import TypicalBatch
+from lsp_ray.runtime.layout import divide_cores
 from lsp_ray.sim.advice import Advice, advise, largest_hidden_dim
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import Workload
-
-_GPU_HOST_THREADS = 2  # cores that the GPU actor needs for launches and copies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +66,27 @@ def make_plan(model: ModelShape, work: Workload, hardware: HardwareProfile, *, a
     return Plan(model=model, hardware=hardware, forecasts=tuple(forecasts), advice=advise(model, work, hardware))
 
 
-def workload_of(config: PlanConfig, *, cores: int, on_gpu: bool) -> Workload:
+def workload_of(
+    config: PlanConfig, *, num_units: int, cores: int, on_gpu: bool, batch: TypicalBatch | None = None
+) -> Workload:
     """LSP's step with these options; d is a start of 256 where it is left open. Shards and threads are a run's."""
-    num_shards = config.runtime.num_shards or max(1, cores // 4)
-    left = max(1, (cores - _GPU_HOST_THREADS) // num_shards) if on_gpu else 1
+    asked = RuntimeConfig(num_shards=config.runtime.num_shards, shard_threads=config.runtime.shard_threads)
+    shares = divide_cores(asked, num_units=num_units, cores=cores, on_gpu=on_gpu)
     dim = config.lsp.subspace_dim
     return Workload(
         method="lsp",
         batch_size=config.per_device_train_batch_size,
         seq_length=config.max_seq_length,
+        typical_length=None if batch is None else batch.padded_length,
+        typical_targets=None if batch is None else batch.num_targets,
         num_micro_batches=config.gradient_accumulation_steps,
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
         subspace_dim=256 if dim == "auto" else dim,
         nnz_per_row=config.lsp.nnz_per_row,
         whiten=config.lsp.whiten,
-        num_shards=num_shards,
-        shard_threads=config.runtime.shard_threads or left,
+        num_shards=shares.num_shards,
+        shard_threads=shares.shard_threads,
         shard_by=config.runtime.shard_by,
         pinned=config.runtime.pinned,
     )
@@ -99,7 +103,7 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "busy_s": entry.busy_s,
         "exposed_s": asdict(entry.exposed),
         "bytes_each_way": entry.bytes_each_way,
-        "device_bytes": {**asdict(entry.device), "peak": entry.device.peak_bytes},
+        "device_bytes": {**asdict(entry.device), "peak": entry.device.peak_bytes, "longest": entry.longest_bytes},
         "host_bytes": {**asdict(entry.host), "total": entry.host.total_bytes},
         "misfits": list(entry.misfits),
     }

@@ -25,12 +25,14 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
     """Return a model's shape and freeze what is not trained; a model on the meta device will do."""
     layers, config = find_layers(model), model.config
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    head_width = int(getattr(config, "head_dim", None) or hidden // heads)
     output = model.get_output_embeddings()
     return ModelShape(
         layers=tuple(map(_layer_shape, layers)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         hidden_size=hidden,
-        attention_width=heads * int(getattr(config, "head_dim", None) or hidden // heads),
+        attention_width=heads * head_width,
+        key_value_width=int(getattr(config, "num_key_value_heads", None) or heads) * head_width,
         num_logits=2 if output is None else int(output.get_parameter("weight").shape[0]),
     )
 

@@ -56,14 +56,15 @@ def _memory(forecasts: tuple[Forecast, ...]) -> Table:
     table = Table(title="memory, GB", title_justify="left")
     for header in ("method", "policy"):
         table.add_column(header, no_wrap=True)
-    parts = ("weights", "projectors", "optimizer", "activations", "gradients", "payloads", "device", "store", "host")
-    for header in parts:
+    parts = ("weights", "projectors", "optimizer", "activations", "gradients", "payloads", "device")
+    for header in (*parts, "longest batch", "store", "host"):
         table.add_column(header, justify="right")
     for entry in forecasts:
         device, host = entry.device, entry.host
         sizes = (
             *(device.weights, device.projectors, device.optimizer_state, device.activations),
-            *(device.gradients, device.payload_buffers, device.peak_bytes, host.object_store, host.total_bytes),
+            *(device.gradients, device.payload_buffers, device.peak_bytes, entry.longest_bytes),
+            *(host.object_store, host.total_bytes),
         )
         table.add_row(_method(entry), entry.policy or "–", *(f"{size / 1e9:.2f}" for size in sizes))
     return table

@@ -23,7 +23,7 @@ from lsp_ray.projection.sparse_projector import SparseProjector
 
 FILE_NAME = "lsp_projectors.safetensors"
 _DIMS = "subspace_dims"
-_FIELD = "lsp.init_from"
+INIT_FROM = "lsp.init_from"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,34 +48,48 @@ def save_projectors(path: Path, projectors: Mapping[str, SparseProjector]) -> No
     path.write_bytes(save(tensors, metadata={_DIMS: json.dumps(dims)}))  # save_file would make it private (0600)
 
 
-def load_projectors(path: Path, linears: Mapping[str, ProjectedShape]) -> dict[str, SparseProjector]:
+def load_projectors(
+    path: Path, linears: Mapping[str, ProjectedShape], *, field: str = INIT_FROM
+) -> dict[str, SparseProjector]:
     """Read a projector for each linear.
 
     Args:
         path: The file, or the folder of a run that left one.
         linears: What each linear needs, by name.
+        field: The option that named the file.
 
     Raises:
         ConfigError: There is no such file, it is damaged, or a linear is missing or has other sizes in it.
     """
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
-        raise ConfigError(_FIELD, f"be a file of projectors or a run's folder with {FILE_NAME} in it", str(path))
+        raise ConfigError(field, f"be a file of projectors or a run's folder with {FILE_NAME} in it", str(path))
     try:
         with safe_open(file, framework="pt") as content:
-            dims = json.loads((content.metadata() or {}).get(_DIMS, "{}"))
+            dims = _dims(content)
             for name, needed in linears.items():
                 if dims.get(name) != needed.dim:
                     held = f"has d = {dims[name]}" if name in dims else "is missing"
-                    raise ConfigError(_FIELD, f"hold {name} with d = {needed.dim}; there it {held}", str(path))
-            return {name: _read(content, name, needed, path) for name, needed in linears.items()}
+                    raise ConfigError(field, f"hold {name} with d = {needed.dim}; there it {held}", str(path))
+            return {name: _read(content, name, needed, path, field) for name, needed in linears.items()}
     except ConfigError:
         raise
     except (SafetensorError, ValueError, TypeError, AttributeError) as error:  # whatever a damaged file holds
-        raise ConfigError(_FIELD, f"hold intact projectors ({str(error).splitlines()[0]})", str(path)) from error
+        raise ConfigError(field, f"hold intact projectors ({str(error).splitlines()[0]})", str(path)) from error
 
 
-def _read(content: Any, name: str, needed: ProjectedShape, path: Path) -> SparseProjector:
+def saved_names(path: Path) -> list[str]:
+    """Return the names of the linears in an intact file."""
+    with safe_open(path, framework="pt") as content:
+        return list(_dims(content))
+
+
+def _dims(content: Any) -> dict[str, Any]:
+    dims: dict[str, Any] = json.loads((content.metadata() or {}).get(_DIMS, "{}"))
+    return dims
+
+
+def _read(content: Any, name: str, needed: ProjectedShape, path: Path, field: str) -> SparseProjector:
     factors = []
     for side, num_rows in zip(("left", "right"), needed.shape, strict=True):
         index_FR: torch.Tensor = content.get_tensor(f"{name}.{side}.index")
@@ -85,7 +99,7 @@ def _read(content: Any, name: str, needed: ProjectedShape, path: Path) -> Sparse
         if index_FR.shape[0] != num_rows:
             sizes = f"{needed.shape[0]} × {needed.shape[1]}"
             bound = f"hold {name} as {sizes}; there its {side} factor has {index_FR.shape[0]} rows"
-            raise ConfigError(_FIELD, bound, str(path))
+            raise ConfigError(field, bound, str(path))
         if not 1 <= index_FR.shape[1] <= needed.dim:
             raise ValueError(f"{name}.{side} has {index_FR.shape[1]} non-zeros a row in {needed.dim} columns")
         scale_F = _read_scale(content, f"{name}.{side}.scale", num_rows)

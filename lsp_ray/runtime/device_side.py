@@ -5,33 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from lsp_ray.config import LspConfig
+from lsp_ray.data.final_numbers import share_right
 from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
-from lsp_ray.device.evaluate import generate, mean_loss, predict
+from lsp_ray.device.evaluate import class_scores, generate, language_scores, predict
 from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
+from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
 from lsp_ray.device.refit import Refitter
+from lsp_ray.device.refit_file import load_refits, save_refits
+from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.unit import Unit
-from lsp_ray.device.worker import DeviceWorker, StepReport
+from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import LspRayError
 from lsp_ray.hardware import MACHINES
+from lsp_ray.methods.galore import GaloreShard
+from lsp_ray.methods.lora import add_adapters, load_trained, merged_state, save_adapter, save_trained
 from lsp_ray.methods.lsp import lsp_units, projected_shapes
 from lsp_ray.methods.units import full_payload_sizes, full_units
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_model, load_tokenizer, save_model
+from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors
 from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
+from lsp_ray.runtime.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.throttle import Throttle, emulating
 from lsp_ray.schedule.ops import GradientReady
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_DELTAS, _BASES, _TRAINED = "deltas.safetensors", "galore_bases.safetensors", "lora_trained.safetensors"
 MEASURED_UPDATES = 6  # forward and backward of so many, before training, where a machine is emulated
 
 
@@ -64,6 +79,7 @@ class DeviceSide:
         self.progress = ""
         self._is_set_up = False
         self._linears: list[tuple[str, ProjectedLinear]] = []
+        self._adapters: PeftModel | None = None
 
     def setup(self, host_slots: Sequence[torch.Tensor] = ()) -> SetupReport:
         """Load, wrap and fit; lock the pages of the slots if a GPU copies from and to them."""
@@ -71,8 +87,15 @@ class DeviceSide:
         torch.set_num_threads(job.layout.device_threads)
         self.progress = "loading the model"
         self._tokenizer = load_tokenizer(job.model_folder)
+        # adapters stand beside the weights that the run began with
+        base = job.model_folder if job.saved is None or config.method == "lora" else job.saved.folder
         self._model = load_model(
-            job.model_folder, dtype=job.dtype, task=job.task, label_names=job.label_names, seed=config.seed
+            base,
+            dtype=job.dtype,
+            task=job.task,
+            label_names=job.label_names,
+            seed=config.seed,
+            new_head=base == job.model_folder,
         ).to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
         layers = find_layers(self._model)
@@ -80,8 +103,10 @@ class DeviceSide:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
         throttle = self._throttle(layers)
         units, unfitted = self._build_units(layers)
-        sent = [] if config.method == "native" else [unit.numel for unit in units]
+        sent = [unit.numel for unit in units] if config.offloads else []
         assert sent == list(job.payload_sizes), "the model's units are not those that the job was planned for"
+        self._refitter = self._new_refitter(units)
+        self._local_shard = self._new_local_shard(units)
         self.worker = DeviceWorker(
             self._model,
             units,
@@ -90,14 +115,17 @@ class DeviceSide:
             weight_decay=config.weight_decay,
             seed=config.seed,
             on_gradients=self._on_gradients,
-            local_shard=self._local_shard(units),
-            refitter=self._refitter(units),
+            local_shard=self._local_shard,
+            refitter=self._refitter,
+            judge=Judge(units, max_grad_norm=config.max_grad_norm, skips=config.on_nonfinite == "skip"),
             measured_step=job.measured_step,
             staleness=job.staleness,
             link=throttle.link(),
         )
+        if job.saved is not None:
+            self._restore(job.saved)
         self._is_set_up = True
-        self._micro_batches = job.micro_batches.read_ahead(job.num_steps)
+        self._micro_batches = job.micro_batches.read_ahead(job.num_steps - job.first_step, first_step=job.first_step)
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(unfitted=unfitted, num_pageable=len(pageable), throttle=throttle)
 
@@ -116,18 +144,28 @@ class DeviceSide:
         """Run the next optimizer update; `step` must be the one after the last."""
         return self.worker.run_step(step, next(self._micro_batches), host_slots)
 
-    def evaluate(self) -> float:
-        """Mean loss on the held-out examples."""
+    def evaluate(self) -> dict[str, float]:
+        """Scores on the held-out examples, by name; what a task is measured by, its mean `loss` first."""
+        job = self._job
         self.worker.flush()
-        return mean_loss(self._model, self._job.micro_batches.eval_batches())
+        batches = job.micro_batches.eval_batches()
+        if job.task == "sequence_classification":
+            return class_scores(self._model, batches)
+        scores = language_scores(self._model, batches)
+        if job.questions:
+            prompts = [question.prompt for question in job.questions]
+            answers = generate(self._model, prompts, job.config.max_seq_length)
+            texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+            scores["answer_accuracy"] = share_right(job.questions, texts)
+        return scores
 
     def sample(self) -> list[int]:
         """The model's answer to the sample prompt: token ids, or a classifier's label."""
-        inputs = {name: torch.tensor([ids]) for name, ids in self._job.sample_inputs.items()}
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         self.worker.flush()
         if self._job.task == "causal_lm":
-            return generate(self._model, inputs, SAMPLE_TOKENS)
+            return generate(self._model, [self._job.sample_inputs["input_ids"]], SAMPLE_TOKENS)[0]
+        inputs = {name: torch.tensor([ids]) for name, ids in self._job.sample_inputs.items()}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return predict(self._model, inputs)
 
     def abandon(self, error: LspRayError) -> None:
@@ -136,11 +174,62 @@ class DeviceSide:
             self.worker.abandon(error)
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint with every delta added, and the projectors beside it."""
+        """Write the model with every delta added, and the projectors or adapters beside it.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
         self.worker.flush()
-        save_model(self._model, self._tokenizer, folder)
+        with writing(folder):
+            self._save_to(folder, folder)
+
+    def save_state(self, folder: Path) -> None:
+        """Between two steps: write this side's part of a checkpoint, see `runtime.checkpoint`.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        kept_back = self.worker.settle()
+        state = folder / STATE
+        with writing(folder):
+            self._save_to(folder, state)
+            if self._refitter is not None:
+                save_refits(state, self._refitter.state())
+            if self._local_shard is not None:
+                save_moments(state / "moments-0.safetensors", self._local_shard.states)
+            if isinstance(self._local_shard, GaloreShard):
+                self._local_shard.save_bases(state / _BASES)
+            if self._adapters is not None:
+                save_trained(self.worker.units, state / _TRAINED)
+            if kept_back:
+                save_file({f"{step}.{unit}": delta for (step, unit), delta in kept_back.items()}, state / _DELTAS)
+
+    def _save_to(self, folder: Path, projector_folder: Path) -> None:
+        state = None if self._adapters is None else merged_state(self._model)
+        save_model(self._model, self._tokenizer, folder, state=state)
+        if self._adapters is not None:
+            save_adapter(self._adapters, folder)
         if self._linears:
-            save_projectors(folder / FILE_NAME, {name: module.projector for name, module in self._linears})
+            projectors = {name: module.projector for name, module in self._linears}
+            save_projectors(projector_folder / FILE_NAME, projectors)
+
+    def _restore(self, saved: SavedRun) -> None:
+        kept_back: dict[tuple[int, int], torch.Tensor] = {}
+        with reading(saved.folder):
+            if self._refitter is not None:
+                load_refits(saved.state, self._refitter, field=FIELD)
+            if self._local_shard is not None:
+                load_moments(saved.moments, self._local_shard.states, num_updates=saved.step)
+            if isinstance(self._local_shard, GaloreShard):
+                self._local_shard.load_bases(saved.state / _BASES)
+            if self._adapters is not None:
+                load_trained(self.worker.units, saved.state / _TRAINED)
+            if self._job.staleness:
+                for key, delta in load_file(saved.state / _DELTAS).items():
+                    step, unit = map(int, key.split("."))
+                    kept_back[step, unit] = delta
+                _check_deltas(kept_back, self._job, saved.step)
+        self.worker.resume(saved.step, kept_back)
 
     def _throttle(self, layers: Sequence[Layer]) -> Throttle:
         """To be decided before any linear is replaced: what is emulated then does not depend on the method."""
@@ -156,10 +245,18 @@ class DeviceSide:
 
     def _build_units(self, layers: Sequence[Layer]) -> tuple[list[Unit], list[str]]:
         config = self._job.config
+        if config.method == "lora":
+            self._adapters, units = add_adapters(
+                self._model, layers, config.lora, task=self._job.task, seed=config.seed
+            )
+            return units, []
         if config.method != "lsp":
             return full_units(layers), []
         shapes = projected_shapes(layers, config.lsp)
         units, self._linears = lsp_units(layers, config.lsp, seed=config.seed)
+        if self._job.saved is not None:
+            self._take(load_projectors(self._job.saved.state / FILE_NAME, shapes, field=FIELD))
+            return units, []
         if config.lsp.init_from is not None:
             self._take(load_projectors(Path(config.lsp.init_from), shapes))
             return units, []
@@ -185,7 +282,7 @@ class DeviceSide:
             on_fitted=note,
         )
 
-    def _refitter(self, units: Sequence[Unit]) -> Refitter | None:
+    def _new_refitter(self, units: Sequence[Unit]) -> Refitter | None:
         lsp, config = self._job.config.lsp, self._job.config
         if config.method != "lsp" or lsp.fit == "random" or lsp.check_every == 0:
             return None
@@ -199,10 +296,23 @@ class DeviceSide:
             whitened=lsp.whiten,
         )
 
-    def _local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:
-        if self._job.config.method != "native":
+    def _new_local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:
+        config = self._job.config
+        if config.offloads:
             return None
+        if config.method == "galore":
+            return GaloreShard(units, config.galore, self.backend.device)
         return OptimizerShard({unit.index: unit.numel for unit in units}, device=self.backend.device)
+
+
+def _check_deltas(kept_back: Mapping[tuple[int, int], torch.Tensor], job: Job, step: int) -> None:
+    steps = range(step - job.staleness, step)
+    expected = {(made, unit): numel for made in steps if made >= 0 for unit, numel in enumerate(job.payload_sizes)}
+    for key, numel in expected.items():
+        if key not in kept_back or kept_back[key].shape != (numel,) or kept_back[key].dtype != torch.float32:
+            raise ValueError(f"the delta of step {key[0]} for unit {key[1]} is not {numel} float32 numbers")
+    if len(kept_back) > len(expected):
+        raise ValueError(f"it has {len(kept_back)} deltas, not {len(expected)}")
 
 
 def _fit_of(lsp: LspConfig) -> Fit:

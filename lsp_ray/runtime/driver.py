@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lsp_ray.device.worker import StepReport
+from lsp_ray.device.step_report import StepReport
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.layer_times import LayerTimes
 from lsp_ray.runtime.ledger import ClosedStep, Ledger, OpReport
-from lsp_ray.schedule.ops import CostsMeasured, Event, GradientReady, Op, OpDone
+from lsp_ray.schedule.ops import CostsMeasured, Event, GradientReady, Op, OpDone, StepJudged
 from lsp_ray.schedule.policy import Policy
 
 STEPS_AHEAD = 2  # steps submitted at once: the device goes from one to the next without waiting for the driver
@@ -24,8 +24,11 @@ class Workers(Protocol):
         """Let the device run `step` after those started before; returns at once."""
         ...
 
-    def launch(self, op: Op) -> None:
-        """Start an operation; returns at once."""
+    def launch(self, op: Op, grad_scale: float = 1.0) -> None:
+        """Start an operation; returns at once. An update is made with gradients times `grad_scale`.
+
+        An update that is launched a second time takes the place of the first.
+        """
         ...
 
     def next_completions(self) -> list[Completion]:
@@ -45,6 +48,7 @@ class Driver:
         policy: Who decides; for as many layers as there are units.
         learning_rates: One for every step.
         on_step: Called with each step, in order.
+        first_step: The first to be run.
         event_log: Where events and decisions are written, so that they can be replayed.
     """
 
@@ -55,34 +59,46 @@ class Driver:
         learning_rates: Sequence[float],
         *,
         on_step: Callable[[ClosedStep], None],
+        first_step: int = 0,
         event_log: EventLog | None = None,
     ) -> None:
         self._workers = workers
         self._policy = policy
-        self._num_steps = len(learning_rates)
         self._on_step = on_step
+        self._first_step = first_step
+        self._num_started = first_step
+        self._num_run = first_step
         self._event_log = event_log
+        self._grad_scales: dict[int, float] = {}  # of steps that are judged and not closed
         self.times = LayerTimes(policy.num_layers)
-        self.ledger = Ledger(policy.num_layers, learning_rates)
+        self.ledger = Ledger(policy.num_layers, learning_rates, first_step)
 
-    def train(self) -> None:
-        """Run every step; on return all deltas have come up."""
-        for step in range(min(STEPS_AHEAD, self._num_steps)):
-            self._workers.start_step(step)
-        while not self.ledger.complete:
+    def train(self, end: int, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Run the steps before `end`, fewer where `should_stop` says so; on return their deltas have come up."""
+        self._start_steps(end, should_stop)
+        while self.ledger.num_closed < self._num_started:
             for completion in self._workers.next_completions():
                 self._handle(completion)
+                self._start_steps(end, should_stop)
             while (closed := self.ledger.close_next()) is not None:
+                del self._grad_scales[closed.timeline.step]
                 self._on_step(closed)
                 self._tell_costs()
+
+    def _start_steps(self, end: int, should_stop: Callable[[], bool]) -> None:
+        while self._num_started < min(end, self._num_run + STEPS_AHEAD) and not should_stop():
+            self._workers.start_step(self._num_started)
+            self._num_started += 1
 
     def _handle(self, completion: Completion) -> None:
         match completion:
             case StepReport(step=step):
                 self.ledger.add_step(completion)
                 self.times.add_step(completion)
-                if step + STEPS_AHEAD < self._num_steps:
-                    self._workers.start_step(step + STEPS_AHEAD)
+                self._num_run = step + 1
+                self._grad_scales[step] = completion.grad_scale
+                if self._policy.speculates:
+                    self._decide(StepJudged(step=step, stands=completion.grad_scale == 1.0))
             case OpReport(span=span):
                 self.ledger.add_op(completion)
                 self.times.add_op(span)
@@ -92,13 +108,13 @@ class Driver:
 
     def _tell_costs(self) -> None:
         """Tell the policy what layers cost, ever more rarely: after 1, 2, 4, 8 … steps."""
-        num_closed = self.ledger.num_closed
+        num_closed = self.ledger.num_closed - self._first_step
         if self._policy.num_layers and num_closed & (num_closed - 1) == 0:
-            self._decide(CostsMeasured(step=num_closed - 1, layers=self.times.medians()))
+            self._decide(CostsMeasured(step=self.ledger.num_closed - 1, layers=self.times.medians()))
 
     def _decide(self, event: Event) -> None:
         actions = self._policy.handle(event)
         for action in actions:
-            self._workers.launch(action.op)
+            self._workers.launch(action.op, self._grad_scales.get(action.op.step, 1.0))
         if self._event_log is not None:
             self._event_log.write(event, actions)

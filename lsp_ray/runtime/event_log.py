@@ -8,13 +8,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lsp_ray.schedule.ops import Action, CostsMeasured, Event, GradientReady, Launch, LayerSeconds, Op, OpDone
+from lsp_ray.schedule.ops import (
+    Action,
+    CostsMeasured,
+    Event,
+    GradientReady,
+    Launch,
+    LayerSeconds,
+    Op,
+    OpDone,
+    StepJudged,
+)
 from lsp_ray.schedule.policy import POLICIES, Policy
 from lsp_ray.trace import WorkStream
 
 MAX_STEPS = 100  # enough to see and to replay what a policy does; a run of days must not fill the disk with it
 
-_Row = list[Any]  # a stream's name or "gradient", step, layer; or "costs", step, each layer's seconds
+_Row = list[
+    Any
+]  # a stream's name or "gradient", step, layer; "judged", step, whether it stands; "costs", step, each layer's seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +44,13 @@ class EventLog:
         file: Open for writing; stays the caller's.
         policy: Name in POLICIES.
         shard_of_layer: As the policy has it.
+        speculates: As the policy has it.
     """
 
-    def __init__(self, file: TextIO, policy: str, shard_of_layer: Sequence[int]) -> None:
+    def __init__(self, file: TextIO, policy: str, shard_of_layer: Sequence[int], *, speculates: bool = False) -> None:
         self._file = file
         self._is_full = False
-        self._write({"policy": policy, "shard_of_layer": list(shard_of_layer)})
+        self._write({"policy": policy, "shard_of_layer": list(shard_of_layer), "speculates": speculates})
 
     def write(self, event: Event, actions: Sequence[Action]) -> None:
         """Append one decision, up to the first event of step MAX_STEPS: what follows would have no beginning."""
@@ -54,7 +67,7 @@ def read_event_log(path: Path) -> tuple[Policy, Iterator[Decision]]:
     """Return a fresh policy like the one that wrote the log, and the decisions to compare it with."""
     lines = path.read_text(encoding="utf-8").splitlines()
     header = json.loads(lines[0])
-    policy = POLICIES[header["policy"]](header["shard_of_layer"])
+    policy = POLICIES[header["policy"]](header["shard_of_layer"], speculates=header["speculates"])
     return policy, (_decision(json.loads(line)) for line in lines[1:])
 
 
@@ -67,6 +80,8 @@ def _event(row: _Row) -> Event:
     match kind:
         case "gradient":
             return GradientReady(step=step, layer=subject)
+        case "judged":
+            return StepJudged(step=step, stands=subject)
         case "costs":
             return CostsMeasured(step=step, layers=tuple(LayerSeconds(**seconds) for seconds in subject))
     return OpDone(op=_op(row))
@@ -78,6 +93,8 @@ def _event_row(event: Event) -> _Row:
             return ["gradient", event.step, event.layer]
         case CostsMeasured():
             return ["costs", event.step, [asdict(layer) for layer in event.layers]]
+        case StepJudged():
+            return ["judged", event.step, event.stands]
     return _op_row(event.op)
 
 

@@ -7,61 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Protocol
 
 from lsp_ray.runtime.device_side import SetupReport
-from lsp_ray.runtime.driver import Driver, Workers
-from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.throttle import Throttle, slower_by_themselves
-from lsp_ray.schedule.policy import POLICIES
+from lsp_ray.runtime.training import FineTuneWorkers, Listener, NeverStop, Stop, Training
 from lsp_ray.trace import StepMetrics
-from lsp_ray.trace_file import trace_file
-
-
-class FineTuneWorkers(Workers, Protocol):
-    """Workers with the long calls around training."""
-
-    def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
-        """See `DeviceSide.setup`."""
-        ...
-
-    def evaluate(self) -> float:
-        """See `DeviceSide.evaluate`."""
-        ...
-
-    def sample(self) -> list[int]:
-        """See `DeviceSide.sample`."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """See `DeviceSide.save`."""
-        ...
-
-
-class Listener(Protocol):
-    """Who follows a run: the progress display."""
-
-    def note(self, text: str) -> None:
-        """Something a person would want to know."""
-        ...
-
-    def phase(self, text: str) -> None:
-        """What begins now."""
-        ...
-
-    def step(self, metrics: StepMetrics) -> None:
-        """A step is closed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """What summary.json holds. Times are seconds, sizes bytes, without the step whose memory was measured.
 
-    The samples are the model's answers to a held-out prompt, and what the data says.
+    `eval_before` and `eval_after` hold every score of the task, its loss as well. The samples are the model's answers
+    to a held-out prompt, and what the data says.
     `overlap_fraction` is 1 − exposed time / step time; `policy` is None where nothing leaves the device.
+    `num_clipped` and `num_skipped` count steps, see `StepMetrics.grad_scale`.
+    `emulated_compute_s` is the compute of a step that an emulated machine's link and shards were scaled to.
     """
 
     method: str
@@ -70,9 +31,14 @@ class Summary:
     num_shards: int
     eval_loss_before: float
     eval_loss_after: float
+    eval_before: dict[str, float]
+    eval_after: dict[str, float]
     step_time_s_median: float
     tokens_per_second: float
     overlap_fraction: float
+    num_clipped: int
+    num_skipped: int
+    emulated_compute_s: float | None
     peak_device_bytes: int | None
     bytes_d2h_per_step: int
     bytes_h2d_per_step: int
@@ -83,7 +49,12 @@ class Summary:
 
 
 def fine_tune(
-    job: Job, workers: FineTuneWorkers, output_dir: Path, listener: Listener, decode: Callable[[Sequence[int]], str]
+    job: Job,
+    workers: FineTuneWorkers,
+    output_dir: Path,
+    listener: Listener,
+    decode: Callable[[Sequence[int]], str],
+    stop: Stop | None = None,
 ) -> Summary:
     """Set up, evaluate, train, evaluate again, and write everything into `output_dir`.
 
@@ -93,27 +64,43 @@ def fine_tune(
         output_dir: Exists and is writable.
         listener: Told what happens.
         decode: Turns a sample's numbers into text.
+        stop: Asked between steps; default: nobody stops it.
+
+    Raises:
+        StoppedError: Someone did; the last checkpoint holds every step made.
     """
     setup = workers.setup(listener.phase)
     _note_setup(job, setup, listener)
-    listener.phase("evaluating before training")
-    loss_before = workers.evaluate()
-    listener.note(f"eval loss before: {loss_before:.4f}")
-    sample_before = decode(workers.sample())
-    listener.note(f"sample before: {sample_before}")
-    steps, peak_bytes = _train(job, workers, setup.throttle, output_dir, listener)
+    if job.saved is None:
+        listener.phase("evaluating before training")
+        before, sample_before = workers.evaluate(), decode(workers.sample())
+        listener.note(f"eval loss before: {_scores_line(before)}")
+        listener.note(f"sample before: {sample_before}")
+    else:
+        before, sample_before = job.saved.eval_before, job.saved.sample_before
+        listener.note(f"going on from {job.saved.folder}, after {job.saved.step} steps")
+    training = Training(job, workers, output_dir, listener, (before, sample_before))
+    with (stop or NeverStop()).deferred():
+        steps, peak_bytes = training.run(setup.throttle, stop or NeverStop())
     listener.phase("evaluating after training")
-    loss_after = workers.evaluate()
-    change = (loss_after - loss_before) / loss_before
-    listener.note(f"eval loss after: {loss_after:.4f} ({change:+.1%})")
+    after = workers.evaluate()
+    change = (after["loss"] - before["loss"]) / before["loss"]
+    listener.note(f"eval loss after: {_scores_line(after)} (loss {change:+.1%})")
     sample_after = decode(workers.sample())
     listener.note(f"sample after: {sample_after}")
     listener.note(f"sample in the data: {job.sample_expected}")
     listener.phase("saving the checkpoint")
     workers.save(output_dir)
-    summary = _summary(job, steps, (loss_before, loss_after), (sample_before, sample_after), peak_bytes)
+    compute_s = setup.throttle.compute_s
+    summary = _summary(job, steps, (before, after), (sample_before, sample_after), peak_bytes, compute_s)
     _write_json(output_dir / "summary.json", asdict(summary))
     return summary
+
+
+def _scores_line(scores: dict[str, float]) -> str:
+    """The loss without its name, then every other score with it."""
+    others = [f"{name} {score:.4g}" for name, score in scores.items() if name != "loss"]
+    return ", ".join([f"{scores['loss']:.4f}", *others])
 
 
 def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
@@ -140,43 +127,15 @@ def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
         )
 
 
-def _train(
-    job: Job, workers: Workers, throttle: Throttle, output_dir: Path, listener: Listener
-) -> tuple[list[StepMetrics], int | None]:
-    """Run all steps, a line of metrics.jsonl each, some traced; returns their metrics and the peak of device memory."""
-    policy = POLICIES[job.config.policy](job.layout.shard_of_unit)
-    steps: list[StepMetrics] = []
-    listener.phase(f"training: {job.num_steps} steps")
-    with (
-        (output_dir / "metrics.jsonl").open("w", encoding="utf-8", buffering=1) as metrics_file,
-        (output_dir / "events.jsonl").open("w", encoding="utf-8") as events_file,
-        trace_file(output_dir / "trace.json", job.layout.shard_of_unit, num_steps=job.num_steps) as trace,
-    ):
-
-        def on_step(closed: ClosedStep) -> None:
-            steps.append(closed.metrics)
-            metrics_file.write(json.dumps(asdict(closed.metrics)) + "\n")
-            trace.write(closed.timeline)
-            listener.step(closed.metrics)
-
-        event_log = EventLog(events_file, job.config.policy, job.layout.shard_of_unit)
-        driver = Driver(workers, policy, job.learning_rates, on_step=on_step, event_log=event_log)
-        driver.train()
-    if job.payload_sizes:
-        layers = driver.times.medians()
-        for line in slower_by_themselves(throttle, layers, job.payload_sizes, job.layout.num_shards):
-            listener.note(line)
-    return steps, driver.ledger.peak_device_bytes
-
-
 def _summary(
     job: Job,
     steps: Sequence[StepMetrics],
-    losses: tuple[float, float],
+    scores: tuple[dict[str, float], dict[str, float]],
     samples: tuple[str, str],
     peak_bytes: int | None,
+    emulated_compute_s: float | None,
 ) -> Summary:
-    """Of a run whose eval losses and sample answers were these, before and after."""
+    """Of a run whose eval scores and sample answers were these, before and after."""
     # the step whose memory was measured is slower for it
     timed = [metrics for metrics in steps if metrics.step != job.measured_step + 1] or steps
     total_s = sum(metrics.step_time_s for metrics in timed)
@@ -185,11 +144,16 @@ def _summary(
         policy=job.config.policy if job.payload_sizes else None,
         device=job.device,
         num_shards=job.layout.num_shards,
-        eval_loss_before=losses[0],
-        eval_loss_after=losses[1],
+        eval_loss_before=scores[0]["loss"],
+        eval_loss_after=scores[1]["loss"],
+        eval_before=scores[0],
+        eval_after=scores[1],
         step_time_s_median=median(metrics.step_time_s for metrics in timed),
         tokens_per_second=sum(metrics.num_tokens for metrics in timed) / total_s,
         overlap_fraction=1.0 - sum(metrics.exposed_s for metrics in timed) / total_s,
+        num_clipped=sum(0.0 < metrics.grad_scale < 1.0 for metrics in steps),
+        num_skipped=sum(metrics.grad_scale == 0.0 for metrics in steps),
+        emulated_compute_s=emulated_compute_s,
         peak_device_bytes=peak_bytes,
         bytes_d2h_per_step=round(median(metrics.bytes_d2h for metrics in steps)),
         bytes_h2d_per_step=round(median(metrics.bytes_h2d for metrics in steps)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ray
 
-from lsp_ray.device.worker import StepReport
+from lsp_ray.device.step_report import StepReport
 from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.job import Job
@@ -34,6 +34,9 @@ class GpuActor:
         self._slots: list[OpenPair] = [pair.open() for pair in pairs]
         self._host_payloads = [slot.payload for pair in self._slots for slot in (pair.down, pair.up)]
 
+    def __repr__(self) -> str:
+        return "gpu"
+
     def setup(self) -> SetupReport:
         """See `DeviceSide.setup`."""
         return self._side.setup(self._host_payloads)
@@ -46,7 +49,7 @@ class GpuActor:
         """See `DeviceSide.run_step`."""
         return self._side.run_step(step, self._host_payloads)
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> dict[str, float]:
         """See `DeviceSide.evaluate`."""
         return self._side.evaluate()
 
@@ -57,6 +60,10 @@ class GpuActor:
     def save(self, folder: str) -> None:
         """See `DeviceSide.save`."""
         self._side.save(Path(folder))
+
+    def save_state(self, folder: str) -> None:
+        """See `DeviceSide.save_state`."""
+        self._side.save_state(Path(folder))
 
     @ray.method(concurrency_group="d2h")
     def send(self, step: int, unit: int) -> OpReport:

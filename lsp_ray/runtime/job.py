@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lsp_ray.config import RunConfig, Task
 from lsp_ray.data.dataset import load_rows
+from lsp_ray.data.final_numbers import Question, find_questions
 from lsp_ray.data.micro_batches import MicroBatches
 from lsp_ray.data.tokenize import TokenizedRows, tokenize_rows
 from lsp_ray.errors import ConfigError
+from lsp_ray.methods.galore import check_rank
+from lsp_ray.methods.lora import check_lora
 from lsp_ray.methods.lsp import lsp_payload_sizes, projected_shapes, subspace_dims
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import check_weights, load_skeleton, load_tokenizer
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.projection.projector_file import load_projectors
+from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
 from lsp_ray.runtime.layout import Layout, plan_layout
-from lsp_ray.runtime.slots import slot_bytes
+from lsp_ray.runtime.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
+from lsp_ray.runtime.slots import slot_bytes, state_numel
 from lsp_ray.schedule.policy import POLICIES
 
 SAMPLE_TOKENS = 48
 SPARE_STORE_BYTES = 96 << 20  # of the object store, beside the slots: the job's data, messages, and Ray's own minimum
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +43,15 @@ class Job:
     """A validated run. Goes to the GPU actor as it is.
 
     `payload_sizes` are float32 elements a unit, empty where nothing leaves the device; `sample_inputs` are
-    a held-out prompt's (a classifier's: a whole example's) model inputs, shown with the answer before and after.
+    a held-out prompt's (a classifier's: a whole example's) model inputs, shown with the answer before and after;
+    `questions` are answered in evaluations. `saved` is the checkpoint to go on from, see `resumed`.
     """
 
     config: RunConfig
     model_folder: Path
     task: Task
     label_names: tuple[str, ...]
+    num_weights: int
     device: Device
     dtype: torch.dtype
     micro_batches: MicroBatches
@@ -55,6 +61,13 @@ class Job:
     layout: Layout
     sample_inputs: dict[str, list[int]]
     sample_expected: str
+    questions: tuple[Question, ...]
+    saved: SavedRun | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The first update to make, counted from 0."""
+        return self.saved.step if self.saved else 0
 
     @property
     def num_steps(self) -> int:
@@ -62,9 +75,25 @@ class Job:
         return len(self.learning_rates)
 
     @property
+    def data_digest(self) -> str:
+        """A hash that differs where data, tokenizer or order differ: of the first and the last step's batches."""
+        digest = hashlib.sha256()
+        for step in (0, self.num_steps - 1):
+            for batch in self.micro_batches.step(step):
+                for name in sorted(batch):
+                    digest.update(f"{name}{tuple(batch[name].shape)}".encode())
+                    digest.update(batch[name].numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
     def whitens(self) -> bool:
         """Whether the shards take Adam's steps in whitened coordinates."""
         return self.config.method == "lsp" and self.config.lsp.whiten
+
+    @property
+    def speculates(self) -> bool:
+        """Whether updates may have to be made again once all gradients of their step are known."""
+        return bool(self.payload_sizes) and (self.config.max_grad_norm > 0 or self.config.on_nonfinite == "skip")
 
     @property
     def staleness(self) -> int:
@@ -78,8 +107,11 @@ class Job:
 
     @property
     def store_bytes(self) -> int:
-        """Shared memory that Ray's object store needs: all slots, down and up, and some to spare."""
-        return 2 * sum(slot_bytes(numel) for numel in self.payload_sizes) + SPARE_STORE_BYTES
+        """Shared memory that Ray's object store needs: all slots (down, up, state), undo slots, and some to spare."""
+        ways = 2 * sum(slot_bytes(numel) for numel in self.payload_sizes)
+        states = [slot_bytes(state_numel(numel)) for numel in self.payload_sizes]
+        undo = sum(states) if self.speculates else self.layout.num_shards * max(states, default=0)
+        return ways + sum(states) + undo + SPARE_STORE_BYTES
 
     @property
     def resolved_config(self) -> RunConfig:
@@ -95,32 +127,37 @@ class Job:
         return replace(self.config, bf16=self.dtype == torch.bfloat16, runtime=runtime)
 
 
-def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
+def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedRows | None = None) -> Job:
     """Find model and data, check that they and the options fit together, and plan the run.
 
     Args:
         config: What was asked for.
         note: Told, a line at a time, what a person would want to know.
+        rows: What to train on in place of `config.dataset`.
 
     Raises:
         ConfigError: Something cannot work.
     """
     if config.lsp.init_from is not None:  # an actor's working directory need not be this process's
         config = replace(config, lsp=replace(config.lsp, init_from=str(Path(config.lsp.init_from).absolute())))
-    device = _device(config)
-    dtype = _dtype(config, device, note)
-    rows = load_rows(config.dataset, seed=config.seed)
+    device = choose_device(config)
+    dtype = torch.bfloat16 if choose_bf16(config, device, note) else torch.float32
+    source = rows or load_rows(config.dataset, seed=config.seed)
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
     tokenizer = load_tokenizer(model_folder)
-    tokenized = tokenize_rows(rows, tokenizer, max_seq_length=config.max_seq_length)
+    if isinstance(source, TokenizedRows):
+        tokenized = source
+    else:
+        tokenized = tokenize_rows(source, tokenizer, max_seq_length=config.max_seq_length)
     _note_data(tokenized, config, note)
     label_names = tuple(tokenized.label_names)
     skeleton = load_skeleton(model_folder, task=tokenized.task, num_labels=len(label_names))
     _check_positions(skeleton, tokenizer, config)
     check_weights(model_folder)
     layers = find_layers(skeleton)
+    _check_method(layers, config)
     dims = subspace_dims(layers, config.lsp) if config.method == "lsp" else {}
-    if config.method == "lsp" and config.lsp.init_from is not None:
+    if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
         load_projectors(Path(config.lsp.init_from), projected_shapes(layers, config.lsp))  # complains before any actor
     payload_sizes = _payload_sizes(layers, config)
     micro_batches = MicroBatches(
@@ -134,13 +171,14 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
         max_eval_samples=config.max_eval_samples,
     )
     _check_sizes(config, micro_batches.num_steps, len(tokenized.train))
-    sample_inputs, sample_expected = _sample(tokenized, tokenizer)
+    sample_inputs, sample_expected = _sample(_first_held_out(tokenized), tokenized, tokenizer)
     cores = len(os.sched_getaffinity(0))
     return Job(
         config=config,
         model_folder=model_folder,
         task=tokenized.task,
         label_names=label_names,
+        num_weights=sum(parameter.numel() for parameter in skeleton.parameters()),
         device=device,
         dtype=dtype,
         micro_batches=micro_batches,
@@ -150,41 +188,22 @@ def prepare_job(config: RunConfig, note: Callable[[str], None]) -> Job:
         layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
         sample_inputs=sample_inputs,
         sample_expected=sample_expected,
+        questions=tuple(find_questions(tokenized, tokenizer, config.max_eval_answers)),
     )
 
 
-def check_memory(job: Job) -> None:
-    """Raise ConfigError where the slots do not fit into shared memory: Ray would go to the disk without a word."""
-    needed = job.store_bytes
-    free = min(psutil.virtual_memory().available, psutil.disk_usage("/dev/shm").free)
-    if needed > free:
-        smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
-        raise ConfigError(
-            "method",
-            f"fit its slots into the shared memory that is free ({free / 1e9:.2f} GB of {needed / 1e9:.2f} GB needed)",
-            job.config.method,
-            hint=f"{smaller} needs less; in Docker, --shm-size sets how much there is",
-        )
+def resumed(job: Job, folder: Path) -> Job:
+    """Return the job from a checkpoint of it on.
 
-
-def _device(config: RunConfig) -> Device:
-    asked = config.runtime.device
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("runtime.device", "be cpu or auto where torch finds no GPU", asked)
-    return asked
-
-
-def _dtype(config: RunConfig, device: str, note: Callable[[str], None]) -> torch.dtype:
-    if device == "cuda":
-        default = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # bfloat16 products take a seventh of float32's time with matrix units, 10 to 40 times it without (docs/log.md)
-        default = "amx_bf16" in _cpu_flags()
-        if config.bf16 and "_bf16" not in _cpu_flags():
-            note("bf16: this CPU has no instructions for it; expect steps many times slower than with --bf16 false")
-    return torch.bfloat16 if (default if config.bf16 is None else config.bf16) else torch.float32
+    Raises:
+        ConfigError: The checkpoint is not whole, or the job differs from the one that wrote it.
+    """
+    saved = read_saved_run(folder)
+    config = json.loads(json.dumps(asdict(job.resolved_config)))  # as a file holds it
+    check_same_run(saved, config, device=job.device, staleness=job.staleness, digest=job.data_digest)
+    if saved.step > job.num_steps:
+        raise ConfigError(FIELD, f"be of at most {job.num_steps} steps", str(folder))
+    return replace(job, saved=saved)
 
 
 def _check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
@@ -199,10 +218,11 @@ def _check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
         raise ConfigError("warmup_steps", f"be below the {num_steps} steps of this run", config.warmup_steps)
 
 
-def _cpu_flags() -> str:
-    """What the processor can do, as Linux lists it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+def _check_method(layers: Sequence[Layer], config: RunConfig) -> None:
+    if config.method == "lora":
+        check_lora(layers, config.lora)
+    if config.method == "galore":
+        check_rank(layers, config.galore)
 
 
 def _payload_sizes(layers: Sequence[Layer], config: RunConfig) -> list[int]:
@@ -240,9 +260,18 @@ def _note_data(tokenized: TokenizedRows, config: RunConfig, note: Callable[[str]
         )
 
 
-def _sample(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, list[int]], str]:
+def _first_held_out(tokenized: TokenizedRows) -> Mapping[str, Any]:
+    """Its columns; where only a collator knows them, those of a batch of one."""
+    first = tokenized.eval[0]
+    if tokenized.collate is None:
+        return dict(first)
+    return {name: values[0].tolist() for name, values in tokenized.collate([first]).items()}
+
+
+def _sample(
+    row: Mapping[str, Any], tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, list[int]], str]:
     """The held-out example shown before and after: what the model is given, and what the data says."""
-    row = tokenized.eval[0]
     ids = list(row["input_ids"])
     if tokenized.task == "sequence_classification":
         inputs = {name: list(values) for name, values in row.items() if name != "labels"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from statistics import median
 
-from lsp_ray.device.worker import StepReport
+from lsp_ray.device.step_report import StepReport
 from lsp_ray.schedule.ops import LayerSeconds
 from lsp_ray.trace import Span, WorkStream
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lsp_ray.config import RuntimeConfig
 
+CORES_FOR_TWO_SHARDS = 16  # below, one with all threads is faster; more than two slow lsp down (simulated, docs/log.md)
 GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU computes: launches and the two copy threads
 
 
@@ -33,6 +34,30 @@ class Layout:
         return [unit for unit, owner in enumerate(self.shard_of_unit) if owner == shard_index]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreShares:
+    """How many shards there are, and the threads of each actor."""
+
+    num_shards: int
+    shard_threads: int
+    device_threads: int
+
+
+def divide_cores(runtime: RuntimeConfig, *, num_units: int, cores: int, on_gpu: bool) -> CoreShares:
+    """Divide the cores among the actors; see `plan_layout`. `num_units` is 0 if nothing leaves the device."""
+    default = 2 if cores >= CORES_FOR_TWO_SHARDS else 1
+    num_shards = min(runtime.num_shards or default, max(1, num_units))
+    if on_gpu:
+        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, cores)
+        shard_threads = runtime.shard_threads or max(1, (cores - device_threads) // num_shards)
+    else:
+        # compressed updates are small next to forward and backward: a quarter of the cores is enough for them
+        shard_threads = runtime.shard_threads or max(1, cores // 4 // num_shards)
+        left = cores - shard_threads * num_shards if num_units else cores
+        device_threads = runtime.device_threads or max(1, left)
+    return CoreShares(num_shards=num_shards, shard_threads=shard_threads, device_threads=device_threads)
+
+
 def plan_layout(runtime: RuntimeConfig, payload_sizes: Sequence[int], *, cores: int, on_gpu: bool) -> Layout:
     """Divide units and cores.
 
@@ -42,18 +67,11 @@ def plan_layout(runtime: RuntimeConfig, payload_sizes: Sequence[int], *, cores: 
         cores: CPU cores this run may use.
         on_gpu: Whether a GPU computes; if not, the GPU actor needs most of the cores itself.
     """
-    num_shards = min(runtime.num_shards or max(1, cores // 4), max(1, len(payload_sizes)))
-    if on_gpu:
-        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, cores)
-        shard_threads = runtime.shard_threads or max(1, (cores - device_threads) // num_shards)
-    else:
-        shard_threads = runtime.shard_threads or 1  # compressed updates are small next to forward and backward
-        left = cores - shard_threads * num_shards if payload_sizes else cores
-        device_threads = runtime.device_threads or max(1, left)
+    shares = divide_cores(runtime, num_units=len(payload_sizes), cores=cores, on_gpu=on_gpu)
     return Layout(
-        device_threads=device_threads,
-        shard_threads=shard_threads,
-        shard_of_unit=_balanced(payload_sizes, num_shards),
+        device_threads=shares.device_threads,
+        shard_threads=shares.shard_threads,
+        shard_of_unit=_balanced(payload_sizes, shares.num_shards),
     )
 
 

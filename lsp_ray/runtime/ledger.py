@@ -6,11 +6,10 @@ forward that adds them (of step t + 1, under a stale policy of step t + 2), whic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from lsp_ray.device.worker import StepReport
+from lsp_ray.device.step_report import StepReport
 from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.trace import Span, StepMetrics, Timeline, WorkStream, busy_s, exposed, wait_parts
 
@@ -19,14 +18,13 @@ STEPS_KEPT = 2  # so many steps before, operations still reach into a step: one,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpReport:
-    """A finished operation of a lane: its span, the bytes it moved (copies) or the squares it summed (updates).
+    """A finished operation of a lane: its span and, of copies, the bytes it moved.
 
     `reprojections` come with a payload that is the first in new subspaces: its update must carry the moments over.
     """
 
     span: Span
     size_bytes: int = 0
-    grad_square_sum: float = 0.0
     reprojections: tuple[Reprojection, ...] = ()
 
 
@@ -44,20 +42,16 @@ class Ledger:
     Args:
         num_units: Units that pass down, through their update and up in every step; 0 if nothing leaves the device.
         learning_rates: One for every step.
+        first_step: The first to be closed.
     """
 
-    def __init__(self, num_units: int, learning_rates: Sequence[float]) -> None:
+    def __init__(self, num_units: int, learning_rates: Sequence[float], first_step: int = 0) -> None:
         self._num_units = num_units
         self._learning_rates = learning_rates
         self._steps: dict[int, StepReport] = {}
         self._ops: dict[int, list[OpReport]] = {}
-        self.num_closed = 0
+        self.num_closed = first_step
         self.peak_device_bytes: int | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every step is closed."""
-        return self.num_closed == len(self._learning_rates)
 
     def add_step(self, report: StepReport) -> None:
         """Note that a step's backward is done."""
@@ -73,7 +67,9 @@ class Ledger:
         """Return the next step in order if all of its reports are there, else None."""
         step = self.num_closed
         report = self._steps.get(step)
-        if report is None or len(self._ops.get(step, [])) < 3 * self._num_units:
+        # the way up is a unit's last operation; updates may have been made twice
+        num_up = sum(op.span.stream is WorkStream.H2D for op in self._ops.get(step, []))
+        if report is None or num_up < self._num_units:
             return None
         closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report))
         self.num_closed += 1
@@ -106,7 +102,6 @@ class Ledger:
         start_s = self._start_s(report)
         step_time_s = report.end_s - start_s
         late = exposed(report.waits, spans)
-        square_sum = report.grad_square_sum + sum(op.grad_square_sum for op in own)
 
         def busy(stream: WorkStream) -> float:
             return busy_s(spans, stream, start_s, report.end_s)
@@ -117,7 +112,8 @@ class Ledger:
         return StepMetrics(
             step=report.step + 1,
             loss=report.loss,
-            grad_norm=math.sqrt(square_sum),
+            grad_norm=report.grad_norm,
+            grad_scale=report.grad_scale,
             learning_rate=self._learning_rates[report.step],
             num_tokens=report.num_tokens,
             tokens_per_second=report.num_tokens / step_time_s,

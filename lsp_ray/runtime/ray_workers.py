@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from lsp_ray.device.worker import StepReport
-from lsp_ray.errors import DeadlineError, LspRayError, OutOfDeviceMemoryError, WorkerLostError
+from lsp_ray.device.step_report import StepReport
+from lsp_ray.errors import DeadlineError, WorkerLostError
 from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.gpu_actor import CONCURRENCY_GROUPS, GpuActor
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
-from lsp_ray.runtime.shard_actor import ShardActor, ShardReport, SlotPair
-from lsp_ray.runtime.slots import new_slot_buffer
+from lsp_ray.runtime.shard_actor import SlotPair
+from lsp_ray.runtime.shard_pool import START_TIMEOUT_S, ShardPool
+from lsp_ray.runtime.slots import new_slot_buffer, state_numel
 from lsp_ray.schedule.ops import Op
-from lsp_ray.trace import WorkStream
+from lsp_ray.trace import Span, WorkStream
 
-START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 COMPLETION_TIMEOUT_S = 900.0  # only a hang lasts so long: a dead actor shows at once
 POLL_S = 1.0  # of the long poll for gradients, and of the progress of long calls
 
@@ -41,22 +41,19 @@ class RayWorkers:
         self._job = job
         self._completion_timeout_s = completion_timeout_s
         self._pending: dict[ray.ObjectRef[Any], str] = {}
-        self._reprojections: dict[tuple[int, int], Sequence[Reprojection]] = {}  # on their way to an update
-        self._pairs = pairs = [_new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
-        layout = job.layout
+        self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
+        self._updates: dict[ray.ObjectRef[Any], _Update] = {}  # those of `_pending`
+        pairs = [_new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
         self._gpu: Any = (
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
             .options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0)
             .remote(job, pairs)
         )
-        self._shards: list[Any] = [
-            ray.remote(ShardActor)
-            .options(num_cpus=1, max_restarts=0)
-            .remote([pairs[unit] for unit in layout.units_of(index)], layout.shard_threads)
-            for index in range(layout.num_shards if pairs else 0)
-        ]
-        for index, shard in enumerate(self._shards):
-            self._result(shard.ready.remote(), f"shard {index}: start", START_TIMEOUT_S)
+        try:
+            self._shards = ShardPool(job, pairs) if pairs else None
+        except BaseException:
+            ray.kill(self._gpu)
+            raise
 
     # long calls of the GPU actor, one at a time
 
@@ -65,45 +62,48 @@ class RayWorkers:
         ref = self._gpu.setup.remote()
         said = ""
         while not ray.wait([ref], timeout=POLL_S)[0]:
-            now = self._result(self._gpu.progress.remote(), "gpu: progress", START_TIMEOUT_S)
+            now = answer(self._gpu.progress.remote(), "gpu: progress", START_TIMEOUT_S)
             if now and now != said:
                 on_progress(now)
                 said = now
-        report: SetupReport = self._result(ref, "gpu: setup")
-        calls = [shard.slow_down.remote(report.throttle, len(self._shards)) for shard in self._shards]
-        for index, call in enumerate(calls):
-            self._result(call, f"shard {index}: throttle", START_TIMEOUT_S)
-        if self._job.whitens:
-            projectors = self._gpu.projectors.remote()  # goes from actor to actors, not through here
-            calls = [shard.whiten.remote(projectors) for shard in self._shards]
-            for index, call in enumerate(calls):
-                self._result(call, f"shard {index}: whitening")
+        report: SetupReport = answer(ref, "gpu: setup")
+        if self._shards is not None:
+            self._shards.set_up(report.throttle, self._gpu.projectors.remote() if self._job.whitens else None)
         return report
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> dict[str, float]:
         """See `DeviceSide.evaluate`."""
-        loss: float = self._result(self._gpu.evaluate.remote(), "gpu: evaluation")
-        return loss
+        scores: dict[str, float] = answer(self._gpu.evaluate.remote(), "gpu: evaluation")
+        return scores
 
     def sample(self) -> list[int]:
         """See `DeviceSide.sample`."""
-        tokens: list[int] = self._result(self._gpu.sample.remote(), "gpu: sample answer")
+        tokens: list[int] = answer(self._gpu.sample.remote(), "gpu: sample answer")
         return tokens
 
     def save(self, folder: Path) -> None:
         """See `DeviceSide.save`."""
         # absolute: an actor's working directory need not be this process's
-        self._result(self._gpu.save.remote(str(folder.absolute())), "gpu: save")
+        answer(self._gpu.save.remote(str(folder.absolute())), "gpu: save")
+
+    def save_state(self, folder: Path) -> None:
+        """See `DeviceSide.save_state`. All actors write at once."""
+        path = str(folder.absolute())
+        calls = {"gpu: save": self._gpu.save_state.remote(path)}
+        if self._shards is not None:
+            calls |= self._shards.save(path)
+        for what, call in calls.items():
+            answer(call, what)
 
     # the driver's seam
 
     def start_step(self, step: int) -> None:
         """See `Workers`."""
-        if step == 0 and self._shards:
+        if step == self._job.first_step and self._shards:
             self._poll_gradients()
         self._pending[self._gpu.run_step.remote(step)] = f"gpu: step {step}"
 
-    def launch(self, op: Op) -> None:
+    def launch(self, op: Op, grad_scale: float = 1.0) -> None:
         """See `Workers`."""
         match op.stream:
             case WorkStream.D2H:
@@ -111,11 +111,9 @@ class RayWorkers:
             case WorkStream.H2D:
                 ref, who = self._gpu.prefetch.remote(op.step, op.layer), "gpu: prefetch"
             case _:
-                index = self._job.layout.shard_of_unit[op.layer]
-                learning_rate = self._job.learning_rates[op.step]
-                reprojections = self._reprojections.pop((op.step, op.layer), ())
-                ref = self._shards[index].update.remote(op.step, op.layer, learning_rate, reprojections)
-                who = f"shard {index}: update"
+                reprojections = self._reprojections[op.layer]
+                self._update(_Update(op=op, reprojections=reprojections, grad_scale=grad_scale))
+                return
         self._pending[ref] = f"{who} of unit {op.layer}, step {op.step}"
 
     def next_completions(self) -> list[Completion]:
@@ -127,22 +125,33 @@ class RayWorkers:
             ray.wait(waiting, timeout=max(0.0, deadline_s - time.monotonic()))
             done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)  # all that are there by now
             for ref in done:
-                completions += self._received(self._result(ref, self._pending.pop(ref)))
+                if ref in self._pending:  # else it was asked for again meanwhile
+                    completions += self._received(ref)
             if not completions and time.monotonic() >= deadline_s:
                 pending = ", ".join(sorted(self._pending.values()))
                 raise DeadlineError(f"nothing happened for {self._completion_timeout_s:.0f} s; waiting for {pending}")
         return completions
 
-    def _received(self, result: object) -> list[Completion]:
+    def _received(self, ref: ray.ObjectRef[Any]) -> list[Completion]:
+        try:
+            result = answer(ref, self._pending[ref])
+        except WorkerLostError as error:
+            if ref not in self._updates:
+                raise
+            self._revive(self._updates[ref].op, error)
+            return []
+        del self._pending[ref]
         match result:
             case OpReport():
-                if result.reprojections:
-                    self._reprojections[result.span.step, result.span.layer] = result.reprojections
+                if result.span.stream is WorkStream.D2H:
+                    self._reprojections[result.span.layer] = result.reprojections
                 return [result]
             case StepReport():
                 return [result]
-            case ShardReport():
-                return [OpReport(span=result.span, grad_square_sum=result.grad_square_sum)]
+            case Span():
+                update = self._updates.pop(ref)
+                self._shard_pool.updated(update.op, update.reprojections)
+                return [OpReport(span=result)]
             case list():  # gradients, or none for a while
                 self._poll_gradients()
                 return result
@@ -150,33 +159,45 @@ class RayWorkers:
 
     def close(self) -> None:
         """End the actors; what they held is lost."""
-        for actor in (self._gpu, *self._shards):
-            ray.kill(actor)
+        ray.kill(self._gpu)
+        if self._shards is not None:
+            self._shards.close()
+        self._pending.clear()  # with the slots' references gone, the store has room for another run's
+
+    @property
+    def _shard_pool(self) -> ShardPool:
+        assert self._shards is not None, "nothing leaves the device"
+        return self._shards
+
+    def _update(self, update: _Update) -> None:
+        op = update.op
+        ref = self._shard_pool.update(op, update.reprojections, update.grad_scale)
+        self._updates[ref] = update
+        self._pending[ref] = f"shard {self._shard_pool.index_of(op)}: update of unit {op.layer}, step {op.step}"
+
+    def _revive(self, op: Op, error: WorkerLostError) -> None:
+        """Replace the shard that owed this update, and ask again for all that it owed, in the same order."""
+        index = self._shard_pool.index_of(op)
+        owed = {ref: update for ref, update in self._updates.items() if self._shard_pool.index_of(update.op) == index}
+        for ref in owed:
+            del self._updates[ref], self._pending[ref]
+        self._shard_pool.revive(index, error)
+        for update in owed.values():
+            self._update(update)
 
     def _poll_gradients(self) -> None:
         self._pending[self._gpu.next_gradients.remote(POLL_S)] = "gpu: next gradients"
 
-    def _result(self, ref: ray.ObjectRef[Any], what: str, timeout_s: float | None = None) -> Any:
-        """Fetch an answer; a failure becomes an error that says what was waited for."""
-        try:
-            return ray.get(ref, timeout=timeout_s)
-        except RayActorError as error:
-            raise WorkerLostError(f"an actor died ({what}): {str(error).splitlines()[0]}") from error
-        except GetTimeoutError as error:
-            raise DeadlineError(f"no answer within {timeout_s:.0f} s ({what})") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, LspRayError):
-                raise error.cause from error
-            if isinstance(error.cause, torch.OutOfMemoryError):
-                raise OutOfDeviceMemoryError(
-                    f"the GPU's memory is full ({what}); a smaller per_device_train_batch_size or max_seq_length, or "
-                    "gradient_checkpointing, needs less"
-                ) from error
-            raise
-        except RayError as error:
-            raise WorkerLostError(f"Ray failed ({what}): {str(error).splitlines()[0]}") from error
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Update:
+    """What a shard was asked for, kept until it is done."""
+
+    op: Op
+    reprojections: Sequence[Reprojection]
+    grad_scale: float
 
 
 def _new_pair(unit: int, numel: int) -> SlotPair:
-    down, up = (ray.put(new_slot_buffer(numel)) for _ in range(2))
-    return SlotPair(unit=unit, numel=numel, down=down, up=up)
+    down, up, state = (ray.put(new_slot_buffer(size)) for size in (numel, numel, state_numel(numel)))
+    return SlotPair(unit=unit, numel=numel, down=down, up=up, state=state)

@@ -1,38 +1,56 @@
-"""ShardActor: owns the optimizer state of some units; AdamW from slot to slot."""
+"""ShardActor: owns the optimizer state of some units; AdamW from slot to slot.
+
+The state lives in slots too, so that it outlives the actor. A unit's state slot carries the number of its updates as
+its generation, and none while an update is under way; before, the state goes into an undo slot. So an actor
+that takes a dead one's place finds every unit's state whole, or puts it back to what it was before the update, and an
+update that is asked for again is made once. Where updates are speculative every unit has an undo slot of its own: an
+update that is asked for with scaled gradients, after it was made with plain ones, begins from what was kept there.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
 from lsp_ray.device.token_bucket import TokenBucket
-from lsp_ray.methods.lsp_shard import carry_over, whiten
+from lsp_ray.methods.lsp_shard import adopt, carry_over, go_back, whiten
+from lsp_ray.optim.adamw import AdamWState
+from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.projection.sparse_projector import SparseProjector
-from lsp_ray.runtime.slots import Slot
+from lsp_ray.runtime.checkpoint import STATE, writing
+from lsp_ray.runtime.saved_run import SavedRun, reading
+from lsp_ray.runtime.slots import Slot, state_numel
 from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.trace import Span, WorkStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotPair:
-    """One unit's slots: object references of the way down and the way up, and the payload's length."""
+    """One unit's slots: object references of the way down, the way up and the state, and the payload's length."""
 
     unit: int
     numel: int
     down: ray.ObjectRef[Any]
     up: ray.ObjectRef[Any]
+    state: ray.ObjectRef[Any]
 
     def open(self) -> OpenPair:
-        """Map both slots into this process."""
+        """Map the slots of both ways into this process."""
         down, up = ray.get([self.down, self.up])
         return OpenPair(down=Slot(down, self.numel, f"down {self.unit}"), up=Slot(up, self.numel, f"up {self.unit}"))
+
+    def open_state(self) -> Slot:
+        """Map the state's slot into this process; see `state_numel`."""
+        return Slot(ray.get(self.state), state_numel(self.numel), f"state {self.unit}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,52 +61,121 @@ class OpenPair:
     up: Slot
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardReport:
-    """An update's span and the sum of squares of the gradient it read."""
-
-    span: Span
-    grad_square_sum: float
-
-
 class ShardActor:
     """Thin shell over OptimizerShard.
 
     Args:
         pairs: The units this shard owns.
+        undo: By unit, a slot for a state to go back to; several units may share one that is large enough for each.
         num_threads: Threads of torch's operators here.
+        index: Of this shard; Ray's dashboard names it by that.
     """
 
-    def __init__(self, pairs: Sequence[SlotPair], num_threads: int) -> None:
+    def __init__(
+        self, pairs: Sequence[SlotPair], undo: Mapping[int, ray.ObjectRef[Any]], num_threads: int, index: int
+    ) -> None:
+        self._index = index
         torch.set_num_threads(num_threads)
         self._pairs: Mapping[int, OpenPair] = {pair.unit: pair.open() for pair in pairs}
-        self._shard = OptimizerShard({pair.unit: pair.numel for pair in pairs})
+        self._slots = {pair.unit: pair.open_state() for pair in pairs}
+        self._undo = {
+            pair.unit: Slot(ray.get(undo[pair.unit]), state_numel(pair.numel), f"undo {pair.unit}") for pair in pairs
+        }
+        states = {pair.unit: _state(self._slots[pair.unit].payload, pair.numel) for pair in pairs}
+        self._shard = OptimizerShard({pair.unit: pair.numel for pair in pairs}, states=states)
         self._bucket: TokenBucket | None = None
+        for unit, slot in self._slots.items():
+            if slot.generation is None:
+                self._put_back(unit)
+
+    def __repr__(self) -> str:
+        return f"shard-{self._index}"
 
     def ready(self) -> int:
-        """Bytes of optimizer state, once the constructor is done."""
-        return self._shard.state_bytes
+        """This process's number, once the constructor is done."""
+        return os.getpid()
 
-    def slow_down(self, throttle: Throttle, num_shards: int) -> None:
-        """Keep to this shard's part of the throttle from now on."""
+    def set_up(
+        self,
+        throttle: Throttle,
+        num_shards: int,
+        projectors: Mapping[int, Sequence[tuple[int, SparseProjector]]] | None,
+        changed: Mapping[tuple[int, int], SparseProjector],
+    ) -> None:
+        """Keep to this shard's part of the throttle, and take Adam's steps in whitened coordinates.
+
+        Args:
+            throttle: All shards'.
+            num_shards: How many share it.
+            projectors: By unit, of all units: those that training began with; None where nothing is whitened.
+            changed: By unit and first payload element: what came in their place since.
+        """
         self._bucket = throttle.shard(num_shards)
-
-    def whiten(self, projectors: Mapping[int, Sequence[tuple[int, SparseProjector]]]) -> None:
-        """Take Adam's steps of this shard's matrices in whitened coordinates; projectors by unit, of all units."""
+        if projectors is None:
+            return
         for unit in self._pairs:
-            whiten(self._shard, unit, projectors[unit])
+            now = [(first, changed.get((unit, first), projector)) for first, projector in projectors[unit]]
+            whiten(self._shard, unit, now)
+
+    def load(self, saved: SavedRun) -> None:
+        """Take the moments of a checkpoint."""
+        with reading(saved.folder):
+            load_moments(saved.moments, self._shard.states, num_updates=saved.step)
+        for slot in self._slots.values():
+            slot.publish(saved.step)
+
+    def save(self, folder: str, shard_index: int) -> None:
+        """Write this shard's part of a checkpoint."""
+        with writing(Path(folder)):
+            save_moments(Path(folder) / STATE / f"moments-{shard_index}.safetensors", self._shard.states)
 
     def update(
-        self, step: int, unit: int, learning_rate: float, reprojections: Sequence[Reprojection] = ()
-    ) -> ShardReport:
+        self,
+        step: int,
+        unit: int,
+        learning_rate: float,
+        reprojections: Sequence[Reprojection] = (),
+        grad_scale: float = 1.0,
+    ) -> Span:
         """Read the unit's gradient of `step` from its down-slot, write the delta into its up-slot."""
         start_s = time.monotonic()
-        pair = self._pairs[unit]
+        pair, slot = self._pairs[unit], self._slots[unit]
         gradient = pair.down.to_read(step)
+        if slot.generation == step + 1 and grad_scale == 1.0:  # made by an actor that died before it could say so
+            adopt(self._shard, unit, reprojections)
+            return _span(step, unit, start_s)
+        if slot.generation == step + 1:  # made before the step was judged
+            self._put_back(unit)
+            go_back(self._shard, unit, reprojections)
+        self._keep(unit, step)
         carry_over(self._shard, unit, reprojections)
-        square_sum = self._shard.update(unit, gradient, pair.up.to_write(), learning_rate=learning_rate)
+        self._shard.update(unit, gradient, pair.up.to_write(), learning_rate=learning_rate, grad_scale=grad_scale)
         if self._bucket is not None:
             self._bucket.take(gradient.numel(), start_s=start_s)
         pair.up.publish(step)
-        span = Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
-        return ShardReport(span=span, grad_square_sum=float(square_sum))
+        slot.publish(step + 1)
+        return _span(step, unit, start_s)
+
+    def _keep(self, unit: int, step: int) -> None:
+        """Copy a state so that `_put_back` can undo what happens to it from now on."""
+        slot, undo = self._slots[unit], self._undo[unit]
+        kept = slot.to_read(step)
+        undo.to_write().copy_(kept)
+        undo.publish(step)
+        slot.to_write()
+
+    def _put_back(self, unit: int) -> None:
+        slot, undo = self._slots[unit], self._undo[unit]
+        step = undo.generation
+        assert step is not None, "a state was changed before it was kept"
+        slot.to_write().copy_(undo.payload)
+        slot.publish(step)
+
+
+def _span(step: int, unit: int, start_s: float) -> Span:
+    return Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+
+
+def _state(payload: torch.Tensor, numel: int) -> AdamWState:
+    exp_avg, exp_avg_sq, step_1 = payload.split([numel, numel, 1])
+    return AdamWState(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step_1[0])

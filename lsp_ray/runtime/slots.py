@@ -26,9 +26,19 @@ def slot_bytes(numel: int) -> int:
     return 2 * PAGE_BYTES + -(-numel * 4 // PAGE_BYTES) * PAGE_BYTES
 
 
+def state_numel(numel: int) -> int:
+    """Elements of the slot for the optimizer's state of a payload of `numel`: m, v and the number of updates."""
+    return 2 * numel + 1
+
+
 def new_slot_buffer(numel: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     """Return the zeroed buffer to put into the object store for a slot of `numel` elements."""
     return np.zeros(slot_bytes(numel), dtype=np.uint8)
+
+
+def new_slot(numel: int, name: str) -> Slot:
+    """Return a slot in this process's own memory, for threads in the actors' place."""
+    return Slot(new_slot_buffer(numel), numel, name)
 
 
 class Slot:
@@ -60,6 +70,12 @@ class Slot:
     def publish(self, step: int) -> None:
         """Say that the payload is complete and belongs to `step`."""
         self._generation[0] = step
+
+    @property
+    def generation(self) -> int | None:
+        """What `publish` was called with last; None while the payload is being written."""
+        held = int(self._generation[0])
+        return None if held == _EMPTY else held
 
     def to_read(self, step: int) -> torch.Tensor:
         """Return the flat float32 payload of `step`, a view into the store.

@@ -8,18 +8,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
+from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.token_bucket import TokenBucket
-from lsp_ray.device.worker import StepReport
 from lsp_ray.errors import WorkerLostError
-from lsp_ray.methods.lsp_shard import carry_over, whiten
+from lsp_ray.methods.lsp_shard import carry_over, go_back, whiten
+from lsp_ray.optim.adamw import AdamWState
+from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
+from lsp_ray.runtime.saved_run import reading
+from lsp_ray.runtime.slots import new_slot
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import Span, WorkStream
 
@@ -35,10 +38,12 @@ class ThreadWorkers:
         self._job = job
         self._completions: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
         self.side = DeviceSide(job, self._completions.put)
-        self._down = [torch.empty(numel) for numel in job.payload_sizes]
-        self._up = [torch.empty(numel) for numel in job.payload_sizes]
+        self._down = [new_slot(numel, f"down {unit}") for unit, numel in enumerate(job.payload_sizes)]
+        self._up = [new_slot(numel, f"up {unit}") for unit, numel in enumerate(job.payload_sizes)]
+        self._host_payloads = [slot.payload for slot in (*self._down, *self._up)]
         self._buckets: list[TokenBucket | None] = [None] * job.layout.num_shards
         self._reprojections: dict[int, Sequence[Reprojection]] = {}
+        self._before: dict[int, tuple[int, AdamWState]] = {}  # unit -> its last update's step, the state before it
         layout = job.layout
         self._shards = [
             OptimizerShard({unit: job.payload_sizes[unit] for unit in layout.units_of(index)})
@@ -49,16 +54,20 @@ class ThreadWorkers:
 
     def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`; progress is not told."""
-        report = self._compute.submit(self.side.setup, (*self._down, *self._up)).result()
+        report = self._compute.submit(self.side.setup, self._host_payloads).result()
         num_shards = self._job.layout.num_shards
         self._buckets = [report.throttle.shard(num_shards) for _ in range(num_shards)]
         if self._job.whitens:
             projectors = self.side.projectors()
             for unit, index in enumerate(self._job.layout.shard_of_unit):
                 whiten(self._shards[index], unit, projectors[unit])
+        if self._job.saved is not None and self._job.payload_sizes:
+            with reading(self._job.saved.folder):
+                for shard in self._shards:
+                    load_moments(self._job.saved.moments, shard.states, num_updates=self._job.saved.step)
         return report
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> dict[str, float]:
         """See `DeviceSide.evaluate`."""
         return self._compute.submit(self.side.evaluate).result()
 
@@ -70,11 +79,18 @@ class ThreadWorkers:
         """See `DeviceSide.save`."""
         self._compute.submit(self.side.save, folder).result()
 
+    def save_state(self, folder: Path) -> None:
+        """See `DeviceSide.save_state`."""
+        self._compute.submit(self.side.save_state, folder).result()
+        for index, shard in enumerate(self._shards if self._job.payload_sizes else []):
+            with writing(folder):
+                save_moments(folder / STATE / f"moments-{index}.safetensors", shard.states)
+
     def start_step(self, step: int) -> None:
         """See `Workers`."""
-        self._report(self._compute.submit(self.side.run_step, step, (*self._down, *self._up)))
+        self._report(self._compute.submit(self.side.run_step, step, self._host_payloads))
 
-    def launch(self, op: Op) -> None:
+    def launch(self, op: Op, grad_scale: float = 1.0) -> None:
         """See `Workers`."""
         match op.stream:
             case WorkStream.D2H:
@@ -82,7 +98,7 @@ class ThreadWorkers:
             case WorkStream.H2D:
                 future = self._h2d.submit(self._prefetch, op)
             case _:
-                future = self._cpu[self._job.layout.shard_of_unit[op.layer]].submit(self._update, op)
+                future = self._cpu[self._job.layout.shard_of_unit[op.layer]].submit(self._update, op, grad_scale)
         self._report(future)
 
     def next_completions(self) -> list[Completion]:
@@ -100,25 +116,40 @@ class ThreadWorkers:
 
     def _send(self, op: Op) -> OpReport:
         slot = self._down[op.layer]
-        span, reprojections = self.side.worker.send(op.step, op.layer, slot)
+        span, reprojections = self.side.worker.send(op.step, op.layer, slot.to_write())
+        slot.publish(op.step)
         self._reprojections[op.layer] = reprojections  # read by this layer's next update, which this copy precedes
-        return OpReport(span=span, size_bytes=slot.nbytes, reprojections=reprojections)
+        return OpReport(span=span, size_bytes=slot.payload.nbytes, reprojections=reprojections)
 
     def _prefetch(self, op: Op) -> OpReport:
-        slot = self._up[op.layer]
-        return OpReport(span=self.side.worker.prefetch(op.step, op.layer, slot), size_bytes=slot.nbytes)
+        payload = self._up[op.layer].to_read(op.step)
+        return OpReport(span=self.side.worker.prefetch(op.step, op.layer, payload), size_bytes=payload.nbytes)
 
-    def _update(self, op: Op) -> OpReport:
+    def _update(self, op: Op, grad_scale: float) -> OpReport:
         start_s = time.monotonic()
         index = self._job.layout.shard_of_unit[op.layer]
         shard, bucket = self._shards[index], self._buckets[index]
         learning_rate = self._job.learning_rates[op.step]
+        gradient, up = self._down[op.layer].to_read(op.step), self._up[op.layer]
+        if self._job.speculates:
+            self._begin_from_before(shard, op)
         carry_over(shard, op.layer, self._reprojections[op.layer])
-        square_sum = shard.update(op.layer, self._down[op.layer], self._up[op.layer], learning_rate=learning_rate)
+        shard.update(op.layer, gradient, up.to_write(), learning_rate=learning_rate, grad_scale=grad_scale)
         if bucket is not None:
-            bucket.take(self._down[op.layer].numel(), start_s=start_s)
+            bucket.take(gradient.numel(), start_s=start_s)
+        up.publish(op.step)
         span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=start_s, end_s=time.monotonic())
-        return OpReport(span=span, grad_square_sum=float(square_sum))
+        return OpReport(span=span)
+
+    def _begin_from_before(self, shard: OptimizerShard, op: Op) -> None:
+        """Undo the step's update of this unit, if there was one already, and keep what it begins from."""
+        state = shard.states[op.layer]
+        made = self._before.get(op.layer)
+        if made is not None and made[0] == op.step:
+            state.copy_(made[1])
+            go_back(shard, op.layer, self._reprojections[op.layer])
+        else:
+            self._before[op.layer] = op.step, state.clone()
 
     def _report(self, future: Future[StepReport] | Future[OpReport]) -> None:
         def put(done: Future[StepReport] | Future[OpReport]) -> None:

@@ -53,7 +53,18 @@ class CostsMeasured:
     layers: tuple[LayerSeconds, ...]
 
 
-Event = GradientReady | OpDone | CostsMeasured
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepJudged:
+    """The backward of `step` is over, and the norm of all its gradients known; only asked for by who speculates.
+
+    Unless it `stands`, updates of the step that were launched before must be made again, with what is now known.
+    """
+
+    step: int
+    stands: bool
+
+
+Event = GradientReady | OpDone | CostsMeasured | StepJudged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

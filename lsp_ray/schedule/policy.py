@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lsp_ray.schedule.ops import Action, CostsMeasured, Event, GradientReady, Launch, Op, OpDone
+from lsp_ray.schedule.ops import Action, CostsMeasured, Event, GradientReady, Launch, Op, OpDone, StepJudged
 from lsp_ray.schedule.transition import transition_layer
 from lsp_ray.trace import WorkStream
 
@@ -28,6 +28,8 @@ class Policy(ABC):
         shard_of_layer: The shard that owns each layer's optimizer state; its length is the number of layers.
         depth: Operations a lane may hold at once. Two hide the way of a message behind the operation before it;
             more would take decisions too early.
+        speculates: Whether updates are launched before their step is judged. Their deltas then go up only after that,
+            and the updates are launched a second time where the step does not stand.
 
     Attributes:
         staleness: Steps by which a delta is late on purpose: that of step t is added before the forward of step
@@ -36,7 +38,8 @@ class Policy(ABC):
 
     staleness: ClassVar[int] = 0
 
-    def __init__(self, shard_of_layer: Sequence[int], *, depth: int = 2) -> None:
+    def __init__(self, shard_of_layer: Sequence[int], *, depth: int = 2, speculates: bool = False) -> None:
+        self.speculates = speculates
         self.num_layers = len(shard_of_layer)
         self._shard_of_layer = tuple(shard_of_layer)
         self._depth = depth
@@ -44,6 +47,9 @@ class Policy(ABC):
         self._in_flight: Counter[Lane] = Counter()
         self._num_done: Counter[tuple[WorkStream, int]] = Counter()
         self._to_do: set[Op] = set()  # announced by a gradient and not done
+        self._last_judged = -1
+        self._early: dict[Op, bool] = {}  # updates launched before their step was judged -> whether they have ended
+        self._void: set[Op] = set()  # updates under way that must be made again
 
     def handle(self, event: Event) -> list[Action]:
         """Return the operations to launch now that `event` happened."""
@@ -56,6 +62,8 @@ class Policy(ABC):
                 self._complete(op)
             case CostsMeasured():
                 self.learn(event)
+            case StepJudged():
+                self._judge(event)
         return [Launch(op=op) for lane in sorted(self._ready) for op in self._take(lane)]
 
     @abstractmethod
@@ -78,6 +86,26 @@ class Policy(ABC):
 
     def _complete(self, op: Op) -> None:
         self._in_flight[self._lane(op)] -= 1
+        if op in self._void:
+            self._void.remove(op)
+            self._enqueue(op)
+        elif op in self._early:
+            self._early[op] = True
+        else:
+            self._finish(op)
+
+    def _judge(self, event: StepJudged) -> None:
+        self._last_judged = event.step
+        for op in [op for op in self._early if op.step == event.step]:
+            has_ended = self._early.pop(op)
+            if has_ended and event.stands:
+                self._finish(op)
+            elif has_ended:
+                self._enqueue(op)
+            elif not event.stands:
+                self._void.add(op)
+
+    def _finish(self, op: Op) -> None:
         self._to_do.remove(op)
         self._num_done[op.stream, op.step] += 1
         if self.all_done(WorkStream.H2D, op.step):  # nobody will ask for this step any more
@@ -95,6 +123,8 @@ class Policy(ABC):
         taken = in_order[: self._depth - self._in_flight[lane]]
         ops = [queue[position] for position in taken]
         self._in_flight[lane] += len(ops)
+        if self.speculates and lane[0] is WorkStream.CPU:
+            self._early.update({op: False for op in ops if op.step > self._last_judged})
         self._ready[lane] = [op for position, op in enumerate(queue) if position not in taken]
         return ops
 
@@ -134,8 +164,15 @@ class Layerwise(Policy):
             what `transition_layer` computes from them.
     """
 
-    def __init__(self, shard_of_layer: Sequence[int], *, depth: int = 2, transition_layer: int | None = None) -> None:
-        super().__init__(shard_of_layer, depth=depth)
+    def __init__(
+        self,
+        shard_of_layer: Sequence[int],
+        *,
+        depth: int = 2,
+        speculates: bool = False,
+        transition_layer: int | None = None,
+    ) -> None:
+        super().__init__(shard_of_layer, depth=depth, speculates=speculates)
         self._learns = transition_layer is None
         self.transition_layer = self.num_layers // 2 if transition_layer is None else transition_layer
 

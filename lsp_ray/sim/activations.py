@@ -13,6 +13,7 @@ def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -
 
     - what the linears give out, but for the two that end in the residual stream;
     - the answer of the activation function, as wide as the widest linear, and of attention;
+    - keys and values once more for all heads where heads share them, as transformers does for a padded batch;
     - both norms: their input in float32 and what they scale;
     - the linears' inputs (both norms' answers, attention's, the widest), or (X Q)ᵀ of each in their place.
     """
@@ -26,5 +27,6 @@ def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -
     projected = sum(dim for dim in dims if dim is not None)
     if projected and not workload.full_gradient:
         inputs = projected
+    repeated = 2 * model.attention_width if model.key_value_width < model.attention_width else 0
     norms = 2 * hidden * (4 + element)
-    return float(element * (given_out + widest + model.attention_width + inputs) + norms)
+    return float(element * (given_out + widest + model.attention_width + repeated + inputs) + norms)

@@ -16,8 +16,6 @@ from lsp_ray.sim.workload import Workload
 DIM_STEP = 32
 HIDDEN = 0.02  # of a step that traffic and updates may expose and still count as hidden
 _DEVICE_THREADS = 2  # of the host, for launches and copies
-_LARGER_NNZ, _SMALLER_NNZ = 8, 4  # paper, Section 6: "r" of 4 or 8
-_PROJECTOR_SHARE = 0.01  # of the device's memory that the larger may take
 _ADVISED: tuple[PolicyName, ...] = ("layerwise", "earliest_deadline", "layerwise_fcfs", "sequential")
 
 
@@ -33,19 +31,26 @@ class Advice:
     forecast: Forecast
 
 
+def largest_dim(model: ModelShape) -> int:
+    """Return the largest D of interest, a multiple of 32; 0 where there is none.
+
+    It is at most half of min(M, N) of the linear where that is largest: no linear would use more.
+    """
+    return model.largest_small_side // 2 // DIM_STEP * DIM_STEP
+
+
 def largest_hidden_dim(
     model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName = "layerwise"
 ) -> int:
     """Return the largest D, a multiple of 32, whose traffic and updates the compute hides; at least 32.
 
-    D is at most half of min(M, N) of the linear where that is largest: no linear would use more. Hidden means that at
-    most 2 % of a simulated step is exposed, beside what is exposed at 32, which is messages. That it grows with D is
-    taken for granted.
+    Hidden means that at most 2 % of a simulated step is exposed, beside what is exposed at 32, which is messages. That
+    it grows with D is taken for granted.
 
     Raises:
         ConfigError: The model's linears are too small for any.
     """
-    bound = model.largest_small_side // 2 // DIM_STEP * DIM_STEP
+    bound = largest_dim(model)
     if bound < DIM_STEP:
         raise ConfigError(
             "lsp.subspace_dim", f"be a number where no linear has {2 * DIM_STEP} rows and columns", "auto"
@@ -66,12 +71,13 @@ def largest_hidden_dim(
 
 
 def advise(model: ModelShape, workload: Workload, hardware: HardwareProfile) -> Advice:
-    """Return the largest hidden D and, for it, R, shards, threads and policy of the fastest step.
+    """Return the largest hidden D for the workload's R, and shards, threads and policy of the fastest step with it.
 
+    A larger R costs the device compute and lowers the bias less than a larger D does (docs/benchmarks/projection.md).
     Among what is as fast within 1 % the fewest shards and the default policy win. `delayed` is never advised: it is
     stale.
     """
-    base = replace(workload, method="lsp", nnz_per_row=_nnz_per_row(model, workload, hardware))
+    base = replace(workload, method="lsp")
     divisions = _divisions(hardware)
     widest = replace(base, num_shards=divisions[0][0], shard_threads=divisions[0][1])
     base = replace(base, subspace_dim=largest_hidden_dim(model, widest, hardware))
@@ -98,9 +104,3 @@ def _divisions(hardware: HardwareProfile) -> list[tuple[int, int]]:
     left = max(1, hardware.num_cores - (_DEVICE_THREADS if hardware.on_gpu else 1))
     counts = [2**power for power in range(4) if 2**power <= max(1, left // 2)]
     return [(count, left // count) for count in counts]
-
-
-def _nnz_per_row(model: ModelShape, workload: Workload, hardware: HardwareProfile) -> int:
-    sides = sum(linear.rows + linear.columns for layer in model.layers for linear in layer.linears)
-    needed = sides * _LARGER_NNZ * (workload.element_bytes + 2)
-    return _LARGER_NNZ if needed <= _PROJECTOR_SHARE * hardware.device_memory_bytes else _SMALLER_NNZ

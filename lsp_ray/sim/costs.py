@@ -71,8 +71,13 @@ class StepCosts:
     @property
     def compute_s(self) -> float:
         """Seconds of the device alone: no step is shorter."""
-        both_ways = self.loss_s + sum(layer.forward_s + layer.backward_s for layer in self.layers)
-        return self.num_micro_batches * both_ways + sum(layer.apply_s + layer.update_s for layer in self.layers)
+        return self.both_ways_s + sum(layer.apply_s + layer.update_s for layer in self.layers)
+
+    @property
+    def both_ways_s(self) -> float:
+        """Seconds of all forwards and backwards."""
+        once_s = self.loss_s + sum(layer.forward_s + layer.backward_s for layer in self.layers)
+        return self.num_micro_batches * once_s
 
     @property
     def measured(self) -> tuple[LayerSeconds, ...]:

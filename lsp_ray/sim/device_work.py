@@ -66,10 +66,10 @@ def backward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> D
 
 
 def loss_work(model: ModelShape, workload: Workload) -> DeviceWork:
-    """Logits and their input's gradient, 2·T each an element of the frozen output embedding, and the softmax."""
+    """Logits and their input's gradient, 2 a target each an element of the frozen output embedding, and the softmax."""
     return DeviceWork(
-        flops=4.0 * workload.tokens * model.hidden_size * model.num_logits,
-        moved_bytes=float(_LOGIT_BYTES * workload.tokens * model.num_logits),
+        flops=4.0 * workload.targets * model.hidden_size * model.num_logits,
+        moved_bytes=float(_LOGIT_BYTES * workload.targets * model.num_logits),
     )
 
 
@@ -123,4 +123,4 @@ def _projection(workload: Workload, width: int, dim: int | None) -> DeviceWork:
 def _attention_flops(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
     if not layer.is_block:
         return 0.0
-    return 4.0 * workload.tokens * workload.seq_length * model.attention_width
+    return 4.0 * workload.tokens * workload.padded_length * model.attention_width

@@ -21,6 +21,9 @@ class Forecast:
 
     Attributes:
         policy: None where nothing leaves the device.
+        device: With a typical micro-batch.
+        longest_bytes: Peak on the device with the longest micro-batch there can be, every token with a target: what
+            has to fit.
         bytes_each_way: Down the link in a step, and as many up.
         busy_s: Of each stream in a step.
         misfits: What does not fit, a line each; empty where all does.
@@ -29,6 +32,7 @@ class Forecast:
     workload: Workload
     policy: PolicyName | None
     device: DeviceMemory
+    longest_bytes: float
     host: HostMemory
     bytes_each_way: int
     step_s: float
@@ -38,7 +42,7 @@ class Forecast:
 
     @property
     def tokens_per_s(self) -> float:
-        """Throughput."""
+        """Throughput, padding counted."""
         return self.workload.tokens_per_step / self.step_s
 
     @property
@@ -60,28 +64,30 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
     """Return what a step of `workload` takes; `policy` is None for native."""
     simulation = simulate(model, workload, hardware, policy)
     payloads = [workload.payload_bytes(layer) for layer in model.layers]
-    device = device_memory(model, workload, peak_payload_bytes(simulation.spans, payloads))
+    buffers = peak_payload_bytes(simulation.spans, payloads)
+    longest_bytes = device_memory(model, workload.full, buffers).peak_bytes
     host = host_memory(model, workload)
     typical = simulation.typical
     return Forecast(
         workload=workload,
         policy=policy,
-        device=device,
+        device=device_memory(model, workload, buffers),
+        longest_bytes=longest_bytes,
         host=host,
         bytes_each_way=sum(payloads),
         step_s=typical.step_s,
         exposed=typical.exposed,
         busy_s=typical.busy_s,
-        misfits=_misfits(hardware, device, host),
+        misfits=_misfits(hardware, longest_bytes, host),
     )
 
 
-def _misfits(hardware: HardwareProfile, device: DeviceMemory, host: HostMemory) -> tuple[str, ...]:
-    needs = [("device", device.peak_bytes, hardware.device_memory_bytes)]
+def _misfits(hardware: HardwareProfile, device_bytes: float, host: HostMemory) -> tuple[str, ...]:
+    needs = [("device", device_bytes, hardware.device_memory_bytes)]
     if hardware.on_gpu:
         needs.append(("host", host.total_bytes, hardware.host_memory_bytes))
     else:  # one memory for both
-        needs = [("host", device.peak_bytes + host.total_bytes, hardware.host_memory_bytes)]
+        needs = [("host", device_bytes + host.total_bytes, hardware.host_memory_bytes)]
     return tuple(
         f"{where} memory: {needed / 1e9:.1f} GB needed, {there / 1e9:.1f} GB there"
         for where, needed, there in needs

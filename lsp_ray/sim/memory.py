@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from lsp_ray.sim.activations import activation_bytes
-from lsp_ray.sim.model_shape import LinearShape, ModelShape
+from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
@@ -18,7 +18,7 @@ _STORE_SPARE_BYTES = 96 << 20  # of the object store beside the slots
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMemory:
-    """Bytes on the device; `activations` at the end of the forward, with the loss's; `block` the largest block's."""
+    """Bytes on the device; `activations` at their most, with the loss's; `block` the largest block's in backward."""
 
     weights: float
     projectors: float
@@ -37,10 +37,9 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """Bytes on the host; `object_store` is shared memory: the slots, both ways."""
+    """Bytes on the host; `object_store` is shared memory: slots, both ways, m and v, and a copy for what runs."""
 
     object_store: float
-    optimizer_state: float
     whitening: float
     processes: float
 
@@ -58,17 +57,22 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
         sum(_gradient_bytes(workload, linear) for linear in layer.linears) + element * layer.raw_numel
         for layer in model.layers
     ]
-    blocks = [activation_bytes(model, workload, layer) for layer in model.layers]
-    if workload.gradient_checkpointing:
-        kept = sum(element * model.hidden_size for block in blocks if block) + max(blocks)
+    kept = [activation_bytes(model, workload, layer) for layer in model.layers]
+    block = workload.tokens * max(
+        bytes_kept + _compressing_bytes(workload, layer) for layer, bytes_kept in zip(model.layers, kept, strict=True)
+    )
+    loss = float(_LOSS_BYTES * workload.targets * model.num_logits)
+    if workload.gradient_checkpointing:  # blocks are computed again after the loss's own bytes are free
+        inputs = sum(element * model.hidden_size for bytes_kept in kept if bytes_kept)
+        activations = workload.tokens * inputs + max(loss, block)
     else:
-        kept = sum(blocks)
+        activations = workload.tokens * sum(kept) + loss
     return DeviceMemory(
         weights=float(element * model.num_parameters),
         projectors=sum(_projector_bytes(workload, linear) for layer in model.layers for linear in layer.linears),
         optimizer_state=8.0 * model.num_trained if native else 0.0,
-        activations=workload.tokens * (kept + _LOSS_BYTES * model.num_logits),
-        block=workload.tokens * max(blocks),
+        activations=activations,
+        block=block,
         gradients=float(sum(gradients)) if native else float(max(gradients)),
         payload_buffers=8.0 * max(layer.numel for layer in model.layers) if native else payload_buffers,
     )
@@ -77,12 +81,12 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
 def host_memory(model: ModelShape, workload: Workload) -> HostMemory:
     """Return the host's memory beside what the device needs where the host computes."""
     if workload.method == "native":
-        return HostMemory(object_store=_STORE_SPARE_BYTES, optimizer_state=0, whitening=0, processes=2 * _PROCESS_BYTES)
-    payload_numel = sum(workload.payload_numel(layer) for layer in model.layers)
+        return HostMemory(object_store=_STORE_SPARE_BYTES, whitening=0, processes=2 * _PROCESS_BYTES)
+    payload_numels = [workload.payload_numel(layer) for layer in model.layers]
+    undo_numel = workload.num_shards * max(payload_numels)
     dims = [workload.dim_of(linear) for layer in model.layers for linear in layer.linears] if workload.whiten else []
     return HostMemory(
-        object_store=8.0 * payload_numel + _STORE_SPARE_BYTES,
-        optimizer_state=8.0 * payload_numel,
+        object_store=16.0 * sum(payload_numels) + 8.0 * undo_numel + _STORE_SPARE_BYTES,
         whitening=sum(8.0 * dim * dim for dim in dims if dim is not None),
         processes=(2 + workload.num_shards) * _PROCESS_BYTES,
     )
@@ -117,6 +121,16 @@ def _made(run: Span, sent: Span) -> bool:
 
 def _read(run: Span, brought: Span) -> bool:
     return run.layer == brought.layer and run.step > brought.step and run.start_s >= brought.end_s
+
+
+def _compressing_bytes(workload: Workload, layer: LayerShape) -> float:
+    """Bytes a token while a compression works: output gradients of the widest and its partner, and one transposed.
+
+    Plain autograd frees activations as it makes such gradients; there they do not add to the peak.
+    """
+    if workload.method != "lsp" or not layer.is_block:
+        return 0.0
+    return 3.0 * workload.element_bytes * max(max(linear.rows, linear.columns) for linear in layer.linears)
 
 
 def _gradient_bytes(workload: Workload, linear: LinearShape) -> int:

@@ -46,6 +46,7 @@ class ModelShape:
         num_parameters: All of them, frozen ones and shared ones once.
         hidden_size: Width of the residual stream.
         attention_width: Heads times their width.
+        key_value_width: Heads of keys (and of values) times their width; less where heads share them.
         num_logits: Rows of the output embedding: the vocabulary; a classifier's labels.
     """
 
@@ -53,6 +54,7 @@ class ModelShape:
     num_parameters: int
     hidden_size: int
     attention_width: int
+    key_value_width: int
     num_logits: int
 
     @property

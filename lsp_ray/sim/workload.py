@@ -5,7 +5,7 @@ Legend: T tokens, M rows out, N columns in, D subspace, R non-zeros a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lsp_ray.config import Method
@@ -23,7 +23,9 @@ class Workload:
     Attributes:
         method: What is trained, sent and applied.
         batch_size: Examples in a micro-batch.
-        seq_length: Tokens of each, all of them with a target.
+        seq_length: Tokens of each at most.
+        typical_length: Tokens to which a typical micro-batch is padded; default: seq_length.
+        typical_targets: Predictions that count in a typical micro-batch; default: one for each of its tokens.
         num_micro_batches: In an optimizer update.
         bf16: Weights and activations of 2 bytes, else of 4.
         gradient_checkpointing: Whether the backward runs each block's forward again.
@@ -41,6 +43,8 @@ class Workload:
     method: Method
     batch_size: int
     seq_length: int
+    typical_length: int | None = None
+    typical_targets: int | None = None
     num_micro_batches: int = 1
     bf16: bool = True
     gradient_checkpointing: bool = False
@@ -61,9 +65,24 @@ class Workload:
                 raise ConfigError(f"workload.{name}", "be at least 1", getattr(self, name))
 
     @property
+    def full(self) -> Workload:
+        """The same with the longest micro-batch there can be, a target for every token."""
+        return replace(self, typical_length=None, typical_targets=None)
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens of each example of a typical micro-batch, padding included."""
+        return self.seq_length if self.typical_length is None else self.typical_length
+
+    @property
     def tokens(self) -> int:
-        """T of a micro-batch."""
-        return self.batch_size * self.seq_length
+        """T of a typical micro-batch, padding included."""
+        return self.batch_size * self.padded_length
+
+    @property
+    def targets(self) -> int:
+        """Rows of logits of a typical micro-batch."""
+        return self.tokens if self.typical_targets is None else self.typical_targets
 
     @property
     def tokens_per_step(self) -> int:

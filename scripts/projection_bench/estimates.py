@@ -18,6 +18,7 @@ import torch
 
 from lsp_ray.projection.bias import bias_of
 from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.whitening import Whitening
 from scripts.projection_bench.gradients import Gradients
 
 BYTES_PER_NNZ = 2 + 2  # a bfloat16 value and an int16 row number
@@ -67,6 +68,23 @@ def whitened_score(projector: SparseProjector, gradients: Sequence[torch.Tensor]
     return Score.mean(
         Score.orthonormal(left_DD @ projector.compress(grad_MN) @ right_DD, grad_MN) for grad_MN in gradients
     )
+
+
+def balanced_score(projector: SparseProjector, gradients: Sequence[torch.Tensor]) -> Score:
+    """Of what Adam's step is taken for in a run: P A (A Pᵀ G Q B) B Qᵀ, whitened by P̂ and Q̂ as the shards do it."""
+    whitening = Whitening.of(projector)
+    left_DD, right_DD = (side_DD.double() @ side_DD.double() for side_DD in (whitening.left_DD, whitening.right_DD))
+    left_gram_DD, right_gram_DD = projector.left.gram().double(), projector.right.gram().double()
+    scores = []
+    for grad_MN in gradients:
+        compressed_DD = projector.compress(grad_MN).double()
+        core_DD = left_DD @ compressed_DD @ right_DD
+        along, square = float((core_DD * compressed_DD).sum()), _square(grad_MN)
+        kept = float((left_gram_DD @ core_DD @ right_gram_DD * core_DD).sum())
+        cosine = min(1.0, along / math.sqrt(kept * square))
+        raw_bias = math.sqrt(max(0.0, kept - 2 * along + square) / square)
+        scores.append(Score(bias=math.sqrt(1 - cosine**2), raw_bias=raw_bias, cosine=cosine))
+    return Score.mean(scores)
 
 
 class DenseBases:

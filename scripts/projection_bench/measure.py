@@ -18,6 +18,7 @@ from lsp_ray.projection.sparse_projector import SparseProjector, subspace_dim_fo
 from scripts.projection_bench.estimates import (
     DenseBases,
     Score,
+    balanced_score,
     one_sided_rank,
     projector_bytes,
     sparse_score,
@@ -30,6 +31,7 @@ from scripts.projection_bench.gradients import SEED, Gradients
 METHODS = (
     "closed_form",
     "closed_form_gram",
+    "closed_form_balanced",
     "paper",
     "random",
     "galore_one_sided",
@@ -131,7 +133,8 @@ def _all_methods(
 ) -> tuple[dict[str, Score], dict[str, float]]:
     """Return every method's score and the seconds of the two fits, made one right after the other."""
     begin_s = clock()
-    closed = _closed_form(gradients, dim, nnz_per_row, seed)
+    sketch = sketched(gradients, dim, seed)
+    closed = fitted(sketch, dim, nnz_per_row, seed, balanced=False)
     between_s = clock()
     paper = fit_paper(
         gradients.calibration,
@@ -143,12 +146,13 @@ def _all_methods(
         max_steps=PAPER_STEPS,
     )
     end_s = clock()
-    assert closed is not None, f"{gradients.name} has no gradient"
+    balanced = fitted(sketch, dim, nnz_per_row, seed, balanced=True)
     assert paper is not None, f"{gradients.name} has no gradient"
     drawn = SparseProjector.random(gradients.shape, dim, nnz_per_row, _generator(seed, 1))
     scores = {
         "closed_form": sparse_score(closed, gradients.held_out),
         "closed_form_gram": whitened_score(closed, gradients.held_out),
+        "closed_form_balanced": balanced_score(balanced, gradients.held_out),
         "paper": sparse_score(paper, gradients.held_out),
         "random": sparse_score(drawn, gradients.held_out),
         "galore_one_sided": bases.one_sided(one_sided_rank(gradients.shape, nnz_per_row)),
@@ -158,15 +162,23 @@ def _all_methods(
     return scores, {"closed_form": between_s - begin_s, "paper": end_s - between_s}
 
 
-def _closed_form(gradients: Gradients, dim: int, nnz_per_row: int, seed: int) -> SparseProjector | None:
-    """What a run does before its first step, from sketches on; its own sketches, fed with G = G I or I G."""
-    sketch = GradientSketch(gradients.shape, dim, _generator(seed, 0))
+def sketched(gradients: Gradients, width: int, seed: int) -> GradientSketch:
+    """What a run sees before its first step; its own sketches, fed with G = G I or I G."""
+    sketch = GradientSketch(gradients.shape, width, _generator(seed, 0))
     rows, columns = gradients.shape
     eye = torch.eye(min(rows, columns))
     for grad_MN in gradients.calibration:
         # the product of the two arguments is dYᵀX: put the identity on the shorter side
         sketch.add(*((grad_MN.t(), eye) if rows >= columns else (eye, grad_MN)))
-    return fit_projector(sketch.left_MS, sketch.right_NS, dim, nnz_per_row, _generator(seed, 1))
+    return sketch
+
+
+def fitted(sketch: GradientSketch, dim: int, nnz_per_row: int, seed: int, *, balanced: bool) -> SparseProjector:
+    """The closed form's projector."""
+    generator = _generator(seed, 1)
+    projector = fit_projector(sketch.left_MS, sketch.right_NS, dim, nnz_per_row, generator, balanced=balanced)
+    assert projector is not None, "a matrix has no gradient"
+    return projector
 
 
 def _widest(shape: Shape, points: Sequence[Point]) -> int:

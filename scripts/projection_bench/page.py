@@ -16,6 +16,7 @@ from lsp_ray import __version__
 from lsp_ray.projection.paper_fit import LEARNING_RATE
 from scripts.projection_bench.measure import METHODS, PAPER_STEPS, Measured, Point
 from scripts.projection_bench.tables import LABELS, TextTable, sentence
+from scripts.projection_bench.transfer import Transfer
 
 TOLD_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -31,6 +32,7 @@ class Findings:
     grids: dict[str, Measured]
     fit_seconds: dict[str, float]
     times_ms: dict[str, dict[str, float]]
+    transfers: tuple[Transfer, ...]
     wall_s: float
 
 
@@ -62,6 +64,8 @@ def method_notes() -> tuple[str, ...]:
         "Values sent a matrix are those of the compressed gradient: what crosses the link each way in a step.",
         "Orthonormal columns are P (PᵀP)^(-1/2), Q (QᵀQ)^(-1/2). The factor is (d, d) and not in the bytes: it can be "
         "applied where the optimizer is, on the host.",
+        "Balanced is what a run's default makes: P and Q learned for S G Z, which has rows and columns of like size, "
+        "and whitened there. It trains better (docs/log.md), and by design not with the least bias for G itself.",
         f"The paper's fit is given {PAPER_STEPS} Adam steps at learning rate {LEARNING_RATE}, the best of those tried "
         "from 0.01 to 0.6 at r=4 d=256 (another point may want another), no bound on bias or time, and never forms an "
         "(M, N) estimate. It starts from `random`.",

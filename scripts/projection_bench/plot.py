@@ -10,6 +10,7 @@ from scripts.projection_bench.measure import Measured
 
 STYLE = {
     "closed_form_gram": ("closed form, orthonormal columns", "#0072b2", "o", "-"),
+    "closed_form_balanced": ("closed form, balanced", "#004166", "o", ":"),
     "closed_form": ("closed form, unit columns", "#56b4e9", "o", "--"),
     "paper": ("paper (60 Adam steps)", "#d55e00", "s", "-"),
     "random": ("random", "#999999", "x", "-"),

@@ -9,10 +9,12 @@ from rich import box
 from rich.table import Table
 
 from scripts.projection_bench.measure import METHODS, Measured, Point
+from scripts.projection_bench.transfer import Transfer
 
 LABELS = {
     "closed_form": "closed form, unit columns",
     "closed_form_gram": "closed form, orthonormal columns",
+    "closed_form_balanced": "closed form, balanced (a run's default)",
     "paper": "paper",
     "random": "random",
     "galore_one_sided": "GaLore, one-sided",
@@ -22,6 +24,7 @@ LABELS = {
 SHORT_LABELS = {
     "closed_form": "closed, unit",
     "closed_form_gram": "closed, orthonormal",
+    "closed_form_balanced": "closed, balanced",
     "paper": "paper",
     "random": "random",
     "galore_one_sided": "GaLore one",
@@ -104,6 +107,16 @@ def fit_table(heading: str, seconds: dict[str, float]) -> TextTable:
     """Seconds of each fit for the whole model."""
     rows = tuple((LABELS[method], f"{fit_s:.1f}") for method, fit_s in seconds.items())
     return TextTable(heading=heading, columns=("fit", "seconds"), rows=rows)
+
+
+def transfer_table(heading: str, transfers: Sequence[Transfer]) -> TextTable:
+    """What projectors learned elsewhere cost in bias; what they save is the fit's seconds."""
+    rows = tuple(
+        (f"{each.learned_on}, judged by {each.judged_by}", f"{each.orthonormal.bias:.3f}", f"{each.balanced.bias:.3f}")
+        for each in transfers
+    )
+    columns = ("learned on", LABELS["closed_form_gram"], LABELS["closed_form_balanced"])
+    return TextTable(heading=heading, columns=columns, rows=rows)
 
 
 def sentence(parts: Sequence[str]) -> str:

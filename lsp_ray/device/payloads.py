@@ -1,0 +1,90 @@
+"""Payloads: gathers each unit's gradients once they are complete and brings them down to the unit's slot.
+
+Two threads call it: d2h (`send`) and compute (everything else).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from lsp_ray.device.backend import Backend, Fence
+from lsp_ray.device.token_bucket import TokenBucket
+from lsp_ray.device.unit import Unit
+from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.schedule.ops import GradientReady
+from lsp_ray.trace import Span, WorkStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Payload:
+    gradient: torch.Tensor
+    fence: Fence
+    reprojections: tuple[Reprojection, ...]
+
+
+class Payloads:
+    """Holds each unit's payload between the backward that made it and the copy that takes it away.
+
+    Args:
+        backend: Copies and fences.
+        on_gradients: Told, on any thread, that a payload is ready to be sent.
+        link: Slows copies down, in bytes; None does not.
+    """
+
+    def __init__(
+        self, backend: Backend, on_gradients: Callable[[GradientReady], None], *, link: TokenBucket | None
+    ) -> None:
+        self._backend = backend
+        self._on_gradients = on_gradients
+        self._link = link
+        self._payloads: dict[tuple[int, int], _Payload] = {}
+        self._announcements: list[Future[None]] = []
+        self._lock = threading.Lock()
+
+    def announce(self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...]) -> None:
+        """Gather the unit's gradients and tell that they are ready.
+
+        `reprojections`: the matrices of which this payload is the first in a new subspace.
+        """
+        fence = self._gather(step, unit, reprojections)
+        ready = GradientReady(step=step, layer=unit.index)
+        self._announcements.append(self._backend.when_passed(fence, lambda: self._on_gradients(ready)))
+
+    def settle(self) -> None:
+        """Wait until all that was announced is told, and raise what failed there: nobody else would hear of it."""
+        announcements, self._announcements = self._announcements, []
+        for told in announcements:
+            told.result()
+
+    def send(self, step: int, unit: int, slot: torch.Tensor) -> tuple[Span, tuple[Reprojection, ...]]:
+        """Copy the unit's payload of `step` into the host slot; called on the d2h thread.
+
+        With the span comes what `announce` was given: these moments must follow before the update.
+        """
+        with self._lock:
+            payload = self._payloads.pop((step, unit))
+        payload.fence.synchronize()  # the span then holds the copy alone, not the compute before it
+        start_s = time.monotonic()
+        self._backend.wait(WorkStream.D2H, payload.fence)
+        self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
+        self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
+        if self._link is not None:
+            self._link.take(slot.nbytes, start_s=start_s)
+        span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+        return span, payload.reprojections
+
+    def _gather(self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...]) -> Fence:
+        """Apart from `announce`: once `send` may run, `send` alone must hold the buffer and decide when it goes."""
+        gradient = self._backend.empty(WorkStream.GPU, unit.numel)
+        with self._backend.launch(WorkStream.GPU, writes=(gradient,)):
+            unit.take_gradient(gradient)
+        fence = self._backend.record(WorkStream.GPU)
+        with self._lock:
+            self._payloads[step, unit.index] = _Payload(gradient=gradient, fence=fence, reprojections=reprojections)
+        return fence

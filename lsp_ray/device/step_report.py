@@ -1,0 +1,31 @@
+"""StepReport: what the device says of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lsp_ray.device.refit import BiasReport
+from lsp_ray.trace import ComputeSpan, Wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What the compute stream did in one step; `loss` is the mean over the step's targets.
+
+    `forward_s` is the first micro-batch's forward without its waits, `backward_s` the last one's backward: between
+    them lie the deadlines and the arrivals of a step. `grad_norm` and `grad_scale`: see `Verdict`.
+    """
+
+    step: int
+    loss: float
+    num_tokens: int
+    start_s: float
+    end_s: float
+    forward_s: float
+    backward_s: float
+    waits: tuple[Wait, ...]
+    grad_norm: float
+    grad_scale: float
+    peak_device_bytes: int | None
+    bias: BiasReport | None
+    compute: tuple[ComputeSpan, ...] = ()

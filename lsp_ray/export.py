@@ -1,0 +1,150 @@
+"""`python -m lsp_ray.export`: a run's checkpoint in another dtype, with a model card, checked against the original."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lsp_ray.errors import ConfigError, LspRayError
+
+if TYPE_CHECKING:  # --help is answered before torch is imported
+    import torch
+    from transformers import PreTrainedModel
+
+    from lsp_ray.report.run_folder import RunFolder
+
+DTYPES = ("float32", "bfloat16", "float16")
+PROBE_TOKENS = 32
+MAX_ERROR_IN_EPS = 10.0  # of ‖logits‖: every layer rounds anew, and errors of a layer add up like a random walk's
+
+_FACTS = {
+    "method": "Method",
+    "model_name_or_path": "Base model",
+    "dataset": "Data",
+    "max_steps": "Steps",
+    "learning_rate": "Learning rate",
+    "per_device_train_batch_size": "Examples in a micro-batch",
+    "gradient_accumulation_steps": "Micro-batches in an update",
+    "max_seq_length": "Tokens of an example, at most",
+    "lsp.subspace_dim": "Subspace d",
+    "lsp.nnz_per_row": "Non-zeros r in a row",
+    "seed": "Seed",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """Where the model is, its dtype, and how far its logits are from the trained model's: ‖difference‖ / ‖logits‖."""
+
+    folder: Path
+    dtype: str
+    relative_error: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for a failed check."""
+    options = _parser().parse_args(argv)
+    try:
+        exported = export(options.run_dir, options.output_dir, options.dtype)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except LspRayError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    how = "equal the trained model's" if exported.relative_error == 0 else f"differ by {exported.relative_error:.2g}"
+    print(f"exported: {exported.folder}, {exported.dtype}; logits {how}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lsp_ray.export",
+        description="Write a trained model in another dtype, with a model card, and check that its logits stay.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_dir", type=Path, help="Output folder of a finished run.")
+    parser.add_argument("output_dir", type=Path, help="New or empty folder.")
+    parser.add_argument("--dtype", choices=DTYPES, help="Of the weights; default: the run's.")
+    return parser
+
+
+def export(run_dir: Path, output_dir: Path, dtype: str | None = None) -> Exported:
+    """Write the model of `run_dir` into `output_dir`, load it from there and compare its logits.
+
+    Raises:
+        ConfigError: `run_dir` holds no finished run, or `output_dir` has content.
+        LspRayError: The logits are not the trained model's to the dtype's accuracy: exactly for the run's own.
+    """
+    import torch
+
+    from lsp_ray.models.load import load_tokenizer, save_model
+    from lsp_ray.models.trained import load_trained
+    from lsp_ray.report.run_folder import read_run
+
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ConfigError("output_dir", "be a new or empty folder", str(output_dir))
+    run = read_run(run_dir)
+    trained = load_trained(run_dir)
+    own = str(trained.dtype).removeprefix("torch.")
+    dtype = dtype or own
+    expected = _logits(trained)
+    try:
+        save_model(trained.to(getattr(torch, dtype)), load_tokenizer(run_dir), output_dir)
+        (output_dir / "README.md").write_text(model_card(run, dtype), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error
+    relative_error = float((_logits(load_trained(output_dir)) - expected).norm() / expected.norm())
+    bound = 0.0 if dtype == own else MAX_ERROR_IN_EPS * torch.finfo(getattr(torch, dtype)).eps
+    if not relative_error <= bound:  # also what is not a number
+        shutil.rmtree(output_dir)
+        raise LspRayError(
+            f"logits in {dtype} differ by {relative_error:.2g} of the trained model's (at most {bound:.2g})"
+        )
+    return Exported(folder=output_dir, dtype=dtype, relative_error=relative_error)
+
+
+def model_card(run: RunFolder, dtype: str) -> str:
+    """The run's facts as a README.md for a model hub."""
+    facts = [(label, run.config[name]) for name, label in _FACTS.items() if name in run.config]
+    base = run.config.get("model_name_or_path", "")
+    header = ["---", "library_name: transformers", "tags:", "- lsp_ray"]
+    if base and not Path(base).exists():  # a folder's name means nothing to others
+        header.append(f"base_model: {json.dumps(base)}")
+    lines = [*header, "---", "", f"# {run.name}", "", "Fine-tuned with lsp_ray (learned sparse projectors).", ""]
+    lines += ["| | |", "|---|---|", *(f"| {label} | {_cell(value)} |" for label, value in facts)]
+    lines += [f"| Weights | {dtype} |", *_results(run.summary), ""]
+    return "\n".join(lines)
+
+
+def _results(summary: dict[str, Any]) -> list[str]:
+    names = {"eval_loss_before": "Held-out loss before", "eval_loss_after": "Held-out loss after"}
+    return [f"| {label} | {summary[name]:.4f} |" for name, label in names.items() if name in summary]
+
+
+def _cell(value: str) -> str:
+    return " ".join(value.split()).replace("|", "\\|")
+
+
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    """Float32, of random tokens that are the same for every model of a vocabulary."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    tokens_1S = torch.randint(model.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
+    model.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=tokens_1S).logits.float()
+    return logits
+
+
+if __name__ == "__main__":
+    sys.exit(main())

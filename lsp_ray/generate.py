@@ -1,0 +1,80 @@
+"""`python -m lsp_ray.generate`: a quick look at what a trained model answers, word by word."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lsp_ray.errors import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for what a person can mend."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.max_new_tokens < 1:
+            raise ConfigError("max_new_tokens", "be at least 1", options.max_new_tokens)
+        answer(options.model, options.prompt, max_new_tokens=options.max_new_tokens, raw=options.raw)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lsp_ray.generate",
+        description="Let a trained model answer a prompt, greedily, on the GPU if there is one. Needs no network.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, required=True, help="Folder of a finished run or of an export.")
+    parser.add_argument("--prompt", required=True, help="What to answer or to continue.")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="Tokens of the answer, at most.")
+    parser.add_argument("--raw", action="store_true", help="Continue the prompt as it is: no chat template.")
+    return parser
+
+
+def answer(folder: Path, prompt: str, *, max_new_tokens: int, raw: bool) -> None:
+    """Print the model's greedy answer as it comes; through the chat template if the tokenizer has one.
+
+    Raises:
+        ConfigError: The folder holds no causal language model, or the prompt is empty.
+    """
+    import torch
+    from transformers import GenerationConfig, TextStreamer
+
+    from lsp_ray.models.load import load_tokenizer
+    from lsp_ray.models.trained import load_trained
+
+    model = load_trained(folder)
+    if not model.can_generate():
+        raise ConfigError("model", "be a causal language model", type(model).__name__)
+    tokenizer = load_tokenizer(folder)
+    text = prompt
+    if tokenizer.chat_template and not raw:
+        conversation = [{"role": "user", "content": prompt}]
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=text is prompt)
+    if not inputs["input_ids"].shape[1]:
+        raise ConfigError("prompt", "have a token", prompt)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()  # type: ignore[arg-type]
+    model.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"].to(device),
+        attention_mask=inputs["attention_mask"].to(device),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=model.config.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""A run from configuration to checkpoint: what the command line and Python's API have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from lsp_ray.config import RunConfig
+from lsp_ray.output_folder import claimed
+from lsp_ray.runtime.stop_signal import StopSignal
+
+if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray are imported
+    from rich.console import Console
+
+    from lsp_ray.data.tokenize import TokenizedRows
+    from lsp_ray.report.progress import Progress
+    from lsp_ray.runtime.cluster import ClusterInfo
+    from lsp_ray.runtime.fine_tune import Summary
+    from lsp_ray.runtime.job import Job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """Where a run left checkpoint, metrics and summary, and what summary.json holds."""
+
+    output_dir: Path
+    summary: Summary
+
+
+def run_config(
+    config: RunConfig,
+    *,
+    stop: StopSignal | None = None,
+    console: Console | None = None,
+    rows: TokenizedRows | None = None,
+) -> RunResult:
+    """Fine-tune from configuration to checkpoint.
+
+    Args:
+        config: The run.
+        stop: Ends it early; default: nothing does.
+        console: Where progress is shown; default: standard output.
+        rows: What to train on in place of `config.dataset`.
+
+    Raises:
+        LspRayError: Something failed underway; a ConfigError: something cannot work, and nothing was written.
+    """
+    with claimed(config) as output_dir:
+        from lsp_ray.report.progress import Progress
+        from lsp_ray.runtime.cluster import ray_cluster
+        from lsp_ray.runtime.host_memory import check_memory, read_host_memory
+        from lsp_ray.runtime.live_metrics import LiveMetrics
+        from lsp_ray.runtime.persistence import fine_tune_persistently
+        from lsp_ray.runtime.ray_workers import RayWorkers
+
+        with Progress(console=console) as progress:
+            progress.phase("preparing model and data")
+            job = _prepared(config, rows, output_dir, progress.note)
+            check_memory(job, read_host_memory())
+            progress.total_steps = job.num_steps
+            progress.note(_plan_line(job))
+            progress.phase("starting Ray")
+            with ray_cluster(
+                num_actors=1 + job.layout.num_shards,
+                num_gpus=int(job.device == "cuda"),
+                store_bytes=job.store_bytes,
+                dashboard=config.runtime.dashboard,
+            ) as cluster:
+                if stop is not None:
+                    stop.take()
+                _note_dashboard(cluster, progress)
+                _write_config(output_dir, job)
+                listener = LiveMetrics(progress) if config.runtime.dashboard else progress
+                signal = stop or StopSignal()
+                summary = fine_tune_persistently(job, RayWorkers, output_dir, listener, _decoder(job), signal)
+            progress.note(
+                f"done: eval {_changes(summary)}, "
+                f"{summary.step_time_s_median:.2f} s a step, {summary.overlap_fraction:.1%} overlapped; "
+                f"checkpoint, metrics and summary are in {output_dir}"
+            )
+    return RunResult(output_dir=output_dir, summary=summary)
+
+
+def _prepared(config: RunConfig, rows: TokenizedRows | None, output_dir: Path, note: Callable[[str], None]) -> Job:
+    """The job with everything decided, from its checkpoint on if there is one."""
+    from lsp_ray.plan.auto_dim import with_subspace_dim
+    from lsp_ray.runtime.job import prepare_job, resumed
+    from lsp_ray.runtime.saved_run import find_checkpoint, saved_subspace_dim
+
+    asked = config.resume_from_checkpoint
+    checkpoint = None if asked is None else find_checkpoint(asked, output_dir)
+    if checkpoint is not None and config.lsp.subspace_dim == "auto":
+        config = replace(config, lsp=replace(config.lsp, subspace_dim=saved_subspace_dim(checkpoint)))
+    elif rows is None:
+        config = with_subspace_dim(config, note)
+    job = prepare_job(config, note, rows)
+    return job if checkpoint is None else resumed(job, checkpoint)
+
+
+def _write_config(output_dir: Path, job: Job) -> None:
+    """Leave what the run is, with every default filled in: `--config` repeats it, in a folder of its own."""
+    resolved = asdict(job.resolved_config)
+    del resolved["output_dir"], resolved["resume_from_checkpoint"]
+    (output_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+def _plan_line(job: Job) -> str:
+    layout, config = job.layout, job.config
+    parts = [f"plan: {config.method} on {job.device}, {str(job.dtype).removeprefix('torch.')}"]
+    if job.subspace_dims:
+        dims = sorted(set(job.subspace_dims.values()), reverse=True)
+        parts.append(f"{len(job.subspace_dims)} projected matrices with d = {', '.join(map(str, dims))}")
+    parts.append(f"{job.num_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps}")
+    if job.payload_sizes:
+        parts.append(f"{_size(4 * sum(job.payload_sizes))} each way a step")
+        parts.append(f"{layout.num_shards} shard(s) × {layout.shard_threads} thread(s)")
+        parts.append(f"policy {config.policy}")
+    parts.append(f"{layout.device_threads} device thread(s)")
+    return ", ".join(parts)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def _note_dashboard(cluster: ClusterInfo, progress: Progress) -> None:
+    if cluster.dashboard_url:
+        progress.note(f"dashboard: {cluster.dashboard_url} (it asks for the token in {cluster.token_path})")
+
+
+def _decoder(job: Job) -> Callable[[Sequence[int]], str]:
+    """Turn a sample's tokens, or its label, into one line of text."""
+    if job.task == "sequence_classification":
+        return lambda labels: f"label {job.label_names[labels[0]]}"
+    from lsp_ray.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(job.model_folder)
+    return lambda ids: repr(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _changes(summary: Summary) -> str:
+    """Every eval score before and after."""
+    after = summary.eval_after
+    return ", ".join(f"{name} {score:.4g} → {after[name]:.4g}" for name, score in summary.eval_before.items())

@@ -1,0 +1,136 @@
+"""LoRA: PEFT's adapters beside the linears; their state and the optimizer's are on the device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from lsp_ray.config import LoraConfig, Task
+from lsp_ray.device.rounding import mixed
+from lsp_ray.device.unit import RawTarget, Target, Unit
+from lsp_ray.errors import ConfigError
+from lsp_ray.methods.units import as_units
+from lsp_ray.models.layers import Layer
+
+if TYPE_CHECKING:  # peft takes a second to import, and only this method needs it
+    from peft import PeftModel
+
+ADAPTER_FOLDER = "adapter"
+
+
+def check_lora(layers: Sequence[Layer], lora: LoraConfig) -> None:
+    """Raise ConfigError where the adapters would be larger than every linear that they stand beside."""
+    bound = max((min(site.shape) for layer in layers for site in layer.linears), default=0)
+    if lora.r > bound:
+        raise ConfigError("lora.r", f"be at most {bound}, the shorter side of the largest linear", lora.r)
+
+
+def add_adapters(
+    model: PreTrainedModel, layers: Sequence[Layer], lora: LoraConfig, *, task: Task, seed: int
+) -> tuple[PeftModel, list[Unit]]:
+    """Put PEFT's adapters into the model, in place, and train nothing but them and a classifier's head.
+
+    Returns:
+        PEFT's view of the model, and the units: the trained parameters of each block, then those outside.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import TaskType, get_peft_model
+
+    heads = [] if task == "causal_lm" else _heads(model)
+    sites = [site for layer in layers for site in layer.linears if site.name.split(".")[0] not in heads]
+    peft_config = PeftLoraConfig(
+        task_type=TaskType.CAUSAL_LM if task == "causal_lm" else None,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]
+        target_modules=[site.name for site in sites],
+        modules_to_save=heads or None,
+        fan_in_fan_out=any(site.transposed for site in sites),
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
+        torch.default_generator.manual_seed(mixed(seed))
+        peft_model = get_peft_model(model, peft_config)
+    return peft_model, _units(model, layers)
+
+
+def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state of the model without adapters that computes the same: W + (α/r) B A, added in float32."""
+    from peft.tuners.lora import Linear as AdaptedLinear
+    from peft.utils import ModulesToSaveWrapper
+
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if not isinstance(module, AdaptedLinear | ModulesToSaveWrapper):
+            continue
+        inside = [key for key in state if key.startswith(f"{name}.")]
+        inner = module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module.base_layer
+        for key in inside:
+            del state[key]
+        for key, tensor in inner.state_dict().items():
+            state[f"{name}.{key}"] = tensor
+        if isinstance(module, AdaptedLinear):
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
+    return state
+
+
+def save_adapter(peft_model: PeftModel, folder: Path) -> None:
+    """Write the adapters, and a classifier's head, as PEFT's own folder."""
+    # "auto" would ask the hub about the base model's vocabulary
+    peft_model.save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
+
+
+def save_trained(units: Sequence[Unit], path: Path) -> None:
+    """Write what is trained to the bit, by unit and position."""
+    leaves = {f"{unit.index}.{at}": target.leaf for unit in units for at, target in enumerate(unit.targets)}
+    save_file({name: leaf.detach().contiguous() for name, leaf in leaves.items()}, path)
+
+
+def load_trained(units: Sequence[Unit], path: Path) -> None:
+    """Read what `save_trained` wrote.
+
+    Raises:
+        ValueError: A parameter is missing, or of another shape or type.
+        OSError, SafetensorError: The file cannot be read.
+    """
+    saved = load_file(path)
+    for unit in units:
+        for at, target in enumerate(unit.targets):
+            tensor = saved[f"{unit.index}.{at}"]
+            if tensor.shape != target.leaf.shape or tensor.dtype != target.leaf.dtype:
+                raise ValueError(f"{path.name} holds other adapters than this run's")
+            target.leaf.data.copy_(tensor)
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
+    """Modules with weights beside the pretrained body: what PEFT calls modules_to_save, as a task's data make them."""
+    body = model.base_model_prefix
+    return [name for name, module in model.named_children() if name != body and any(True for _ in module.parameters())]
+
+
+def _units(model: PreTrainedModel, layers: Sequence[Layer]) -> list[Unit]:
+    blocks = [layer for layer in layers if layer.block is not None]
+    seen: set[int] = set()
+    targets_of_layer = [_targets(layer.block, seen) for layer in blocks if layer.block is not None]
+    outside = _targets(model, seen)
+    if outside:
+        blocks.append(Layer(name="outside", block=None))
+        targets_of_layer.append(outside)
+    return as_units(blocks, targets_of_layer)
+
+
+def _targets(module: torch.nn.Module, seen: set[int]) -> list[Target]:
+    """The trained parameters in the module that were not seen before."""
+    targets: list[Target] = []
+    for owner in module.modules():
+        for parameter in owner.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                targets.append(RawTarget(parameter, owner))
+    return targets

@@ -1,0 +1,76 @@
+"""The folder that a run writes to: its own, or that of the run which goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from lsp_ray.config import RunConfig
+from lsp_ray.errors import ConfigError
+
+DEFAULT_OUTPUT = "lsp_output"
+
+
+@contextmanager
+def claimed(config: RunConfig) -> Iterator[Path]:
+    """Make the output folder, which must be new or empty: a run never writes over another one's results.
+
+    Without a wish it is lsp_output, or lsp_output-2, lsp_output-3 … where that has content. A run that ends before its
+    first step leaves nothing behind. Only a run that goes on keeps its folder.
+
+    Raises:
+        ConfigError: The folder asked for has content or cannot be written.
+    """
+    continued = _continued(config)
+    if continued is not None:
+        yield continued
+        return
+    path = _first_free() if config.output_dir is None else Path(config.output_dir)
+    if not _is_free(path):
+        bound = (
+            "be a new or empty folder, so that nothing is overwritten" if path.is_dir() else "be a folder, not a file"
+        )
+        raise ConfigError("output_dir", bound, str(path))
+    existed = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").touch()
+    except OSError as error:
+        raise ConfigError("output_dir", f"be writable ({error.strerror})", str(path)) from error
+    try:
+        yield path
+    except BaseException:
+        metrics = path / "metrics.jsonl"
+        if not metrics.exists() or metrics.stat().st_size == 0:
+            for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.json"):
+                (path / name).unlink(missing_ok=True)
+            if not existed:
+                path.rmdir()
+        raise
+
+
+def _continued(config: RunConfig) -> Path | None:
+    """The folder of the run that goes on in it; None for a run in a folder of its own."""
+    asked = config.resume_from_checkpoint
+    if asked is None:
+        return None
+    if asked == "last" and config.output_dir is None:
+        raise ConfigError("output_dir", "name the run whose last checkpoint is asked for", None)
+    folder = Path(config.output_dir or Path(asked).absolute().parent)
+    if asked != "last" and Path(asked).absolute().parent != folder.absolute():
+        return None
+    if (folder / "summary.json").exists():
+        raise ConfigError("output_dir", "be another folder, as this run is finished", str(folder))
+    return folder
+
+
+def _first_free() -> Path:
+    numbered = (DEFAULT_OUTPUT if number == 1 else f"{DEFAULT_OUTPUT}-{number}" for number in count(1))
+    return next(path for path in map(Path, numbered) if _is_free(path))
+
+
+def _is_free(path: Path) -> bool:
+    return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))

@@ -1,0 +1,124 @@
+"""`lsp.subspace_dim auto`: the largest D whose traffic and updates a run hides on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from lsp_ray.config import PolicyName, RunConfig
+from lsp_ray.hardware import MACHINES
+from lsp_ray.models.resolve import resolve_config
+from lsp_ray.plan.measure import measure
+from lsp_ray.plan.skeleton import shape_of
+from lsp_ray.plan.typical_batch import typical_batch
+from lsp_ray.runtime.device_choice import choose_bf16, choose_device
+from lsp_ray.runtime.layout import divide_cores
+from lsp_ray.runtime.throttle import Throttle, emulating
+from lsp_ray.sim.advice import DIM_STEP, largest_dim, largest_hidden_dim
+from lsp_ray.sim.cost_model import CostModel
+from lsp_ray.sim.device_work import ADAMW_BYTES
+from lsp_ray.sim.forecast import simulate
+from lsp_ray.sim.hardware_profile import HardwareProfile
+from lsp_ray.sim.model_shape import ModelShape
+from lsp_ray.sim.workload import Workload
+from lsp_ray.trace import Exposed
+
+_BUDGET_S = 0.1  # of each rate measured: some seconds in all
+
+
+def with_subspace_dim(config: RunConfig, note: Callable[[str], None]) -> RunConfig:
+    """Return the run with a number in place of `lsp.subspace_dim auto`; any other run as it is.
+
+    The machine is measured, slowed down to the link or the machine that the run asks for, and steps of the data set's
+    typical micro-batches are simulated on it. The type of the weights is decided on the way and kept.
+
+    Args:
+        config: What was asked for.
+        note: Told, a line at a time, what was chosen and why.
+
+    Raises:
+        ConfigError: The model is too small for a choice, or model or data set cannot be used.
+    """
+    if config.method != "lsp" or config.lsp.subspace_dim != "auto":
+        return config
+    config = replace(config, bf16=choose_bf16(config, choose_device(config), note))
+    dim, reason = _choose(config, note)
+    note(f"lsp.subspace_dim auto: {dim}, {reason}")
+    return replace(config, lsp=replace(config.lsp, subspace_dim=dim))
+
+
+def _choose(config: RunConfig, note: Callable[[str], None]) -> tuple[int, str]:
+    """The largest hidden D, and why it is no larger."""
+    folder = resolve_config(config.model_name_or_path, log=note)
+    model = shape_of(folder)
+    device = torch.device(choose_device(config))
+    cores = divide_cores(
+        config.runtime,
+        num_units=len(model.layers),
+        cores=len(os.sched_getaffinity(0)),
+        on_gpu=device.type == "cuda",
+    )
+    batch = typical_batch(
+        config.dataset,
+        folder,
+        batch_size=config.per_device_train_batch_size,
+        max_seq_length=config.max_seq_length,
+        seed=config.seed,
+    )
+    work = Workload(
+        method="lsp",
+        batch_size=config.per_device_train_batch_size,
+        seq_length=config.max_seq_length,
+        typical_length=batch.padded_length,
+        typical_targets=batch.num_targets,
+        num_micro_batches=config.gradient_accumulation_steps,
+        bf16=bool(config.bf16),
+        gradient_checkpointing=config.gradient_checkpointing,
+        nnz_per_row=config.lsp.nnz_per_row,
+        whiten=config.lsp.whiten,
+        num_shards=cores.num_shards,
+        shard_threads=cores.shard_threads,
+    )
+    measured = measure(folder, model, work, device=device, device_threads=cores.device_threads, budget_s=_BUDGET_S)
+    machine = throttled(measured, _throttle(config, model, work, measured))
+    dim = largest_hidden_dim(model, work, machine, config.policy)
+    return dim, why_no_larger(model, replace(work, subspace_dim=dim), machine, config.policy)
+
+
+def why_no_larger(model: ModelShape, work: Workload, machine: HardwareProfile, policy: PolicyName) -> str:
+    """Say what bounds the D of `work`, which is the largest hidden one."""
+    if work.subspace_dim == largest_dim(model):
+        return "half the small side of the largest matrix, which is the most there is"
+    wider = work.subspace_dim + DIM_STEP
+    step = simulate(model, replace(work, subspace_dim=wider), machine, policy).typical
+    waits = f"{step.exposed.total_s:.3g} s of a simulated step of {step.step_s:.3g} s"
+    return f"the largest that is hidden: {wider} would expose {waits}, mostly {_cause(step.exposed)}"
+
+
+def throttled(machine: HardwareProfile, throttle: Throttle) -> HardwareProfile:
+    """Return the machine with its link and updates slowed down; a throttle never makes a part faster."""
+    link = float("inf") if throttle.link_gbps is None else throttle.link_gbps * 1e9
+    updates = float("inf") if throttle.updates_per_s is None else throttle.updates_per_s * ADAMW_BYTES
+    return replace(
+        machine,
+        d2h_bytes_per_s=min(machine.d2h_bytes_per_s, link),
+        h2d_bytes_per_s=min(machine.h2d_bytes_per_s, link),
+        host_bytes_per_s=min(machine.host_bytes_per_s, updates),
+    )
+
+
+def _throttle(config: RunConfig, model: ModelShape, work: Workload, machine: HardwareProfile) -> Throttle:
+    """As the run will have it; the compute that an emulated machine is scaled to is simulated here."""
+    runtime = config.runtime
+    if runtime.emulate is None:
+        return Throttle(link_gbps=runtime.link_gbps)
+    plain = CostModel(model=model, workload=replace(work, method="zero_offload"), hardware=machine).step()
+    return emulating(MACHINES[runtime.emulate], compute_s=plain.both_ways_s, full_numel=model.num_trained)
+
+
+def _cause(waiting: Exposed) -> str:
+    by_cause = {"the way down": waiting.d2h_s, "updates": waiting.cpu_s, "the way up": waiting.h2d_s}
+    return max(by_cause, key=lambda cause: by_cause[cause])

@@ -1,0 +1,63 @@
+"""TypicalBatch: how long micro-batches of a data set are, and how many of their tokens have a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from datasets import Dataset
+
+from lsp_ray.data.dataset import load_rows
+from lsp_ray.data.micro_batches import MicroBatches
+from lsp_ray.data.tokenize import tokenize_rows
+from lsp_ray.models.load import load_tokenizer
+from lsp_ray.models.loss import num_targets
+
+_NUM_ROWS = 1024  # drawn from a data set: enough for means within some percent, few enough to tokenize in a second
+_NUM_BATCHES = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TypicalBatch:
+    """Means over micro-batches: tokens to which one is padded, and its predictions that count."""
+
+    padded_length: int
+    num_targets: int
+
+
+def typical_batch(dataset: str, folder: Path, *, batch_size: int, max_seq_length: int, seed: int = 42) -> TypicalBatch:
+    """Return the means over some micro-batches as a run would make them.
+
+    Args:
+        dataset: As a run's option.
+        folder: Holds the model's tokenizer.
+        batch_size: Examples in a micro-batch.
+        max_seq_length: Tokens kept of an example.
+        seed: Of the draw.
+
+    Raises:
+        ConfigError: A run could not use the data set.
+    """
+    rows = load_rows(dataset, seed=seed)
+    tokenizer = load_tokenizer(folder)
+    drawn = replace(rows, train=_drawn(rows.train, seed), eval=_drawn(rows.eval, seed))
+    tokenized = tokenize_rows(drawn, tokenizer, max_seq_length=max_seq_length)
+    batches = MicroBatches(
+        tokenized,
+        tokenizer,
+        batch_size=batch_size,
+        accumulation=1,
+        seed=seed,
+        max_steps=_NUM_BATCHES,
+        num_train_epochs=1.0,
+        max_eval_samples=1,
+    ).calibration(_NUM_BATCHES)
+    return TypicalBatch(
+        padded_length=round(fmean(batch["input_ids"].shape[1] for batch in batches)),
+        num_targets=max(1, round(fmean(num_targets(batch) for batch in batches))),
+    )
+
+
+def _drawn(rows: Dataset, seed: int) -> Dataset:
+    return rows.shuffle(seed=seed).select(range(min(_NUM_ROWS, len(rows))))

@@ -1,0 +1,87 @@
+"""Where the model runs and in which type: what was asked for, else what this machine has and is fast at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Literal
+
+import torch
+
+from lsp_ray.config import RunConfig
+from lsp_ray.errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+
+BF16_PAYS = 0.75  # CPUs with units for bfloat16 take 0.15 to 0.6 of float32's time, others 10 times it: a wide gap
+_TOKENS, _SIDE = 256, 512  # of the product that is timed: some milliseconds
+_NUM_PAIRS = 7
+
+
+def choose_device(config: RunConfig) -> Device:
+    """Return the device asked for; auto takes the GPU if there is one.
+
+    Raises:
+        ConfigError: A GPU is asked for and there is none.
+    """
+    asked = config.runtime.device
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device", "be cpu or auto where torch finds no GPU", asked)
+    return asked
+
+
+def choose_bf16(
+    config: RunConfig,
+    device: Device,
+    note: Callable[[str], None],
+    *,
+    measure: Callable[[], float] | None = None,
+) -> bool:
+    """Return whether weights and activations are bfloat16: as asked, else where it is faster.
+
+    Args:
+        config: What was asked for.
+        device: Where the model runs.
+        note: Told what a CPU was measured to be fast at.
+        measure: Times the CPU; default: `bf16_over_float32`.
+    """
+    if config.bf16 is False:
+        return False
+    if device == "cuda":
+        return config.bf16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    ratio = (measure or bf16_over_float32)()
+    if config.bf16:
+        if ratio > 1.0:
+            note(f"bf16: products take {ratio:.0f} times as long as float32's on this CPU; --bf16 false is faster")
+        return True
+    pays = ratio <= BF16_PAYS
+    chosen = "bfloat16" if pays else "float32"
+    note(f"bf16: products take {ratio:.2f} of float32's time on this CPU, so weights are {chosen}")
+    return pays
+
+
+def bf16_over_float32(clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return the time of bfloat16's matrix products on one core over float32's.
+
+    A linear's forward and input gradient are timed in turn in both types, and the median of the ratios is taken: what
+    else the machine does meets both.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            _product_s(dtype, clock)  # the first one loads the kernels
+        return median(_product_s(torch.bfloat16, clock) / _product_s(torch.float32, clock) for _ in range(_NUM_PAIRS))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _product_s(dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    input_TN, weight_MN = torch.ones(_TOKENS, _SIDE, dtype=dtype), torch.ones(_SIDE, _SIDE, dtype=dtype)
+    start_s = clock()
+    with torch.inference_mode():
+        (input_TN @ weight_MN.t()) @ weight_MN
+    return clock() - start_s

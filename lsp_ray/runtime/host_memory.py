@@ -1,0 +1,71 @@
+"""HostMemory: how much main and shared memory is free, and whether a job fits into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lsp_ray.errors import ConfigError
+from lsp_ray.runtime.job import Job
+
+_SHARED_MEMORY = Path("/dev/shm")
+_CGROUP = Path("/sys/fs/cgroup")  # version 2; as a container sees its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """Bytes that a run may still take; what it writes to shared memory counts in both."""
+
+    main_bytes: int
+    shared_bytes: int
+
+
+def read_host_memory(cgroup: Path = _CGROUP, shared_memory: Path = _SHARED_MEMORY) -> HostMemory:
+    """Look at what is free now; a container's own limit counts, which the machine's figures know nothing of."""
+    main_bytes = int(psutil.virtual_memory().available)
+    limit_bytes = _free_in(cgroup)
+    return HostMemory(
+        main_bytes=main_bytes if limit_bytes is None else min(main_bytes, limit_bytes),
+        shared_bytes=int(psutil.disk_usage(str(shared_memory)).free) if shared_memory.is_dir() else 0,
+    )
+
+
+def check_memory(job: Job, host: HostMemory) -> None:
+    """Raise ConfigError where the job cannot fit: Ray would go to the disk without a word, and Linux kill an actor.
+
+    Counted are the object store and, for main memory, the weights: a bound from below, as activations are not.
+    """
+    smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
+    if job.store_bytes > host.shared_bytes:
+        raise ConfigError(
+            "method",
+            f"fit its slots into {_shown(host.shared_bytes)} of shared memory that are free in {_SHARED_MEMORY} "
+            f"({_shown(job.store_bytes)} needed)",
+            job.config.method,
+            hint=f"{smaller} needs less; in Docker, --shm-size sets how much there is",
+        )
+    needed_bytes = job.store_bytes + job.num_weights * job.dtype.itemsize
+    if needed_bytes > host.main_bytes:
+        raise ConfigError(
+            "model_name_or_path",
+            f"fit, with what method {job.config.method} sends, into {_shown(host.main_bytes)} of main memory that are "
+            f"free ({_shown(needed_bytes)} needed at least)",
+            job.config.model_name_or_path,
+            hint="python -m lsp_ray.plan says what each method needs",
+        )
+
+
+def _free_in(cgroup: Path) -> int | None:
+    """Bytes below a control group's limit, its page cache not counted; None where there is no limit."""
+    try:
+        limit, used = ((cgroup / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines())
+    except OSError:
+        return None
+    return None if limit == "max" else max(0, int(limit) - int(used) + int(stat["inactive_file"]))
+
+
+def _shown(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

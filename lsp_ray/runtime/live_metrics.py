@@ -1,0 +1,73 @@
+"""LiveMetrics: what metrics.jsonl gets, as Ray's metrics, for Prometheus and Grafana.
+
+Ray puts `ray_` before the names and `_total` after those of counters.
+"""
+
+from __future__ import annotations
+
+from ray.util.metrics import Counter, Gauge
+
+from lsp_ray.runtime.training import Listener
+from lsp_ray.trace import StepMetrics
+
+PREFIX = "lsp_"
+GAUGES = {
+    "loss": "Training loss of the last step",
+    "grad_norm": "Norm of what was sent in the last step",
+    "grad_scale": "Factor of the last step's gradients: below 1 clipped, 0 skipped",
+    "learning_rate": "Learning rate of the last step",
+    "tokens_per_second": "Tokens a second in the last step",
+    "step_time_s": "Seconds of the last step",
+    "gpu_busy_s": "Seconds in which the GPU computed, in the last step",
+    "d2h_busy_s": "Seconds in which the link was busy downwards, in the last step",
+    "cpu_busy_s": "Seconds in which a shard updated, in the last step",
+    "h2d_busy_s": "Seconds in which the link was busy upwards, in the last step",
+    "exposed_d2h_s": "Seconds in which the GPU waited for the link downwards, in the last step",
+    "exposed_cpu_s": "Seconds in which the GPU waited for an update, in the last step",
+    "exposed_h2d_s": "Seconds in which the GPU waited for the link upwards, in the last step",
+}
+COUNTERS = {
+    "num_tokens": "Tokens trained on",
+    "bytes_d2h": "Bytes sent down",
+    "bytes_h2d": "Bytes sent up",
+    "num_refitted": "Projectors refitted",
+}
+STEPS, BIAS, BIAS_OF_LAYER = "steps", "bias_relative", "layer_bias_relative"
+
+
+class LiveMetrics:
+    """A listener that passes everything on. Ray must be running.
+
+    Args:
+        listener: Who else follows the run.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._gauges = {name: Gauge(PREFIX + name, text) for name, text in GAUGES.items()}
+        self._counters = {name: Counter(PREFIX + name, text) for name, text in COUNTERS.items()}
+        self._steps = Counter(PREFIX + STEPS, "Optimizer updates made")
+        self._bias = Gauge(PREFIX + BIAS, "Mean relative bias when it was measured last")
+        self._bias_of_layer = Gauge(PREFIX + BIAS_OF_LAYER, "Relative bias of a layer", tag_keys=("layer",))
+
+    def note(self, text: str) -> None:
+        """See `Listener`."""
+        self._listener.note(text)
+
+    def phase(self, text: str) -> None:
+        """See `Listener`."""
+        self._listener.phase(text)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Listener`."""
+        self._listener.step(metrics)
+        self._steps.inc()
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(metrics, name))
+        for name, counter in self._counters.items():
+            if getattr(metrics, name):  # Ray refuses to add nothing
+                counter.inc(getattr(metrics, name))
+        if metrics.bias is not None:
+            self._bias.set(metrics.bias["relative"])
+        for layer, bias in (metrics.bias_by_layer or {}).items():
+            self._bias_of_layer.set(bias, tags={"layer": layer})

@@ -1,0 +1,91 @@
+"""Persistence: a run that loses its GPU actor starts again from its last checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from lsp_ray.errors import StoppedError, WorkerLostError
+from lsp_ray.runtime.checkpoint import checkpoints, way_on
+from lsp_ray.runtime.fine_tune import Summary, fine_tune
+from lsp_ray.runtime.job import Job, resumed
+from lsp_ray.runtime.training import FineTuneWorkers, Listener, Stop
+from lsp_ray.trace import StepMetrics
+
+MAX_LOSSES_IN_A_ROW = 3
+
+
+class ClosableWorkers(FineTuneWorkers, Protocol):
+    """Workers that hold processes."""
+
+    def close(self) -> None:
+        """End them; what they held is lost."""
+        ...
+
+
+def fine_tune_persistently(
+    job: Job,
+    new_workers: Callable[[Job], ClosableWorkers],
+    output_dir: Path,
+    listener: Listener,
+    decode: Callable[[Sequence[int]], str],
+    stop: Stop,
+) -> Summary:
+    """See `fine_tune`. Steps depend on the job and on nothing else, so those that are made again give the same bits.
+
+    Raises:
+        WorkerLostError: Workers were lost several times in a row, without a step further than before.
+        StoppedError: Someone asked for it.
+    """
+    watched = _Watched(listener)
+    num_losses = furthest = 0
+    while True:
+        try:
+            return _attempt(job, new_workers, output_dir, watched, decode, stop)
+        except WorkerLostError as error:
+            num_losses = 1 if watched.furthest > furthest else num_losses + 1
+            furthest = watched.furthest
+            if num_losses >= MAX_LOSSES_IN_A_ROW:
+                raise WorkerLostError(f"{error}, {num_losses} times in a row; {way_on(output_dir)}") from error
+            if stop.requested():
+                raise StoppedError(f"as {error}; {way_on(output_dir)}") from error
+            listener.note(f"{error}; starting again")
+        saved = list(checkpoints(output_dir).values())
+        job = resumed(replace(job, saved=None), saved[-1]) if saved else job
+
+
+def _attempt(
+    job: Job,
+    new_workers: Callable[[Job], ClosableWorkers],
+    output_dir: Path,
+    listener: Listener,
+    decode: Callable[[Sequence[int]], str],
+    stop: Stop,
+) -> Summary:
+    workers = new_workers(job)
+    try:
+        return fine_tune(job, workers, output_dir, listener, decode, stop)
+    except KeyboardInterrupt:
+        raise StoppedError(f"at once; {way_on(output_dir)}") from None
+    finally:
+        workers.close()
+
+
+class _Watched:
+    """A listener that passes everything on and remembers the furthest step."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self.furthest = 0
+
+    def note(self, text: str) -> None:
+        self._listener.note(text)
+
+    def phase(self, text: str) -> None:
+        self._listener.phase(text)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self.furthest = max(self.furthest, metrics.step)
+        self._listener.step(metrics)

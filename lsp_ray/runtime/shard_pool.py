@@ -1,0 +1,140 @@
+"""ShardPool: the shard actors, and others in the place of those that die."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+import ray
+
+from lsp_ray.errors import WorkerLostError
+from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.runtime.answers import answer
+from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.shard_actor import ShardActor, SlotPair
+from lsp_ray.runtime.slots import new_slot_buffer, state_numel
+from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.schedule.ops import Op
+
+START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
+MAX_DEATHS_IN_A_ROW = 3
+
+Projectors = Mapping[int, Sequence[tuple[int, SparseProjector]]]
+
+
+class ShardPool:
+    """Starts a shard for every index of the layout. A dead one's state is in its slots, see `shard_actor`.
+
+    Args:
+        job: The run.
+        pairs: Slots of every unit, by index.
+    """
+
+    def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
+        self._job = job
+        self._pairs = [[pairs[unit] for unit in job.layout.units_of(index)] for index in range(job.layout.num_shards)]
+        self._undo = [_new_undo(own, is_shared=not job.speculates) for own in self._pairs]
+        self._throttle = Throttle()
+        self._projectors: ray.ObjectRef[Projectors] | None = None
+        self._changed: dict[tuple[int, int], SparseProjector] = {}  # since then, by unit and first element
+        self._deaths = [0 for _ in self._pairs]
+        self._shards = [self._new(index) for index in range(len(self._pairs))]
+        self._pids = [self._started(index) for index in range(len(self._pairs))]
+
+    def set_up(self, throttle: Throttle, projectors: ray.ObjectRef[Projectors] | None) -> None:
+        """Let every shard take the checkpoint's moments, if there is one, keep to the throttle, and whiten.
+
+        Args:
+            throttle: The run's.
+            projectors: All units'; they go from actor to actors. None where nothing is whitened.
+        """
+        self._throttle, self._projectors = throttle, projectors
+        if self._job.saved is not None:
+            self._all([shard.load.remote(self._job.saved) for shard in self._shards], "loading its state")
+        self._all([self._prepared(index) for index in range(len(self._shards))], "set-up")
+
+    def update(self, op: Op, reprojections: Sequence[Reprojection], grad_scale: float) -> ray.ObjectRef[Any]:
+        """Let the unit's shard make its update, with gradients times `grad_scale`."""
+        shard = self._shards[self.index_of(op)]
+        ref: ray.ObjectRef[Any] = shard.update.remote(
+            op.step, op.layer, self._job.learning_rates[op.step], reprojections, grad_scale
+        )
+        return ref
+
+    def index_of(self, op: Op) -> int:
+        """The shard that owns the unit."""
+        return self._job.layout.shard_of_unit[op.layer]
+
+    def updated(self, op: Op, reprojections: Sequence[Reprojection]) -> None:
+        """Note that an update is done, with these changes of projectors."""
+        self._deaths[self.index_of(op)] = 0
+        for change in reprojections:
+            self._changed[op.layer, change.first] = change.new
+
+    def revive(self, index: int, error: WorkerLostError) -> None:
+        """Put another actor in the place of a dead one; its updates that were under way must be asked for again.
+
+        Raises:
+            WorkerLostError: `error`, where that has not helped several times in a row.
+        """
+        self._deaths[index] += 1
+        if self._deaths[index] >= MAX_DEATHS_IN_A_ROW:
+            raise error
+        ray.kill(self._shards[index])
+        _wait_for_end(self._pids[index])  # two writers of one slot would be one too many
+        self._shards[index] = self._new(index)
+        self._pids[index] = self._started(index)
+        answer(self._prepared(index), f"shard {index}: set-up")
+
+    def save(self, folder: str) -> dict[str, ray.ObjectRef[Any]]:
+        """Let every shard write its part of a checkpoint; returns the calls by what they are."""
+        return {f"shard {index}: save": shard.save.remote(folder, index) for index, shard in enumerate(self._shards)}
+
+    def close(self) -> None:
+        """End the actors and give their slots back."""
+        for shard in self._shards:
+            ray.kill(shard)
+        self._pairs, self._undo = [], []
+
+    def _new(self, index: int) -> Any:
+        actor = ray.remote(ShardActor).options(num_cpus=1, max_restarts=0)
+        return actor.remote(self._pairs[index], self._undo[index], self._job.layout.shard_threads, index)
+
+    def _started(self, index: int) -> int:
+        pid: int = answer(self._shards[index].ready.remote(), f"shard {index}: start", START_TIMEOUT_S)
+        return pid
+
+    def _prepared(self, index: int) -> ray.ObjectRef[Any]:
+        changed = {key: self._changed[key] for key in self._changed if self._owner(key[0]) == index}
+        ref: ray.ObjectRef[Any] = self._shards[index].set_up.remote(
+            self._throttle, len(self._shards), self._projectors, changed
+        )
+        return ref
+
+    def _owner(self, unit: int) -> int:
+        return self._job.layout.shard_of_unit[unit]
+
+    def _all(self, calls: Sequence[ray.ObjectRef[Any]], what: str) -> None:
+        for index, call in enumerate(calls):
+            answer(call, f"shard {index}: {what}")
+
+
+def _new_undo(pairs: Sequence[SlotPair], *, is_shared: bool) -> dict[int, ray.ObjectRef[Any]]:
+    """By unit, a slot for its state: one for all, or one each."""
+    if not is_shared:
+        return {pair.unit: ray.put(new_slot_buffer(state_numel(pair.numel))) for pair in pairs}
+    shared = ray.put(new_slot_buffer(state_numel(max(pair.numel for pair in pairs))))
+    return {pair.unit: shared for pair in pairs}
+
+
+def _wait_for_end(pid: int) -> None:
+    try:
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            process.wait(START_TIMEOUT_S)
+    except psutil.NoSuchProcess:
+        return
+    except psutil.TimeoutExpired as error:
+        raise WorkerLostError(f"process {pid} of a lost actor does not end") from error

@@ -1,0 +1,69 @@
+"""StopSignal: Ctrl-C and SIGTERM, at once or when it is convenient."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignal:
+    """Within the context both signals raise KeyboardInterrupt in the main thread, but see `deferred`.
+
+    The exception alone cannot tell which of the two it was: Ray passes on a plain KeyboardInterrupt, whatever a handler
+    raised while it waited.
+
+    Attributes:
+        number: Of the last signal received; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._is_deferred = False
+        self._is_requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.take()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def take(self) -> None:
+        """Set the handlers; once more after Ray's start, as Ray sets one of its own."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._receive)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within the context a first signal is only noted; a second one raises."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def requested(self) -> bool:
+        """Whether a signal was noted."""
+        return self._is_requested
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.number or signal.SIGINT)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        self.number = number
+        if self._is_deferred and not self._is_requested:
+            self._is_requested = True
+            return
+        raise KeyboardInterrupt

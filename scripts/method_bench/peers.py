@@ -1,0 +1,186 @@
+"""The peers through their own front doors: HF Trainer (full, PEFT's LoRA, GaLore) and DeepSpeed ZeRO-2 with offload.
+
+Same model, bfloat16 weights, batches in the same order, one thread, and, as in lsp_ray, frozen embeddings. A peer runs
+in a process of its own (`run`), which is this module as a script (`main`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scripts.method_bench.ours import Outcome
+from scripts.method_bench.tasks import METHOD_OPTIONS
+
+_MODULES = ("accelerate", "peft", "galore_torch", "deepspeed")
+PEERS: Mapping[str, str] = dict(zip(("hf_full", "hf_lora", "hf_galore", "deepspeed"), _MODULES, strict=True))
+"""By name: the module that must be there."""
+_METHOD_OF = {"hf_full": "native", "hf_lora": "lora", "hf_galore": "galore", "deepspeed": "zero_offload"}
+
+
+def is_there(peer: str) -> bool:
+    """Whether what the peer needs is installed (`pip install -e .[bench]`)."""
+    return importlib.util.find_spec(PEERS[peer]) is not None
+
+
+def run(peer: str, *, num_steps: int, seed: int, num_eval: int) -> Outcome:
+    """Run a peer on the default task in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "peer.json"
+        numbers = {"--steps": num_steps, "--seed": seed, "--num_eval": num_eval}
+        words = [str(word) for pair in numbers.items() for word in pair]
+        command = [sys.executable, "-m", "scripts.method_bench.peers", peer, *words, "--out", str(out)]
+        quiet = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | quiet)
+        read = json.loads(out.read_text(encoding="utf-8"))
+    scores = {"loss": read["eval_loss"]}
+    return Outcome(step_s=tuple(read["step_s"]), losses=tuple(read["losses"]), scores=scores, peak_bytes=None)
+
+
+class _Bench:
+    """The job that lsp_ray would run: its batches and its model."""
+
+    def __init__(self, peer: str, *, num_steps: int, seed: int, num_eval: int) -> None:
+        import torch
+
+        from lsp_ray.config import RunConfig, RuntimeConfig
+        from lsp_ray.models.layers import find_layers
+        from lsp_ray.models.load import load_model
+        from lsp_ray.runtime.job import prepare_job
+
+        torch.set_num_threads(1)
+        config = RunConfig(max_steps=num_steps, seed=seed, max_eval_samples=num_eval, bf16=True, method="native")
+        self.job = prepare_job(replace(config, runtime=RuntimeConfig(device="cpu")), lambda _line: None)
+        self.peer = peer
+        self.options = METHOD_OPTIONS[_METHOD_OF[peer]]
+        self.learning_rate = float(self.options["--learning_rate"])
+        self.model = load_model(self.job.model_folder, dtype=torch.bfloat16, task=self.job.task, seed=seed)
+        find_layers(self.model)  # freezes the embeddings
+        self.model.train()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every example of every step, in lsp_ray's order, padded as its batch is."""
+        for step in range(self.job.num_steps):
+            (batch,) = self.job.micro_batches.step(step)
+            for at in range(len(batch["input_ids"])):
+                yield {name: tensor[at] for name, tensor in batch.items()}
+
+    def eval_loss(self) -> float:
+        """As lsp_ray measures it."""
+        from lsp_ray.device.evaluate import mean_loss
+
+        return mean_loss(self.model, self.job.micro_batches.eval_batches())
+
+
+def _hf(bench: _Bench, folder: str) -> tuple[list[float], list[float]]:
+    """Transformers' Trainer; returns seconds and losses by step."""
+    from torch.utils.data import IterableDataset
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Rows(IterableDataset[dict[str, Any]]):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return bench.rows()
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.step_s: list[float] = []
+
+        def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
+            self._start_s = time.monotonic()
+
+        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            self.step_s.append(time.monotonic() - self._start_s)
+
+    options: dict[str, Any] = {"optim": "adamw_torch_fused"}
+    model: Any = bench.model
+    if bench.peer == "hf_galore":
+        galore = bench.options
+        args = f"rank={galore['--galore.rank']}, update_proj_gap=200, scale={galore['--galore.scale']}"
+        options = {"optim": "galore_adamw", "optim_target_modules": ["self_attn", "mlp"], "optim_args": args}
+    if bench.peer == "hf_lora":
+        from peft import LoraConfig, get_peft_model
+
+        rank, alpha = int(bench.options["--lora.r"]), int(bench.options["--lora.lora_alpha"])
+        lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=bench.job.num_steps,
+        per_device_train_batch_size=bench.job.config.per_device_train_batch_size,
+        learning_rate=bench.learning_rate,
+        lr_scheduler_type="linear",
+        max_grad_norm=0.0,  # as lsp_ray by default
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+    clock = Clock()
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[clock])
+    trainer.train()
+    return clock.step_s, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _deepspeed(bench: _Bench, _folder: str) -> tuple[list[float], list[float]]:
+    """DeepSpeed's engine, gradients and optimizer state offloaded; returns seconds and losses by step."""
+    import deepspeed
+    import torch
+
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "RANK": "0", "WORLD_SIZE": "1"})
+    os.environ["LOCAL_RANK"] = "0"
+    optimizer = {"type": "AdamW", "params": {"lr": bench.learning_rate, "weight_decay": 0.0}}
+    config = {
+        "train_batch_size": bench.job.config.per_device_train_batch_size,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": optimizer,
+    }
+    trained = [parameter for parameter in bench.model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=bench.model, model_parameters=trained, config=config)
+    torch.set_num_threads(1)
+    step_s, losses = [], []
+    for step, rate in enumerate(bench.job.learning_rates):
+        (batch,) = bench.job.micro_batches.step(step)
+        start_s = time.monotonic()
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate / bench.job.config.learning_rate * bench.learning_rate
+        engine.step()
+        losses.append(float(loss.detach()))
+        step_s.append(time.monotonic() - start_s)
+    return step_s, losses
+
+
+def main() -> None:
+    """Run one peer and write what it took."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("peer", choices=list(PEERS))
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--num_eval", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    bench = _Bench(options.peer, num_steps=options.steps, seed=options.seed, num_eval=options.num_eval)
+    train = _deepspeed if options.peer == "deepspeed" else _hf
+    with tempfile.TemporaryDirectory() as folder:
+        step_s, losses = train(bench, folder)
+    read = {"step_s": step_s, "losses": losses, "eval_loss": bench.eval_loss()}
+    options.out.write_text(json.dumps(read), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""InterleavedRun: a whole training run in which a seed decides what happens when.
+
+Compute, both directions of the link and the shards have their threads, as in ThreadWorkers, and the driver asks the
+same policies; but only one runs at a time, and chance changes between them at every operation of the backend. A stream
+advances when chance wants it, too. Each has a speed of its own that the seed decides: some lag far behind. Messages
+order, and nothing else: launches from the driver to a thread, completions back.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lsp_ray.device.refit import Refitter
+from lsp_ray.device.unit import Unit
+from lsp_ray.device.worker import DeviceWorker
+from lsp_ray.methods.lsp_shard import carry_over
+from lsp_ray.models.loss import Batch
+from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.schedule.ops import Event, GradientReady, Op, OpDone
+from lsp_ray.schedule.policy import Policy
+from lsp_ray.trace import WorkStream
+from tests.checking_backend import CheckedSlot, CheckingBackend
+from tests.happens_before import Clock
+from tests.host_thread import HostThread
+
+DRIVER = "the driver"
+
+
+class InterleavedRun:
+    """See the module's text.
+
+    Attributes:
+        happened: Who went on, piece by piece.
+        num_taken_over: Projectors renewed.
+
+    Args:
+        model: To be trained, in training mode.
+        units: Of the model.
+        policy: What the driver asks.
+        backend: Checks.
+        learning_rates: One for every step.
+        seed: Of what happens when.
+        shard_of_unit: Each unit's shard.
+        refitter: Renews projectors.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        units: Sequence[Unit],
+        policy: Policy,
+        backend: CheckingBackend,
+        *,
+        learning_rates: Sequence[float],
+        seed: int,
+        shard_of_unit: Sequence[int],
+        refitter: Refitter | None = None,
+    ) -> None:
+        self.happened: list[str] = []
+        self.num_taken_over = 0
+        self._policy, self._backend, self._refitter = policy, backend, refitter
+        self._learning_rates = learning_rates
+        self._random = random.Random(seed)
+        self._shard_of_unit = shard_of_unit
+        sizes = {unit.index: unit.numel for unit in units}
+        self._down = [CheckedSlot(backend, numel, f"down {index}") for index, numel in sizes.items()]
+        self._up = [CheckedSlot(backend, numel, f"up {index}") for index, numel in sizes.items()]
+        self._shard = OptimizerShard(sizes)  # any split over shards gives the same bits; the lanes are split
+        self._reprojections: dict[int, tuple[Reprojection, ...]] = {}
+        self._news: deque[tuple[Clock, Event]] = deque()
+        self._compute = HostThread("the compute thread")
+        lanes = ["the d2h thread", "the h2d thread", *(f"the cpu thread {shard}" for shard in set(shard_of_unit))]
+        self._launched: dict[str, deque[tuple[Clock, Op]]] = {lane: deque() for lane in lanes}
+        self._threads = {lane: HostThread(lane) for lane in lanes} | {self._compute.name: self._compute}
+        self._speeds: dict[str, float] = {}
+        self._prefetched: Op | None = None
+        self._has_come_up = [-1] * len(units)  # unit -> the last step whose delta the forward can take
+        self._step = -1
+        backend.about_to_submit = self._pause
+        backend.about_to_wait = self._about_to_wait
+        for unit in units:  # before the worker's own hooks: they may then wait no more
+            for reader in unit.readers:
+                reader.register_forward_pre_hook(self._let_delta_come(unit))
+        self.worker = DeviceWorker(
+            model,
+            units,
+            backend,
+            learning_rates=learning_rates,
+            weight_decay=0.0,
+            seed=0,
+            on_gradients=self._announced,
+            refitter=refitter,
+            measured_step=-1,
+            staleness=policy.staleness,
+        )
+
+    def train(self, micro_batches: Sequence[Sequence[Batch]]) -> None:
+        """Run every step and add what came of them."""
+        try:
+            for step, batches in enumerate(micro_batches):
+                self._step = step
+                self._compute_until_done(partial(self.worker.run_step, step, batches))
+            while self._happens_next():
+                pass
+            self._compute_until_done(self.worker.flush)
+        finally:
+            for thread in self._threads.values():
+                thread.end()
+
+    def _compute_until_done(self, task: Callable[[], object]) -> None:
+        self._compute.begin(task)
+        while not self._compute.is_idle:
+            assert self._happens_next(), "everybody waits for somebody"
+
+    def _announced(self, ready: GradientReady) -> None:
+        self._news.append(({}, ready))  # news, no order: whoever sends waits for the fence itself
+
+    def _let_delta_come(self, unit: Unit) -> Callable[[nn.Module, object], None]:
+        def wait(_module: nn.Module, _args: object) -> None:
+            switches = self._refitter is not None and self._refitter.has_new(unit.index)
+            needed = self._step - 1 - (0 if switches else self._policy.staleness)
+            self._pause(lambda: self._has_come_up[unit.index] >= needed)
+
+        return wait
+
+    def _pause(self, until: Callable[[], bool] | None = None) -> None:
+        self._threads[self._backend.thread].pause(until)
+
+    def _about_to_wait(self) -> None:
+        if self._backend.thread == "the h2d thread" and self._prefetched is not None:
+            # the delta has been left for the forward before its copy is waited for
+            self._has_come_up[self._prefetched.layer] = self._prefetched.step
+        self._pause()
+
+    def _happens_next(self) -> bool:
+        """Let one of those who have something to do go on; False if there is none."""
+        able: dict[str, Callable[[], None]] = {}
+        for stream in self._backend.lagging():
+            able[f"the {stream} stream"] = partial(self._backend.advance, stream)
+        for name, thread in self._threads.items():
+            if thread.is_idle and self._launched.get(name):
+                thread.begin(partial(self._act, name, *self._launched[name].popleft()))
+            if thread.can_go_on:
+                able[name] = partial(self._resume, thread)
+        if self._news:
+            able[DRIVER] = self._decide
+        if not able:
+            return False
+        speeds = [self._speeds.setdefault(name, 10.0 ** self._random.uniform(-2, 0)) for name in able]
+        who = self._random.choices(list(able), speeds)[0]
+        self.happened.append(who)
+        able[who]()
+        return True
+
+    def _resume(self, thread: HostThread) -> None:
+        self._backend.thread = thread.name
+        thread.resume()
+        self._backend.check()
+
+    def _decide(self) -> None:
+        told, event = self._news.popleft()
+        self._backend.order.learn(DRIVER, told)
+        for action in self._policy.handle(event):
+            op = action.op
+            shard = f" {self._shard_of_unit[op.layer]}" if op.stream is WorkStream.CPU else ""
+            self._launched[f"the {op.stream} thread{shard}"].append((self._backend.order.tell(DRIVER), op))
+
+    def _act(self, lane: str, told: Clock, op: Op) -> None:
+        self._backend.order.learn(lane, told)
+        acts = {WorkStream.D2H: self._send, WorkStream.CPU: self._update, WorkStream.H2D: self._prefetch}
+        acts[op.stream](op)
+        self._news.append((self._backend.order.tell(lane), OpDone(op=op)))
+
+    # the same calls as those of GpuActor, ShardActor and ThreadWorkers
+
+    def _send(self, op: Op) -> None:
+        slot = self._down[op.layer]
+        _, self._reprojections[op.layer] = self.worker.send(op.step, op.layer, slot.to_write())
+        self.num_taken_over += len(self._reprojections[op.layer])
+        slot.publish(op.step)
+
+    def _update(self, op: Op) -> None:
+        gradient, up = self._down[op.layer].to_read(op.step), self._up[op.layer]
+        carry_over(self._shard, op.layer, self._reprojections[op.layer])
+        self._shard.update(op.layer, gradient, up.to_write(), learning_rate=self._learning_rates[op.step])
+        up.publish(op.step)
+
+    def _prefetch(self, op: Op) -> None:
+        self._prefetched = op
+        self.worker.prefetch(op.step, op.layer, self._up[op.layer].to_read(op.step))
+        self._has_come_up[op.layer] = op.step

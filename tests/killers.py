@@ -1,0 +1,70 @@
+"""Those who end a run's processes, for real."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Mapping
+
+import psutil
+
+from lsp_ray.trace import StepMetrics
+from tests.tiny_jobs import Recorder
+
+
+def actor_processes(name: str) -> list[psutil.Process]:
+    """This suite's live actors of a class; Ray writes the class into their command line."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and f"ray::{name}" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+class Killer(Recorder):
+    """Kills an actor's process after some steps.
+
+    Args:
+        actor_after: By number of steps seen: the class of the actor to kill then.
+        seed: Of which one, and of how much later: at most as long as the shortest step so far took, so that the run
+            is not over before.
+    """
+
+    signal = signal.SIGKILL
+
+    def __init__(self, actor_after: Mapping[int, str], seed: int = 0) -> None:
+        super().__init__()
+        self.killed: list[str] = []
+        self._actor_after = actor_after
+        self._random = random.Random(seed)
+        self._due: list[str] = []
+        self._last_step = time.monotonic()
+        self._shortest_s = 0.1
+
+    def step(self, metrics: StepMetrics) -> None:
+        super().step(metrics)
+        now = time.monotonic()
+        self._shortest_s = min(self._shortest_s, now - self._last_step)
+        self._last_step = now
+        if len(self.steps) in self._actor_after:
+            self._due.append(self._actor_after[len(self.steps)])
+            self._kill_in(self._random.uniform(0.0, self._shortest_s))
+
+    def _kill_in(self, delay_s: float) -> None:
+        timer = threading.Timer(delay_s, self._kill)
+        timer.daemon = True
+        timer.start()
+
+    def _kill(self) -> None:
+        found = actor_processes(self._due[0])
+        if not found:  # killed before, and its replacement is not there yet
+            self._kill_in(0.05)
+            return
+        os.kill(self._random.choice(found).pid, self.signal)
+        self.killed.append(self._due.pop(0))

@@ -1,0 +1,261 @@
+"""The device's side of training never depends on how fast a stream is: a proof by happens-before, and its proof.
+
+Each planted fault leaves out one of the seam's operations, as a CUDA path that forgot it would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lsp_ray.config import LspConfig
+from lsp_ray.device.backend import Fence
+from lsp_ray.device.fits import ClosedFormFit
+from lsp_ray.device.refit import Refitter
+from lsp_ray.device.unit import Unit
+from lsp_ray.methods.lsp import lsp_units
+from lsp_ray.methods.units import full_units
+from lsp_ray.models.layers import find_layers
+from lsp_ray.models.loss import Batch
+from lsp_ray.schedule.ops import Op
+from lsp_ray.schedule.policy import POLICIES, Delayed, Policy
+from lsp_ray.trace import WorkStream
+from tests.checking_backend import CheckingBackend, LateFence
+from tests.happens_before import HappensBefore, RaceError
+from tests.interleaved import InterleavedRun
+from tests.loopback import Loopback
+from tests.tiny import VOCAB_SIZE, assert_same_weights, tiny_model
+
+LSP = LspConfig(subspace_dim=16, nnz_per_row=2, fit="random")
+CHECK_EVERY = 6
+STEPS_TO_TAKEOVER = CHECK_EVERY + CHECK_EVERY // 2 + 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    policy: type[Policy]
+    method: Literal["lsp", "zero_offload"] = "lsp"
+    num_steps: int = 4
+    num_micro_batches: int = 1
+    recomputes: bool = False
+    refits: bool = False
+
+
+SETTINGS = {
+    **{f"{name}, lsp": Setting(policy=policy) for name, policy in POLICIES.items()},
+    **{f"{name}, zero_offload": Setting(policy=policy, method="zero_offload") for name, policy in POLICIES.items()},
+    "accumulated": Setting(policy=POLICIES["layerwise"], num_micro_batches=3),
+    "recomputed": Setting(policy=POLICIES["earliest_deadline"], recomputes=True),
+    "refitted": Setting(policy=POLICIES["layerwise"], num_steps=STEPS_TO_TAKEOVER, refits=True),
+    "refitted, delayed": Setting(policy=Delayed, num_steps=STEPS_TO_TAKEOVER, refits=True),
+}
+
+
+def batch(seed: int) -> Batch:
+    ids = torch.randint(3, VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def batches_of(setting: Setting) -> list[list[Batch]]:
+    count = setting.num_micro_batches
+    return [[batch(step * count + index) for index in range(count)] for step in range(setting.num_steps)]
+
+
+def prepared(setting: Setting) -> tuple[PreTrainedModel, list[Unit], Refitter | None]:
+    model = tiny_model("llama")
+    model.train()
+    if setting.recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    layers = find_layers(model)
+    units = lsp_units(layers, LSP, seed=0)[0] if setting.method == "lsp" else full_units(layers)
+    if not setting.refits:
+        return model, units, None
+    fit = ClosedFormFit(balanced=False)
+    options = {"check_every": CHECK_EVERY, "num_sketched": 1, "seed": 0}
+    return model, units, Refitter(units, fit, max_bias=0.0, whitened=False, **options)
+
+
+def interleaved(setting: Setting, backend: CheckingBackend, *, seed: int) -> tuple[PreTrainedModel, InterleavedRun]:
+    model, units, refitter = prepared(setting)
+    shards = [unit.index % 2 for unit in units]
+    run = InterleavedRun(
+        model,
+        units,
+        setting.policy(shards),
+        backend,
+        learning_rates=[1e-3] * setting.num_steps,
+        seed=seed,
+        shard_of_unit=shards,
+        refitter=refitter,
+    )
+    run.train(batches_of(setting))
+    return model, run
+
+
+def in_program_order(setting: Setting) -> PreTrainedModel:
+    model, units, refitter = prepared(setting)
+    run = Loopback(
+        model,
+        units,
+        learning_rates=[1e-3] * setting.num_steps,
+        staleness=setting.policy.staleness,
+        refitter=refitter,
+    )
+    for step, batches in enumerate(batches_of(setting)):
+        run.step(step, batches)
+    run.worker.flush()
+    return model
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_access_is_ordered_and_no_bit_depends_on_when_things_happen(name: str) -> None:
+    reference = in_program_order(SETTINGS[name])
+    for seed in range(2):
+        backend = CheckingBackend()
+        model, run = interleaved(SETTINGS[name], backend, seed=seed)
+        assert_same_weights(model, reference)
+        assert backend.order.num_checked > 100
+        assert (run.num_taken_over > 0) == SETTINGS[name].refits
+
+
+class _Promise:
+    """A fence that says it is passed when it is not."""
+
+    def __init__(self, fence: Fence) -> None:
+        assert isinstance(fence, LateFence)
+        self.fence = fence
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Hasty(CheckingBackend):
+    """Its host does not wait for the fences of one stream; other streams do."""
+
+    def __init__(self, stream: WorkStream) -> None:
+        super().__init__()
+        self._hasty = stream
+
+    def record(self, stream: WorkStream) -> Fence:
+        fence = super().record(stream)
+        return _Promise(fence) if stream is self._hasty else fence
+
+    def wait(self, stream: WorkStream, fence: Fence) -> None:
+        super().wait(stream, fence.fence if isinstance(fence, _Promise) else fence)
+
+
+class Unordered(CheckingBackend):
+    """One of its streams does not wait for others, and nobody waits for the compute stream."""
+
+    def __init__(self, stream: WorkStream) -> None:
+        super().__init__()
+        self._unordered = stream
+
+    def record(self, stream: WorkStream) -> Fence:
+        fence = super().record(stream)
+        return _Promise(fence) if stream is WorkStream.GPU else fence
+
+    def wait(self, stream: WorkStream, fence: Fence) -> None:
+        if stream is not self._unordered:
+            super().wait(stream, fence.fence if isinstance(fence, _Promise) else fence)
+
+
+class Keeping(CheckingBackend):
+    """Does not tell the allocator that another stream uses a buffer."""
+
+    def hand_over(self, tensor: torch.Tensor, stream: WorkStream) -> None:
+        pass
+
+
+class Careless(Delayed):
+    """Launches what writes a slot though the step before has not been read from it."""
+
+    def _finds_slot(self, op: Op) -> bool:
+        return True
+
+
+LAYERWISE, DELAYED = SETTINGS["layerwise, lsp"], SETTINGS["delayed, lsp"]
+FAULTS: dict[str, tuple[Setting, Callable[[], CheckingBackend], str]] = {
+    "no wait before a delta is added": (
+        LAYERWISE,
+        lambda: Unordered(WorkStream.GPU),
+        "a read by the gpu stream is not ordered after a write by the h2d stream",
+    ),
+    "no fence between the backward and the copy of a payload": (
+        LAYERWISE,
+        lambda: Unordered(WorkStream.D2H),
+        "a read by the d2h stream is not ordered after a write by the gpu stream",
+    ),
+    "a payload is published before its copy is done": (
+        LAYERWISE,
+        lambda: Hasty(WorkStream.D2H),
+        r"publishing slot down \d by the d2h thread is not ordered after a write by the d2h stream",
+    ),
+    "a slot is written again before its copy is done": (
+        replace(DELAYED, num_steps=8),
+        lambda: Hasty(WorkStream.H2D),
+        r"taking slot up \d to write by the cpu thread \d is not ordered after a read by the h2d stream",
+    ),
+    "a slot is written again before the update or the copy that reads it": (
+        replace(DELAYED, policy=Careless, num_steps=8),
+        CheckingBackend,
+        r"taking slot \w+ \d to (read|write) by the .* is not ordered after ",
+    ),
+    "a delta's memory is not handed over": (
+        LAYERWISE,
+        Keeping,
+        "a buffer is let go while a read by the gpu stream may not be over",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_whatever_the_seed_and_in_the_same_place_each_time(name: str) -> None:
+    setting, backend_of, message = FAULTS[name]
+    for seed in range(2):
+        verdicts = set()
+        for _ in range(2):
+            with pytest.raises(RaceError, match=message) as raised:
+                interleaved(setting, backend_of(), seed=seed)
+            verdicts.add(str(raised.value))
+        assert len(verdicts) == 1
+
+
+def test_a_seed_determines_what_happens_when() -> None:
+    runs = [interleaved(LAYERWISE, CheckingBackend(), seed=seed)[1].happened for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    assert {"the d2h stream", "the h2d stream"} <= {who for run in runs for who in run}  # copies lagged behind
+
+
+def test_a_copy_is_not_there_before_its_fence_is_passed() -> None:
+    backend = CheckingBackend()
+    source = torch.ones(3)
+    copy = backend.empty(WorkStream.H2D, 3)
+    backend.copy_async(WorkStream.H2D, copy, source)
+    assert copy.isnan().all()
+    backend.record(WorkStream.H2D).synchronize()
+    assert torch.equal(copy, source)
+
+
+def test_reads_need_no_order_among_themselves_and_a_message_orders_a_write_after_a_read() -> None:
+    order, buffer = HappensBefore(), torch.zeros(2)
+    order.access("one", buffer, "a read", is_write=False)
+    order.access("two", buffer, "a read", is_write=False)
+    order.learn("two", order.tell("one"))
+    order.access("two", buffer[1:], "a write", is_write=True)
+    with pytest.raises(RaceError, match="a read by one is not ordered after a write by two"):
+        order.access("one", buffer, "a read", is_write=False)
+
+
+def test_what_an_agent_does_after_it_told_is_not_known() -> None:
+    order, buffer = HappensBefore(), torch.zeros(2)
+    told = order.tell("one")
+    order.access("one", buffer, "a write", is_write=True)
+    order.learn("two", told)
+    with pytest.raises(RaceError):
+        order.access("two", buffer, "a read", is_write=False)

@@ -1,0 +1,82 @@
+"""Ray with its dashboard on, in an interpreter of its own: the suite's cluster has none."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from contextlib import closing, suppress
+from typing import Any
+
+import pytest
+
+DASHBOARD_PORT = 8265
+
+LOOK = """
+import json, socket, time, urllib.error, urllib.request
+from pathlib import Path
+import psutil, ray
+from lsp_ray.runtime.cluster import ray_cluster
+
+def answers(port):
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+def status(url):
+    try:
+        return urllib.request.urlopen(url, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+with ray_cluster(num_actors=1, store_bytes=96 << 20, dashboard=True) as cluster:
+    metrics_port, deadline_s = ray.nodes()[0]["MetricsExportPort"], time.monotonic() + 60
+    while not answers(metrics_port) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    ours = {psutil.Process().pid, *(child.pid for child in psutil.Process().children(recursive=True))}
+    listening = [
+        connection.laddr
+        for connection in psutil.net_connections(kind="tcp")
+        if connection.pid in ours and connection.status == psutil.CONN_LISTEN
+    ]
+    token = Path(cluster.token_path)
+    print(json.dumps({
+        "url": cluster.dashboard_url,
+        "addresses": sorted({address.ip for address in listening}),
+        "ports": [address.port for address in listening],
+        "metrics_port": metrics_port,
+        "token_mode": token.stat().st_mode & 0o777,
+        "folder_mode": token.parent.stat().st_mode & 0o777,
+        "status_without_token": status(cluster.dashboard_url + "/api/version"),
+        "token": str(token),
+    }))
+"""
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """What a cluster with a dashboard looks like from outside, where the dashboard's usual port is taken."""
+    with closing(socket.socket()) as taken:
+        with suppress(OSError):  # taken by somebody else is taken as well
+            taken.bind(("127.0.0.1", DASHBOARD_PORT))
+            taken.listen()
+        ended = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=110, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def test_dashboard_and_metrics_are_on_the_loopback_interface(seen: dict[str, Any]) -> None:
+    assert set(seen["addresses"]) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert int(seen["url"].rpartition(":")[2]) in seen["ports"]
+    assert seen["metrics_port"] in seen["ports"]
+
+
+def test_a_taken_port_is_no_obstacle_to_the_dashboard(seen: dict[str, Any]) -> None:
+    assert seen["url"].startswith("http://127.0.0.1:")
+    assert not seen["url"].endswith(f":{DASHBOARD_PORT}")
+
+
+def test_the_dashboard_asks_for_the_token_which_is_private(seen: dict[str, Any]) -> None:
+    assert seen["status_without_token"] == 401
+    assert (seen["token_mode"], seen["folder_mode"]) == (0o600, 0o700)

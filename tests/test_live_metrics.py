@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import ray
+
+from lsp_ray.runtime.live_metrics import COUNTERS, GAUGES, PREFIX, LiveMetrics
+from lsp_ray.trace import StepMetrics
+from tests.tiny_jobs import Recorder
+
+IN_NO_METRIC = {"step", "bias", "bias_by_layer"}  # counted by itself; made from these
+
+
+def test_every_number_of_metrics_jsonl_has_a_metric() -> None:
+    assert {field.name for field in fields(StepMetrics)} - IN_NO_METRIC == set(GAUGES) | set(COUNTERS)
+
+
+def step(number: int) -> StepMetrics:
+    values: dict[str, Any] = dict.fromkeys((*GAUGES, *COUNTERS), number)
+    return StepMetrics(step=number, bias={"relative": 0.5}, bias_by_layer={"3": 0.25}, **values)
+
+
+def scraped() -> dict[str, float]:
+    """What Prometheus would read from this node, of ours, by name and layer."""
+    port = ray.nodes()[0]["MetricsExportPort"]  # type: ignore[no-untyped-call]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = {}
+    for name, labels, value in re.findall(rf"^ray_{PREFIX}(\w+)\{{(.*)\}} (\S+)$", text, flags=re.MULTILINE):
+        layer = re.search(r'layer="(\w+)"', labels)
+        found[f"{name}.{layer[1]}" if layer else name] = float(value)
+    return found
+
+
+@pytest.mark.usefixtures("cluster")
+def test_prometheus_reads_the_last_step_and_the_sums() -> None:
+    recorder = Recorder()
+    live = LiveMetrics(recorder)
+    for number in (2, 3):
+        live.step(step(number))
+    live.note("a note")
+    live.phase("a phase")
+    assert (len(recorder.steps), recorder.notes, recorder.phases) == (2, ["a note"], ["a phase"])
+    expected: dict[str, float] = dict.fromkeys(GAUGES, 3.0)
+    expected |= {f"{name}_total": 5.0 for name in COUNTERS}
+    expected |= {"steps_total": 2.0, "bias_relative": 0.5, "layer_bias_relative.3": 0.25}
+    deadline_s = time.monotonic() + 60
+    while (found := scraped()) != expected and time.monotonic() < deadline_s:  # Ray exports every few seconds
+        time.sleep(0.5)
+    assert found == expected
