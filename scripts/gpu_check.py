@@ -25,9 +25,6 @@ from lsp_ray.errors import ConfigError
 if TYPE_CHECKING:  # --help is answered before torch is imported
     from scripts.gpu_checks.check import Bench, Check, Outcome
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # started as a file, Python looks for modules in scripts/ alone
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
