@@ -40,7 +40,13 @@ _FACTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """Where the model is, its dtype, and how far its logits are from the trained model's: ‖difference‖ / ‖logits‖."""
+    """What `export` made.
+
+    Attributes:
+        folder: Where the model is.
+        dtype: Of its weights: float32, bfloat16 or float16.
+        relative_error: ‖difference‖ / ‖logits‖ to the trained model's, both in float32.
+    """
 
     folder: Path
     dtype: str
@@ -79,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def export(run_dir: Path, output_dir: Path, dtype: str | None = None) -> Exported:
     """Write the model of `run_dir` into `output_dir`, load it from there and compare its logits.
+
+    Args:
+        run_dir: Output folder of a finished run.
+        output_dir: New or empty.
+        dtype: float32, bfloat16 or float16; default: the run's.
 
     Raises:
         ConfigError: `run_dir` holds no finished run, or `output_dir` has content.

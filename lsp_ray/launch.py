@@ -25,7 +25,12 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """Where a run left checkpoint, metrics and summary, and what summary.json holds."""
+    """What a run left.
+
+    Attributes:
+        output_dir: Holds checkpoint, metrics and summary.
+        summary: What summary.json holds.
+    """
 
     output_dir: Path
     summary: Summary

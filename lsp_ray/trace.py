@@ -113,12 +113,27 @@ class Exposed:
 class StepMetrics:
     """One line of metrics.jsonl. A step is one optimizer update; times are seconds, sizes bytes.
 
-    `step` is the number of updates made, so the first line says 1 as in HF's logs; elsewhere steps count from 0.
-    `grad_norm` is the norm of what was sent (for lsp: of the compressed gradients), before any clipping;
-    `grad_scale` is what it was multiplied by: below 1 where it was clipped, 0 where the step was skipped.
-    `exposed_*_s` is the time in which this step's forward waited for the previous step's deltas. `bias` (raw, relative,
-    cosine; see `Bias`) is there in the steps that measured it, with the relative bias of each layer that was in the
-    sample (by its number) and the number of projectors that are refitted.
+    Attributes:
+        step: Number of updates made, so the first line says 1 as in HF's logs; elsewhere steps count from 0.
+        loss: Mean over the step's targets.
+        grad_norm: Norm of what was sent (for lsp: of the compressed gradients), before any clipping.
+        learning_rate: Of this update.
+        num_tokens: Tokens that are no padding.
+        tokens_per_second: Those over the step's time.
+        step_time_s: From the end of the step before to its own.
+        gpu_busy_s: In which the device computed.
+        d2h_busy_s: In which something went down the link.
+        cpu_busy_s: In which a shard updated.
+        h2d_busy_s: In which something came up the link.
+        exposed_d2h_s: In which this step's forward waited for a delta that was late on its way down.
+        exposed_cpu_s: The same for one that was late in its update.
+        exposed_h2d_s: The same for one that was late on its way up.
+        bytes_d2h: Down the link.
+        bytes_h2d: Up the link.
+        grad_scale: What gradients were multiplied by: below 1 where clipped, 0 where the step was skipped.
+        bias: raw, relative and cosine (see `Bias`), in the steps that measured it.
+        bias_by_layer: The relative bias of each layer in the sample, by its number.
+        num_refitted: Projectors that are learned anew after it.
     """
 
     step: int

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import Literal
@@ -224,3 +226,14 @@ def test_a_unit_that_one_step_does_not_use_still_gets_the_delta_of_the_step_befo
 class _Skip(nn.Module):
     def forward(self, hidden: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
         return hidden
+
+
+def test_a_closed_worker_lets_its_model_go() -> None:
+    model = square_llama()
+    run = Loopback(model, identity_units(model), learning_rates=LEARNING_RATES)
+    run.step(0, [batch(0)])
+    run.worker.close()
+    held = weakref.ref(model)
+    del model, run
+    gc.collect()
+    assert held() is None

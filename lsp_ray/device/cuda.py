@@ -1,7 +1,7 @@
 """CudaBackend: one CUDA stream for each direction of the link, beside the default stream that computes.
 
-Not run on a GPU yet. Each choice follows PyTorch's "CUDA semantics" notes; the reason stands beside it. That training
-asks for every fence it needs is proven without a GPU (tests/test_checking_backend.py).
+Not run on a GPU yet; scripts/gpu_check.py does that. Each choice follows PyTorch's "CUDA semantics" notes; the reason
+stands beside it. That training asks for every fence it needs is proven without a GPU (tests/test_checking_backend.py).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lsp_ray.device.backend import Backend
@@ -94,7 +95,7 @@ class DeviceWorker:
         self._staleness = staleness
         self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
         self._trace = ComputeTrace(backend, is_on=False)
-        self._add_hooks()
+        self._hooks = self._add_hooks()
 
     def run_step(
         self, step: int, micro_batches: Sequence[Batch], host_slots: Sequence[torch.Tensor] = ()
@@ -159,6 +160,11 @@ class DeviceWorker:
                 continue
             self._deltas.expect(made, self.units[index])
             self.prefetch(made, index, delta)
+
+    def close(self) -> None:
+        """Take the hooks off the model: Python's collector does not see those of parameters, so they keep it alive."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()
@@ -237,12 +243,13 @@ class DeviceWorker:
         if self._local_shard is None:
             self._missing = [set(range(len(unit.targets))) for unit in self.units]
 
-    def _add_hooks(self) -> None:
+    def _add_hooks(self) -> list[RemovableHandle]:
+        hooks = []
         for unit in self.units:
             for position, target in enumerate(unit.targets):
-                target.leaf.register_post_accumulate_grad_hook(self._note_gradient(unit, position))
-            for reader in unit.readers:
-                reader.register_forward_pre_hook(self._before_forward(unit))
+                hooks.append(target.leaf.register_post_accumulate_grad_hook(self._note_gradient(unit, position)))
+            hooks += [reader.register_forward_pre_hook(self._before_forward(unit)) for reader in unit.readers]
+        return hooks
 
     def _note_gradient(self, unit: Unit, position: int) -> Callable[[torch.Tensor], None]:
         def note(_leaf: torch.Tensor) -> None:

@@ -45,7 +45,8 @@ class LSPAdamW(Optimizer):
     replica makes the same step from the same gradients; sharded weights (FSDP, ZeRO 3) are not supported.
 
     Args:
-        params: Parameters or groups, as any optimizer takes them. A group may have options of its own.
+        params: Parameters or groups, as any optimizer takes them, float32 or bfloat16; matrices (M, N) in groups with a
+            `subspace_dim`. A group may have options of its own.
         lr: Learning rate; updates are norm-matched, so full fine-tuning's values carry over.
         betas: AdamW's.
         eps: AdamW's.
@@ -117,7 +118,7 @@ class LSPAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient, in place; returns what `closure` does."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

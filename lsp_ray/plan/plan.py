@@ -18,7 +18,14 @@ from lsp_ray.sim.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Forecasts for what was asked for, method by method, and advice on LSP's options."""
+    """Forecasts for what was asked for, and advice.
+
+    Attributes:
+        model: What is trained.
+        hardware: Where.
+        forecasts: Method by method, policy by policy.
+        advice: LSP's options that suit both.
+    """
 
     model: ModelShape
     hardware: HardwareProfile

@@ -22,9 +22,14 @@ CHUNK_ELEMENTS = 1 << 22  # bounds the (C, T) products to 16 MB each
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bias:
-    """Relative to ‖G‖: `raw` is ‖A − G‖, `relative` the least of ‖cA − G‖ over scalars c; `cosine` is between A and G.
+    """What a projector loses of a gradient G, with A = PPᵀGQQᵀ. Paper, Definition 2.
 
     Adam does not care for c, and the scale of a projector's columns is arbitrary, so `relative` is the one to judge by.
+
+    Attributes:
+        raw: ‖A − G‖ / ‖G‖.
+        relative: The least of ‖cA − G‖ / ‖G‖ over scalars c.
+        cosine: Between A and G.
     """
 
     raw: float

@@ -173,6 +173,11 @@ class DeviceSide:
         if self._is_set_up:
             self.worker.abandon(error)
 
+    def close(self) -> None:
+        """See `DeviceWorker.close`."""
+        if self._is_set_up:
+            self.worker.close()
+
     def save(self, folder: Path) -> None:
         """Write the model with every delta added, and the projectors or adapters beside it.
 

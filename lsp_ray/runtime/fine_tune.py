@@ -16,13 +16,30 @@ from lsp_ray.trace import StepMetrics
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What summary.json holds. Times are seconds, sizes bytes, without the step whose memory was measured.
+    """What summary.json holds. Times are seconds, without the step whose memory was measured; sizes are bytes.
 
-    `eval_before` and `eval_after` hold every score of the task, its loss as well. The samples are the model's answers
-    to a held-out prompt, and what the data says.
-    `overlap_fraction` is 1 − exposed time / step time; `policy` is None where nothing leaves the device.
-    `num_clipped` and `num_skipped` count steps, see `StepMetrics.grad_scale`.
-    `emulated_compute_s` is the compute of a step that an emulated machine's link and shards were scaled to.
+    Attributes:
+        method: See `RunConfig`.
+        policy: None where nothing leaves the device.
+        device: cpu or cuda.
+        num_shards: 0 where nothing leaves the device.
+        eval_loss_before: Mean over the held-out targets, before training.
+        eval_loss_after: The same after training.
+        eval_before: Every score of the task, its `loss` as well.
+        eval_after: The same after training.
+        step_time_s_median: Of an optimizer update.
+        tokens_per_second: Tokens that are no padding, over the steps' time.
+        overlap_fraction: 1 − exposed time / step time.
+        num_clipped: Steps whose gradients were scaled down, see `StepMetrics.grad_scale`.
+        num_skipped: Steps that were left out.
+        emulated_compute_s: Compute of a step that an emulated machine's link and shards were scaled to.
+        peak_device_bytes: Of tensors alive on the device in one of the first steps.
+        bytes_d2h_per_step: Down the link, a median.
+        bytes_h2d_per_step: Up the link, a median.
+        sample_before: The model's answer to a held-out prompt, before training.
+        sample_after: The same after training.
+        sample_expected: What the data says.
+        trainable_subspace_dims: D by the linear's name; empty for other methods than lsp.
     """
 
     method: str

@@ -113,6 +113,7 @@ class ThreadWorkers:
         self.side.abandon(WorkerLostError("the run was given up"))
         for lane in (self._compute, self._d2h, self._h2d, *self._cpu):
             lane.shutdown(cancel_futures=True)
+        self.side.close()
 
     def _send(self, op: Op) -> OpReport:
         slot = self._down[op.layer]

@@ -20,11 +20,15 @@ class Forecast:
     """What a step takes.
 
     Attributes:
+        workload: Of which step.
         policy: None where nothing leaves the device.
         device: With a typical micro-batch.
         longest_bytes: Peak on the device with the longest micro-batch there can be, every token with a target: what
             has to fit.
+        host: Beside what the device needs.
         bytes_each_way: Down the link in a step, and as many up.
+        step_s: From a step's end to the next one's.
+        exposed: Time in which the device waits for deltas, by the stream that is late.
         busy_s: Of each stream in a step.
         misfits: What does not fit, a line each; empty where all does.
     """

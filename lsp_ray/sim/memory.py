@@ -18,7 +18,17 @@ _STORE_SPARE_BYTES = 96 << 20  # of the object store beside the slots
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMemory:
-    """Bytes on the device; `activations` at their most, with the loss's; `block` the largest block's in backward."""
+    """Bytes on the device.
+
+    Attributes:
+        weights: All of them, frozen ones as well.
+        projectors: (M + N) · R values and row numbers a matrix (lsp).
+        optimizer_state: m and v in float32 (native).
+        activations: At their most, with the loss's.
+        block: The largest block's in its backward.
+        gradients: Of the largest layer, for native of all.
+        payload_buffers: Payloads and deltas that are there at one time.
+    """
 
     weights: float
     projectors: float
@@ -37,7 +47,13 @@ class DeviceMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMemory:
-    """Bytes on the host; `object_store` is shared memory: slots, both ways, m and v, and a copy for what runs."""
+    """Bytes on the host.
+
+    Attributes:
+        object_store: Shared memory: slots, both ways, m and v, and a copy for what runs.
+        whitening: Two (D, D) matrices for each that is projected (lsp).
+        processes: Python with torch, several times.
+    """
 
     object_store: float
     whitening: float

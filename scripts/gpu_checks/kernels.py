@@ -1,0 +1,225 @@
+"""Checks of what is computed on the device: against the CPU's results, in double precision where there is a formula.
+
+Legend: T tokens, M rows (out), N columns (in), D subspace.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lsp_ray.config import LspConfig
+from lsp_ray.device.fits import GradientSketch
+from lsp_ray.device.projected_linear import ProjectedLinear, add_decompressed
+from lsp_ray.device.rounding import Rounding
+from lsp_ray.device.unit import Update
+from lsp_ray.methods.lsp import lsp_units
+from lsp_ray.models.layers import find_layers
+from lsp_ray.models.loss import num_targets, summed_loss
+from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
+from lsp_ray.projection.bias import bias_of
+from lsp_ray.projection.sparse_projector import SparseProjector
+from scripts.gpu_checks.check import Bench, Check, relative_error, require
+
+DTYPES = (torch.float32, torch.bfloat16)
+NNZ_PER_ROW = 4
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a sum of products: its terms' own rounding, and some to spare
+NUM_ROUNDED = 64
+
+
+class Draw(Protocol):
+    """Makes projectors, as `SparseProjector.random` does."""
+
+    def __call__(
+        self, shape: tuple[int, int], dim: int, nnz_per_row: int, generator: torch.Generator
+    ) -> SparseProjector:
+        """Return a projector on the CPU."""
+        ...
+
+
+def kernel_checks(bench: Bench) -> list[tuple[str, Check]]:
+    """All of them, by name."""
+    by_dtype = {
+        "compress": compression,
+        "decompress": decompression,
+        "projected linear": projected_linear,
+        "decompress and add": added_delta,
+    }
+    checks: list[tuple[str, Check]] = [
+        (f"{name}, {str(dtype).removeprefix('torch.')}", partial(check, bench, dtype))
+        for name, check in by_dtype.items()
+        for dtype in DTYPES
+    ]
+    return [
+        *checks,
+        ("stochastic rounding, to the bit", partial(rounding, bench)),
+        ("AdamW on the device", partial(adamw_step, bench)),
+        ("fit of a projector", partial(fitted, bench)),
+        ("checkpointed activations", partial(checkpointing, bench)),
+    ]
+
+
+def compression(bench: Bench, dtype: torch.dtype, draw: Draw = SparseProjector.random) -> str:
+    """(dY P)ᵀ (X Q) from the sparse products, against Pᵀ (dYᵀ X) Q from dense ones in float64."""
+    projector, grad_output_TM, input_TN = _drawn(bench, dtype, draw)
+    on_device = projector.to(bench.device)
+    found_DD = on_device.compress_outer(
+        grad_output_TM.to(bench.device), on_device.project_input(input_TN.to(bench.device))
+    )
+    left_MD, right_ND = projector.left.dense().double(), projector.right.dense().double()
+    expected_DD = (grad_output_TM.double() @ left_MD).t() @ (input_TN.double() @ right_ND)
+    return relative_error(found_DD, expected_DD, BOUND[dtype])
+
+
+def decompression(bench: Bench, dtype: torch.dtype, draw: Draw = SparseProjector.random) -> str:
+    """P δ Qᵀ from the sparse products, rows in pieces, against dense ones in float64."""
+    projector, _, _ = _drawn(bench, dtype, draw)
+    delta_DD = _normal(bench.sizes.dim, bench.sizes.dim, seed=3)
+    on_device, half = projector.to(bench.device), bench.sizes.rows // 2
+    parts = [on_device.decompress(delta_DD.to(bench.device), first, half) for first in (0, half)]
+    expected_MN = projector.left.dense().double() @ delta_DD.double() @ projector.right.dense().double().t()
+    return relative_error(torch.cat(parts), expected_MN[: 2 * half], BOUND[torch.float32])
+
+
+def projected_linear(bench: Bench, dtype: torch.dtype) -> str:
+    """Output, input gradient and g of the layer's own backward, against autograd's of a plain linear in float64."""
+    projector, grad_output_TM, input_TN = _drawn(bench, dtype, SparseProjector.random)
+    plain = nn.Linear(bench.sizes.columns, bench.sizes.rows)
+    with torch.no_grad():
+        plain.weight.copy_(_normal(*plain.weight.shape, seed=4) / bench.sizes.columns**0.5)
+        plain.bias.zero_()
+    plain = plain.to(dtype)
+    module = ProjectedLinear(_copied(plain, bench.device), transposed=False, projector=projector.to(bench.device))
+    found_input_TN = input_TN.clone().to(bench.device).requires_grad_()
+    found_TM = module(found_input_TN)
+    found_TM.backward(grad_output_TM.to(bench.device))
+    exact, exact_input_TN = plain.double(), input_TN.double().requires_grad_()
+    exact_TM = exact(exact_input_TN)
+    exact_TM.backward(grad_output_TM.double())
+    assert found_input_TN.grad is not None
+    assert exact_input_TN.grad is not None
+    assert exact.weight.grad is not None
+    assert module.leaf.grad is not None
+    relative_error(found_TM, exact_TM.detach(), BOUND[dtype])
+    relative_error(found_input_TN.grad, exact_input_TN.grad, BOUND[dtype])
+    expected_DD = projector.left.dense().double().t() @ exact.weight.grad @ projector.right.dense().double()
+    return relative_error(module.leaf.grad, expected_DD, BOUND[dtype])
+
+
+def added_delta(bench: Bench, dtype: torch.dtype) -> str:
+    """W + P δ Qᵀ as a step adds it, with the CPU's own answer; bfloat16 may differ where rounding is at its edge."""
+    projector, _, _ = _drawn(bench, dtype, SparseProjector.random)
+    weight_MN = _normal(bench.sizes.rows, bench.sizes.columns, seed=5).to(dtype)
+    delta_DD = _normal(bench.sizes.dim, bench.sizes.dim, seed=6) * 1e-2
+    answers = []
+    for device in (bench.device, torch.device("cpu")):
+        update = Update(step=3, learning_rate=1e-2, weight_decay=0.1, rounding=Rounding(7, device))
+        answer_MN = weight_MN.clone().to(device)
+        add_decompressed(answer_MN, delta_DD.to(device), projector.to(device), update, key=2)
+        answers.append(answer_MN)
+    return relative_error(answers[0], answers[1], BOUND[dtype] / 10)
+
+
+def rounding(bench: Bench, make: type[Rounding] = Rounding) -> str:
+    """The bits are the CPU's, and the mean of many roundings is the exact sum."""
+    weight, delta = _normal(1, 4096, seed=8)[0].bfloat16(), _normal(1, 4096, seed=9)[0] * 1e-3
+    ours, theirs = make(1, bench.device), Rounding(1, torch.device("cpu"))
+    exact, total = weight.double() + delta.double(), torch.zeros(4096, dtype=torch.float64)
+    for step in range(NUM_ROUNDED):
+        found, expected = weight.clone().to(bench.device), weight.clone()
+        ours.add_(found, delta.to(bench.device), keep=1.0, step=step, key=5, first=0)
+        theirs.add_(expected, delta, keep=1.0, step=step, key=5, first=0)
+        require(torch.equal(found.cpu(), expected), f"bits differ from the CPU's in step {step}")
+        total += expected.double()
+    mean_error = float((total / NUM_ROUNDED - exact).mean())
+    require(abs(mean_error) < 1e-4, f"the mean of {NUM_ROUNDED} roundings is off by {mean_error:.1g}")
+    return f"{NUM_ROUNDED} × 4096 weights; mean off by {abs(mean_error):.0e}"
+
+
+def adamw_step(bench: Bench) -> str:
+    """Native's fused AdamW on the device, three steps, against the CPU's."""
+    answers = []
+    for device in (bench.device, torch.device("cpu")):
+        state, delta = AdamWState.zeros(4096, device), torch.empty(4096, device=device)
+        for step in range(3):
+            grad = _normal(1, 4096, seed=10 + step)[0].to(device)
+            adamw_delta_(delta, grad, state, learning_rate=1e-3, hyper=AdamWHyper())
+        answers.append(delta)
+    return relative_error(answers[0], answers[1], BOUND[torch.float32])
+
+
+def fitted(bench: Bench) -> str:
+    """Projectors learned on the device lose no more of a gradient than those learned on the CPU."""
+    sizes = bench.sizes
+    width = sizes.dim // 2  # a gradient of low rank, which learning finds and chance does not
+    grad_MN = _normal(sizes.rows, width, seed=13) @ _normal(width, sizes.columns, seed=14)
+    biases = []
+    for device in (bench.device, torch.device("cpu")):
+        sketch = GradientSketch((sizes.rows, sizes.columns), sizes.dim, torch.Generator().manual_seed(0))
+        sketch.add_full(grad_MN.to(device))
+        projector = sketch.learn(sizes.dim, NNZ_PER_ROW, torch.Generator().manual_seed(1), device)
+        require(projector is not None, f"nothing was learned on {device}")
+        assert projector is not None
+        on_host = projector.to(torch.device("cpu"))
+        bias = bias_of(on_host, on_host.compress(grad_MN), float(grad_MN.double().square().sum()))
+        require(bias is not None, f"the bias of what was learned on {device} is not finite")
+        assert bias is not None
+        biases.append(bias.relative)
+    figure = f"bias {biases[0]:.3f}, the CPU's {biases[1]:.3f}"
+    require(biases[0] <= biases[1] + 0.02, figure)
+    return figure
+
+
+def checkpointing(bench: Bench) -> str:
+    """Every gradient is the same whether activations are kept or computed again."""
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = small_llama(bench)
+        layers = find_layers(model)
+        if is_checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        units, _ = lsp_units(layers, LspConfig(subspace_dim=16, nnz_per_row=2), seed=0)
+        ids_BS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(2)).to(bench.device)
+        batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "labels": ids_BS}
+        (summed_loss(model, batch) / num_targets(batch)).backward()
+        leaves = [target.leaf.grad for unit in units for target in unit.targets]
+        gradients.append(torch.cat([leaf.reshape(-1).float() for leaf in leaves if leaf is not None]))
+    require(gradients[0].shape == gradients[1].shape, "some matrices got no gradient")
+    return relative_error(gradients[1], gradients[0], BOUND[torch.float32])
+
+
+def small_llama(bench: Bench) -> PreTrainedModel:
+    """Two blocks of 64 features with random weights, on the device, in training mode."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.to(bench.device)  # type: ignore[arg-type]
+    model.train()
+    return model
+
+
+def _drawn(bench: Bench, dtype: torch.dtype, draw: Draw) -> tuple[SparseProjector, torch.Tensor, torch.Tensor]:
+    """A projector, dY (T, M) and X (T, N), on the CPU."""
+    sizes = bench.sizes
+    projector = draw((sizes.rows, sizes.columns), sizes.dim, NNZ_PER_ROW, torch.Generator().manual_seed(0))
+    grad_output_TM, input_TN = (
+        _normal(sizes.num_tokens, side, seed=seed).to(dtype) for seed, side in enumerate((sizes.rows, sizes.columns))
+    )
+    return projector.to(torch.device("cpu"), dtype), grad_output_TM, input_TN
+
+
+def _normal(rows: int, columns: int, *, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def _copied(plain: nn.Linear, device: torch.device) -> nn.Linear:
+    copy = nn.Linear(plain.in_features, plain.out_features, dtype=plain.weight.dtype)
+    copy.load_state_dict(plain.state_dict())
+    return copy.to(device)

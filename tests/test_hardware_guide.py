@@ -1,0 +1,34 @@
+"""scripts/hardware_guide.py: a page from a model's shape; the committed one has every model, method and length."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from scripts.hardware_guide import HEAD, LENGTHS, METHODS, MODELS, PAGE, page, smallest_card
+
+ROW = re.compile(r"^\| .*\| `(\w+)` \| ([\d.]+) / ([\d.]+) \|", re.MULTILINE)
+
+
+def test_the_page_of_a_model_has_a_row_for_every_method_and_length() -> None:
+    told: list[str] = []
+    written = page({"SmolLM2-135M": MODELS["SmolLM2-135M"]}, told.append)
+    rows = ROW.findall(written)
+    assert [row[0] for row in rows] == [method for method, _ in METHODS] * len(LENGTHS)
+    assert all(float(recomputed) <= float(kept) for _, kept, recomputed in rows)
+    assert told == ["SmolLM2-135M"]
+    first = written.split("## 2048 tokens")[0].splitlines()[-4:-1]
+    assert all(line in PAGE.read_text(encoding="utf-8") for line in first)  # what is committed is what it writes
+
+
+def test_the_committed_page_has_every_model() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert text.startswith(HEAD)
+    assert len(ROW.findall(text)) == len(MODELS) * len(METHODS) * len(LENGTHS)
+    assert all(text.count(f"| {name} (") == len(LENGTHS) for name in MODELS)
+
+
+@pytest.mark.parametrize(("peak_gb", "card"), [(3.2, "4 GB"), (3.4, "8 GB"), (24.7, "24 GB"), (24.8, "none")])
+def test_a_card_needs_room_beside_the_peak(peak_gb: float, card: str) -> None:
+    assert smallest_card(peak_gb * 1e9) == card
