@@ -100,6 +100,8 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         values = ", ".join(map(str, get_args(hint)))
         return f"one of {values}" if len(get_args(hint)) > 1 else values
+    if get_origin(hint) is dict:
+        return 'a table, such as {"name": 0.1}'
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
     return " or ".join(
         _in_words(kind) if get_args(kind) else _WORDS.get(kind.__name__, kind.__name__) for kind in kinds

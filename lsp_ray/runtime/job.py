@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsp_ray.config import RunConfig, Task
 from lsp_ray.data.dataset import load_rows
@@ -30,6 +30,7 @@ from lsp_ray.models.resolve import resolve_model
 from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
 from lsp_ray.runtime.layout import Layout, plan_layout
+from lsp_ray.runtime.learning_rates import learning_rates
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
 from lsp_ray.runtime.slots import slot_bytes, state_numel
 from lsp_ray.schedule.policy import POLICIES
@@ -182,7 +183,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         device=device,
         dtype=dtype,
         micro_batches=micro_batches,
-        learning_rates=tuple(_learning_rates(config, micro_batches.num_steps)),
+        learning_rates=learning_rates(config, micro_batches.num_steps),
         payload_sizes=tuple(payload_sizes),
         subspace_dims=dims,
         layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
@@ -236,18 +237,6 @@ def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     bound = min(getattr(skeleton.config, "max_position_embeddings", sys.maxsize), tokenizer.model_max_length)
     if config.max_seq_length > bound:
         raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", config.max_seq_length)
-
-
-def _learning_rates(config: RunConfig, num_steps: int) -> list[float]:
-    """The whole schedule at once, from transformers' own scheduler, so that every actor agrees on it."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_steps)
-    rates = []
-    for _ in range(num_steps):
-        rates.append(float(scheduler.get_last_lr()[0]))
-        optimizer.step()
-        scheduler.step()
-    return rates
 
 
 def _note_data(tokenized: TokenizedRows, config: RunConfig, note: Callable[[str], None]) -> None:
