@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # the imports below take a while: Ctrl-C ends them without a traceback
+# the imports below take a while: Ctrl-C ends them without a traceback, unless a shell has it ignored
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse

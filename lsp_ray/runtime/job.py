@@ -31,6 +31,7 @@ from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
+from lsp_ray.runtime.metrics_file import METRICS, read_metrics
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
 from lsp_ray.runtime.slots import slot_bytes, state_numel
 from lsp_ray.schedule.policy import POLICIES
@@ -197,13 +198,17 @@ def resumed(job: Job, folder: Path) -> Job:
     """Return the job from a checkpoint of it on.
 
     Raises:
-        ConfigError: The checkpoint is not whole, or the job differs from the one that wrote it.
+        ConfigError: The checkpoint is not whole, or the job differs from the one that wrote it; or all steps are made
+            and their metrics lost.
     """
     saved = read_saved_run(folder)
     config = json.loads(json.dumps(asdict(job.resolved_config)))  # as a file holds it
     check_same_run(saved, config, device=job.device, staleness=job.staleness, digest=job.data_digest)
     if saved.step > job.num_steps:
         raise ConfigError(FIELD, f"be of at most {job.num_steps} steps", str(folder))
+    if saved.step == job.num_steps and not any(read_metrics(folder.parent / METRICS, saved.step)):
+        bound = f"have its run's {METRICS} beside it, as no step is left to measure"
+        raise ConfigError(FIELD, bound, str(folder), hint="it holds the trained model already")
     return replace(job, saved=saved)
 
 
