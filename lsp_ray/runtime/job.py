@@ -33,11 +33,10 @@ from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
 from lsp_ray.runtime.metrics_file import METRICS, read_metrics
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
-from lsp_ray.runtime.slots import slot_bytes, state_numel
 from lsp_ray.schedule.policy import POLICIES
+from lsp_ray.sim.store import store_bytes
 
 SAMPLE_TOKENS = 48
-SPARE_STORE_BYTES = 96 << 20  # of the object store, beside the slots: the job's data, messages, and Ray's own minimum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,11 +108,8 @@ class Job:
 
     @property
     def store_bytes(self) -> int:
-        """Shared memory that Ray's object store needs: all slots (down, up, state), undo slots, and some to spare."""
-        ways = 2 * sum(slot_bytes(numel) for numel in self.payload_sizes)
-        states = [slot_bytes(state_numel(numel)) for numel in self.payload_sizes]
-        undo = sum(states) if self.speculates else self.layout.num_shards * max(states, default=0)
-        return ways + sum(states) + undo + SPARE_STORE_BYTES
+        """Shared memory that Ray's object store needs: all slots, and some to spare."""
+        return store_bytes(self.payload_sizes, self.layout.shard_of_unit, speculates=self.speculates)
 
     @property
     def resolved_config(self) -> RunConfig:
