@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.hardware import EmulatedMachine
@@ -17,8 +17,17 @@ Fit = Literal["closed_form", "paper", "random"]
 Method = Literal["lsp", "zero_offload", "native", "lora", "galore"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
-SchedulerType = Literal[
-    "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
+SchedulerType = Literal[  # transformers' own, but for the two that look at losses: reduce_lr_on_plateau and greedy
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
 ]
 
 MAX_SEED = 2**32 - 1
@@ -173,6 +182,8 @@ class RunConfig:
     """Peak learning rate; updates are norm-matched, so full fine-tuning's values carry over."""
     lr_scheduler_type: SchedulerType = "linear"
     """Shape of the learning rate over the steps, as in transformers.get_scheduler."""
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """What that shape takes besides, such as {"min_lr_rate": 0.1} for cosine_with_min_lr."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # the imports below take a while: Ctrl-C ends them without a traceback
+# the imports below take a while: Ctrl-C ends them without a traceback, unless a shell has it ignored
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -100,6 +101,8 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         values = ", ".join(map(str, get_args(hint)))
         return f"one of {values}" if len(get_args(hint)) > 1 else values
+    if get_origin(hint) is dict:
+        return 'a table, such as {"name": 0.1}'
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
     return " or ".join(
         _in_words(kind) if get_args(kind) else _WORDS.get(kind.__name__, kind.__name__) for kind in kinds

@@ -6,10 +6,12 @@ processes on one machine can be compared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from itertools import pairwise
+from typing import Any, Self
 
 TRACED_AT_ONCE = 5  # steps in a row: enough to see one step reach into the next, and no file of gigabytes
 
@@ -157,6 +159,25 @@ class StepMetrics:
     bias_by_layer: dict[str, float] | None = None
     num_refitted: int | None = None
 
+    def as_json(self) -> dict[str, Any]:
+        """What strict JSON can hold: a number that is not finite, as a skipped step's loss may be, is None."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, entry: Any) -> Self:
+        """The metrics whose `as_json` this was, NaN where it has None; names that are not known are left out.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        if not isinstance(entry, dict):
+            raise ValueError("it is no table of names and values")
+        values = {field.name: _read(field.name, str(field.type), entry) for field in fields(cls) if field.name in entry}
+        try:
+            return cls(**values)
+        except TypeError as error:  # something is missing
+            raise ValueError(str(error)) from error
+
     @property
     def exposed_s(self) -> float:
         """Seconds in which the compute stream waited."""
@@ -180,6 +201,27 @@ class StepMetrics:
             WorkStream.CPU: self.exposed_cpu_s,
             WorkStream.H2D: self.exposed_h2d_s,
         }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read(name: str, kind: str, entry: dict[str, Any]) -> Any:
+    value = entry[name]
+    if kind.startswith("dict"):
+        return None if value is None else {key: _number(key, "float", part) for key, part in dict(value).items()}
+    return None if value is None and kind.endswith("None") else _number(name, kind, value)
+
+
+def _number(name: str, kind: str, value: Any) -> float:
+    if value is None and kind == "float":
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int if kind.startswith("int") else int | float):
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def busy_s(spans: Iterable[Span], stream: WorkStream, start_s: float, end_s: float) -> float:

@@ -51,8 +51,8 @@ class LSPTrainer:
     """Runs a dataset and a collator of transformers' Trainer on the GPU and shard actors.
 
     Of `args` it reads output_dir (new or empty), max_steps, num_train_epochs, per_device_train_batch_size,
-    gradient_accumulation_steps, learning_rate, lr_scheduler_type, warmup_steps, weight_decay, seed, bf16,
-    gradient_checkpointing and remove_unused_columns. Gradients are not clipped.
+    gradient_accumulation_steps, learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps,
+    weight_decay, seed, bf16, gradient_checkpointing and remove_unused_columns. Gradients are not clipped.
 
     Args:
         model: A folder, hub id or alias, or a model in memory, which is written to a temporary folder for the GPU actor
@@ -136,6 +136,7 @@ def _run_config(
         output_dir=args.output_dir,
         method=method,
         lr_scheduler_type=cast(SchedulerType, schedule),
+        lr_scheduler_kwargs=cast(dict[str, Any] | None, args.lr_scheduler_kwargs) or None,
         warmup_steps=int(args.warmup_steps),
         bf16=True if args.bf16 else in_bf16,
         gradient_checkpointing=bool(args.gradient_checkpointing or args.activation_checkpointing),

@@ -1,13 +1,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import ray
 
+from lsp_ray.config import GaloreConfig, Method
 from lsp_ray.errors import ConfigError
+from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
+from lsp_ray.plan.plan import workload_of
+from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.runtime.host_memory import HostMemory, check_memory, read_host_memory
 from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.shard_pool import new_pair, new_undo
+from lsp_ray.sim.memory import host_memory
+from lsp_ray.sim.store import SPARE_BYTES
 from tests.tiny_jobs import tiny_job
 
 PLENTY = 1 << 40
@@ -43,3 +53,31 @@ def test_a_containers_limit_counts_without_its_page_cache(tmp_path: Path) -> Non
 
 def test_without_shared_memory_there_is_none(tmp_path: Path) -> None:
     assert read_host_memory(shared_memory=tmp_path / "nothing").shared_bytes == 0
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 1.0}, {"on_nonfinite": "skip"}])
+@pytest.mark.parametrize("method", get_args(Method))
+def test_the_shared_memory_forecast_is_what_a_run_allocates(
+    tmp_path_factory: pytest.TempPathFactory, method: Method, changes: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "forecast"
+    folder.mkdir(exist_ok=True)
+    other = tiny_job(folder, method=method, galore=GaloreConfig(rank=8), runtime={"num_shards": 2}, **changes)
+    pairs = [new_pair(unit, numel) for unit, numel in enumerate(other.payload_sizes)]
+    slots = {ref for pair in pairs for ref in (pair.down, pair.up, pair.state)}
+    for index in range(other.layout.num_shards):
+        owned = [pairs[unit] for unit in other.layout.units_of(index)]
+        slots |= set(new_undo(owned, is_shared=not other.speculates).values())
+    assert other.store_bytes == sum(ray.get(slot).nbytes for slot in slots) + SPARE_BYTES
+    if method in ("lora", "galore"):  # the planner does not know them
+        return
+    asked = PlanConfig(
+        hardware="rtx3060",
+        lsp=PlanLspConfig(subspace_dim=16, nnz_per_row=2),
+        runtime=PlanRuntimeConfig(num_shards=2, shard_threads=1),
+        **changes,
+    )
+    model = shape_of(other.model_folder)
+    work = replace(workload_of(asked, num_units=len(model.layers), cores=2, on_gpu=False), method=method)
+    assert host_memory(model, work).object_store == other.store_bytes

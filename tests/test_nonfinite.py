@@ -16,6 +16,7 @@ from lsp_ray.device.unit import Unit
 from lsp_ray.errors import NonFiniteGradientError, NonFiniteLossError
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
+from lsp_ray.report.run_folder import read_run
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.job import Job, resumed
 from lsp_ray.runtime.thread_workers import ThreadWorkers
@@ -82,9 +83,24 @@ def weights(folder: Path, name: str, workers: type[ThreadWorkers], **changes: An
     expected = [step for step in BAD_STEPS if workers is not ThreadWorkers]
     assert [metrics.step - 1 for metrics in listener.steps if metrics.grad_scale == 0.0] == expected
     assert json.loads((folder / name / "summary.json").read_text())["num_skipped"] == len(expected)
+    assert_strict_json(folder / name)
     said = [note for note in listener.notes if " is skipped: " in note]
     assert said == [f"step {step + 1} is skipped: its loss or gradient is not finite" for step in expected]
     return saved_weights(job, folder / name)
+
+
+def assert_strict_json(folder: Path) -> None:
+    """Every line and file that others may read; a step that was skipped for its loss has none."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] - 1 for line in lines if line["loss"] is None] in ([], list(BAD_STEPS))
+    for file in (folder / "summary.json", *folder.glob("checkpoint-*/*.json"), *folder.glob("checkpoint-*/*/*.json")):
+        json.loads(file.read_text(), parse_constant=refuse)
+    steps = read_run(folder).steps
+    assert [metrics.step for metrics in steps] == [line["step"] for line in lines if line["loss"] is not None]
 
 
 def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -168,4 +184,7 @@ def test_a_run_that_skipped_goes_on_bit_for_bit_and_may_begin_to_skip(tmp_path: 
     run_poisoned(job, tmp_path / "whole")
     again = resumed(tiny_job(tmp_path, **changes), tmp_path / "whole" / "checkpoint-3")
     run_on_threads(again, tmp_path / "again")
+    for folder in ("whole", "again"):
+        assert_strict_json(tmp_path / folder)
+    assert (tmp_path / "again" / "metrics.jsonl").read_text().count("\n") == 5
     assert_same_bits(saved_weights(again, tmp_path / "again"), saved_weights(job, tmp_path / "whole"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,51 @@ def test_the_baselines_go_on_bit_for_bit(tmp_path: Path, method: str) -> None:
 
 def test_a_classifier_goes_on_with_its_own_head_from_its_last_step_too(tmp_path: Path) -> None:
     assert_goes_on(tmp_path, "bert", (2, 4), max_steps=4)
+
+
+def cut(content: bytes) -> bytes:
+    """Half of the last line is not on the disk."""
+    return content[: -len(content.splitlines()[-1]) // 2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "num_kept"),
+    [
+        (cut, 1),
+        (lambda content: content.replace(b"\n", b"\n\0\0\0\0", 1), 1),  # as some file systems leave it
+        (lambda content: content.replace(b'"loss": ', b'"loss": "', 1), 0),
+        (lambda content: content.replace(b'"step": 2', b'"step": "2"', 1), 1),
+        (lambda _content: b"", 0),
+        (lambda _content: b"[" * 100_000, 0),
+        (None, 0),
+    ],
+)
+def test_a_run_whose_metrics_are_damaged_goes_on_with_those_that_are_whole(
+    two_steps: Path, tmp_path: Path, damage: Callable[[bytes], bytes] | None, num_kept: int
+) -> None:
+    run = shutil.copytree(two_steps, tmp_path / "run")
+    content = (run / "metrics.jsonl").read_bytes()
+    if damage is None:
+        (run / "metrics.jsonl").unlink()
+    else:
+        (run / "metrics.jsonl").write_bytes(damage(content))
+    job = tiny_job(two_steps.parent, max_steps=2)
+    if num_kept == 0:
+        with pytest.raises(ConfigError, match=r"^resume_from_checkpoint must have its run's metrics\.jsonl beside it"):
+            resumed(job, run / "checkpoint-2")
+    else:
+        summary, _ = run_on_threads(resumed(job, run / "checkpoint-2"), tmp_path / "finished")
+        assert summary.step_time_s_median > 0
+    if damage in (cut, None):
+        run_on_threads(resumed(job, run / "checkpoint-1"), run)
+        assert [line["step"] for line in lines(run)] == [1, 2][-1 - num_kept :]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    run_on_threads(tiny_job(folder, max_steps=2, **EVERY_STEP), folder / "run")
+    return folder / "run"
 
 
 class StopAfter(NeverStop):

@@ -149,6 +149,12 @@ BAD = [
     (["--lsp.nnz_per_row", "17"], r"lsp\.nnz_per_row must be at most lsp\.subspace_dim \(16\), got 17"),
     (["--learning_rate", "fast"], r"learning_rate must be a number, got 'fast'"),
     (["--method", "magic"], r"method must be one of lsp, zero_offload, native, lora, galore, got 'magic'"),
+    (["--lr_scheduler_type", "greedy"], r"lr_scheduler_type must be one of linear, cosine, .*, got 'greedy'"),
+    (["--lr_scheduler_kwargs", "3"], r"lr_scheduler_kwargs must be a table, such as \{\"name\": 0\.1\}, got '3'"),
+    (
+        ["--lr_scheduler_type", "warmup_stable_decay"],
+        r"lr_scheduler_kwargs must be what .*'num_decay_steps'\), got None",
+    ),
     (["--bf16", "maybe"], r"bf16 must be true or false, got 'maybe'"),
     (
         ["--runtime.policy", "foo"],

@@ -17,7 +17,8 @@ from lsp_ray.runtime.event_log import read_event_log
 from lsp_ray.runtime.fine_tune import fine_tune
 from lsp_ray.runtime.ray_workers import RayWorkers
 from lsp_ray.runtime.shard_actor import ShardActor, SlotPair
-from lsp_ray.runtime.slots import Slot, new_slot_buffer, state_numel
+from lsp_ray.runtime.slots import Slot, new_slot_buffer
+from lsp_ray.sim.store import state_numel
 from tests.killers import Killer
 from tests.tiny_jobs import Recorder, run_job, run_on_threads, saved_weights, tiny_job
 

@@ -8,42 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
+from lsp_ray.runtime.checkpoint import checkpoints
+from lsp_ray.runtime.stop_signal import StopSignal
 from tests.tiny import write_tiny_jsonl, write_tiny_model
 
-DEADLINE_S = 90.0
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder / "model", "llama")
-    write_tiny_jsonl(folder / "data.jsonl", "prompt_completion", 100)
-    sizes = ["--lsp.subspace_dim", "16", "--lsp.nnz_per_row", "2", "--max_steps", "100000"]
-    model, data = str(folder / "model"), str(folder / "data.jsonl")
-    return ["--model_name_or_path", model, "--dataset", data, "--runtime.num_shards", "1", *sizes]
-
-
-@contextmanager
-def running(*options: str) -> Iterator[subprocess.Popen[str]]:
-    """A run in a process group of its own, as a terminal would start it."""
-    command = [sys.executable, "-P", "-m", "lsp_ray.run", *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
+DEADLINE_S = 180.0
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:
@@ -53,54 +28,177 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
         time.sleep(0.002)
 
 
-def has_steps(folder: Path) -> Callable[[], bool]:
-    metrics = folder / "metrics.jsonl"
-    return lambda: metrics.exists() and metrics.stat().st_size > 0
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run in a process group of its own, as a terminal would start it; what it prints goes into a file."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    log: Path
+
+    @classmethod
+    def start(cls, folder: Path, *options: str, sigint: str = "default") -> Run:
+        # whatever this suite was started with: where SIGINT is ignored, children have it ignored too
+        command = ["env", f"--{sigint}-signal=INT", sys.executable, "-P", "-m", "lsp_ray.run", *options]
+        folder.mkdir()
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, "--output_dir", str(folder / "out")],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(process=process, out=folder / "out", log=folder / "log")
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def num_lines(self) -> int:
+        """Of metrics: steps made."""
+        metrics = self.out / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def wait_for_step(self) -> None:
+        start = self.num_lines()
+        wait_until(lambda: self.num_lines() > start or self.process.poll() is not None, "a step")
+        assert self.process.poll() is None, self.said()
+
+    def send(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)  # as a terminal does: to Ray's processes too
+
+    def ends(self) -> int:
+        return self.process.wait(DEADLINE_S)
 
 
-def loads(process: subprocess.Popen[str]) -> bool:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Belongings:
+    """The processes that a run has started, by command line, and the shared memory that they have mapped."""
+
+    processes: dict[psutil.Process, str]
+    segments: set[str]
+
+    @classmethod
+    def of(cls, run: Run) -> Belongings:
+        children = psutil.Process(run.process.pid).children(recursive=True)
+        names = {child: " ".join(child.cmdline()) for child in children}
+        for actor in ("ray::GpuActor", "ray::ShardActor"):
+            assert any(actor in name for name in names.values())
+        segments = set().union(*(mapped(child.pid) for child in children))
+        assert segments  # the slots: no file has a name any more, so only who maps it keeps its memory
+        return cls(processes=names, segments=segments)
+
+    def are_gone(self, *, but: str = "nothing") -> bool:
+        left = [process for process, name in self.processes.items() if but not in name and is_alive(process)]
+        return not left and not any(mapped(pid) & self.segments for pid in psutil.pids())
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def mapped(pid: int) -> set[str]:
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:  # another user's, or gone
+        return set()
+    return {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    """Runs without an end, all started at once, as most of a start is waiting; one of them with long steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "model", "llama")
+    write_tiny_jsonl(folder / "data.jsonl", "prompt_completion", 400)
+    options = ["--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "data.jsonl")]
+    options += ["--runtime.num_shards", "1", "--lsp.subspace_dim", "16", "--lsp.nnz_per_row", "2"]
+    options += ["--max_steps", "100000", "--max_eval_samples", "8"]
+    long = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "300"]
+    started = {
+        "once": Run.start(folder / "once", *options),
+        "twice": Run.start(folder / "twice", *options, *long),
+        "killed": Run.start(folder / "killed", *options, sigint="ignore"),
+    }
+    try:
+        yield started
+    finally:
+        for run in started.values():
+            run.process.kill()
+            run.process.wait()
+
+
+def test_ctrl_c_finishes_the_step_saves_and_leaves_nothing_behind(runs: dict[str, Run]) -> None:
+    run = runs["once"]
+    run.wait_for_step()
+    belongings = Belongings.of(run)
+    run.send(signal.SIGINT)
+    assert run.ends() == 130
+    assert "stopping once all that is done is saved; a second time stops at once" in run.said()
+    assert "to go on: python -m lsp_ray.run --config " in run.said().splitlines()[-1]
+    [(done, _)] = checkpoints(run.out).items()
+    assert f"stopped after {done} of 100000 steps" in run.said()
+    assert "Traceback" not in run.said()
+    wait_until(belongings.are_gone, "nothing is left")
+
+
+def test_a_second_sigterm_stops_at_once_without_a_checkpoint_and_leaves_nothing_behind(runs: dict[str, Run]) -> None:
+    run = runs["twice"]
+    run.wait_for_step()
+    belongings = Belongings.of(run)
+    run.send(signal.SIGTERM)
+    wait_until(lambda: "stopping once" in run.said(), "the first signal is noticed")
+    run.send(signal.SIGTERM)
+    assert run.ends() == 143
+    assert run.said().splitlines()[-1] == "stopped at once; no checkpoint was written"
+    assert "Traceback" not in run.said()
+    wait_until(belongings.are_gone, "nothing is left")
+
+
+def test_a_driver_that_is_killed_leaves_no_actor_and_no_shared_memory(runs: dict[str, Run]) -> None:
+    run = runs["killed"]
+    run.wait_for_step()
+    belongings = Belongings.of(run)
+    os.kill(run.process.pid, signal.SIGINT)  # it was started with that ignored, as a shell does for `… &`
+    run.wait_for_step()
+    run.wait_for_step()
+    run.process.kill()
+    run.process.wait()
+    # two agents of Ray's, which hold nothing, take a minute more
+    wait_until(lambda: belongings.are_gone(but="Agent"), "nothing is left")
+
+
+def loads(run: Run) -> bool:
     """Whether the program has begun to import what it needs: PyYAML's library is among the first that it maps."""
-    return "_yaml" in Path(f"/proc/{process.pid}/maps").read_text()
+    return "_yaml" in Path(f"/proc/{run.process.pid}/maps").read_text()
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.15, 0.4])
 def test_ctrl_c_while_the_program_still_loads_shows_no_traceback(tmp_path: Path, delay_s: float) -> None:
-    with running("--output_dir", str(tmp_path / "out")) as process:
-        wait_until(lambda: loads(process), "the program starts")
+    run = Run.start(tmp_path / "run")
+    try:
+        wait_until(lambda: loads(run), "the program starts")
         time.sleep(delay_s)  # any moment will do
-        os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode in (-signal.SIGINT, 130)
-    assert "Traceback" not in said
-    assert not (tmp_path / "out").exists()
+        run.send(signal.SIGINT)
+        assert run.ends() in (-signal.SIGINT, 130)
+        assert "Traceback" not in run.said()
+        assert not run.out.exists()
+    finally:
+        run.process.kill()
+        run.process.wait()
 
 
-def test_ctrl_c_in_training_saves_and_a_second_one_is_not_needed(options: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with running(*options, "--output_dir", str(out)) as process:
-        wait_until(has_steps(out), "the first step")
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to Ray's processes too
-        _, said = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 130
-    assert "stopped after " in said
-    assert "to go on: python -m lsp_ray.run --config " in said
-    assert (next(out.glob("checkpoint-*")) / "lsp_state" / "state.json").exists()
-
-
-def test_a_driver_that_is_killed_leaves_no_actor_and_no_shared_memory(options: list[str], tmp_path: Path) -> None:
-    before = shared_memory()
-    with running(*options, "--output_dir", str(tmp_path / "out")) as process:
-        wait_until(has_steps(tmp_path / "out"), "the first step")
-        children = psutil.Process(process.pid).children(recursive=True)
-        names = [" ".join(child.cmdline()) for child in children]
-        assert any("ray::GpuActor" in name for name in names)
-        process.kill()
-        process.wait()
-        ours = [child for child, name in zip(children, names, strict=True) if "Agent" not in name]
-        _, alive = psutil.wait_procs(ours, timeout=30)
-        assert not alive  # two agents of Ray's, which hold nothing, take a minute more
-        wait_until(lambda: shared_memory() <= before, "shared memory is given back")
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def test_where_sigint_was_ignored_it_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.exit_code == 143
+            handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+            assert handlers == (signal.SIG_IGN, signal.SIG_DFL)  # a third one would end even what hangs
+    finally:
+        signal.signal(signal.SIGINT, before)

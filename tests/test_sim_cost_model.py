@@ -124,8 +124,6 @@ def test_slices_share_a_layer_where_whole_layers_share_the_memory() -> None:
 def test_moments_are_on_the_device_for_native_and_on_the_host_for_the_others() -> None:
     native, zero = (forecast(MODEL, work(method), UNIT, "sequential") for method in ("native", "zero_offload"))
     assert (native.device.optimizer_state, zero.device.optimizer_state) == (8 * MODEL.num_trained, 0)
-    undo = 8 * max(layer.numel for layer in MODEL.layers)  # of the one shard
-    assert zero.host.object_store - native.host.object_store == 16 * MODEL.num_trained + undo
     assert zero.bytes_each_way == 4 * MODEL.num_trained
 
 

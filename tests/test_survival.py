@@ -86,7 +86,8 @@ def test_three_losses_without_progress_end_the_run_with_cause_and_way_on(tmp_pat
     (tmp_path / "out").mkdir()
     with pytest.raises(
         WorkerLostError,
-        match=r"^an actor died \(gpu: .*\): .*, 3 times in a row; the last checkpoint is .*checkpoint-\d+; to go on: "
+        match=r"^the GpuActor of process \d+ died \(gpu: .*\): its process was killed, as Linux does where memory "
+        r"is full \(dmesg tells\), or crashed, 3 times in a row; the last checkpoint is .*checkpoint-\d+; to go on: "
         r"python -m lsp_ray\.run --config .*config\.yaml --output_dir .*out --resume_from_checkpoint last$",
     ):
         fine_tune_persistently(job, new_workers, tmp_path / "out", Killer({5: "GpuActor"}), str, NeverStop())

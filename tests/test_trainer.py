@@ -149,7 +149,7 @@ def bad(**changes: Any) -> LSPTrainer:
         ({"processing_class": None}, r"processing_class must be the model's tokenizer, got None"),
         ({"args": arguments(Path("out"), warmup_steps=0.5)}, r"warmup_steps must be a whole number, got 0\.5"),
         (
-            {"args": arguments(Path("out"), lr_scheduler_type="cosine_with_min_lr")},
+            {"args": arguments(Path("out"), lr_scheduler_type="greedy", eval_strategy="epoch")},
             r"lr_scheduler_type must be one of",
         ),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,6 +54,10 @@ class PlanConfig:
     """Examples in a micro-batch."""
     gradient_accumulation_steps: int = 1
     """Micro-batches in an optimizer update."""
+    max_grad_norm: float = 0.0
+    """Norm to clip to; above 0 every state is kept twice, as updates may have to be made again."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do at NaN or infinity; skip needs the same memory as clipping."""
     bf16: bool = True
     """Weights and activations in bfloat16."""
     gradient_checkpointing: bool = False
@@ -63,6 +68,8 @@ class PlanConfig:
     runtime: PlanRuntimeConfig = field(default_factory=PlanRuntimeConfig)
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm >= 0):
+            raise ConfigError("max_grad_norm", "be a number of at least 0", self.max_grad_norm)
         counts = {
             "max_seq_length": self.max_seq_length,
             "per_device_train_batch_size": self.per_device_train_batch_size,

@@ -96,6 +96,7 @@ def workload_of(
         shard_threads=shares.shard_threads,
         shard_by=config.runtime.shard_by,
         pinned=config.runtime.pinned,
+        speculates=config.max_grad_norm > 0 or config.on_nonfinite == "skip",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -102,11 +102,10 @@ def _shown(value: object) -> str:
 
 def _steps(path: Path, complaints: list[str]) -> tuple[StepMetrics, ...]:
     steps: list[StepMetrics] = []
-    known = {field.name for field in fields(StepMetrics)}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            steps.append(StepMetrics(**{name: value for name, value in json.loads(line).items() if name in known}))
-        except (ValueError, TypeError, AttributeError):
+            steps.append(StepMetrics.from_json(json.loads(line)))
+        except (ValueError, RecursionError):
             complaints.append(f"{path.name} is cut short or damaged in line {number}; the lines before it are shown")
             break
     return tuple(step for step in steps if math.isfinite(step.loss) and step.step_time_s > 0)

@@ -56,7 +56,7 @@ def way_on(run_folder: Path) -> str:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints; a context manager, on whose leaving the last one is on the disk.
+    """Writes a run's checkpoints; a context manager, on whose leaving the last one is on the disk, or given up.
 
     A checkpoint is written into a folder of another name, flushed to the disk and renamed. Whatever ends the process
     before that leaves the earlier ones as they were. Flushing, checksums and renaming run beside the next steps.
@@ -71,6 +71,7 @@ class Checkpoints:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._underway: Future[None] | None = None
+        self._is_given_up = False
         for path in run_folder.glob(".checkpoint-*"):  # what a run that was killed had not finished
             shutil.rmtree(path, ignore_errors=True)
 
@@ -78,6 +79,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        self._is_given_up = kind is KeyboardInterrupt  # someone wants to stop at once
         try:
             self.wait()
         except CheckpointError:
@@ -105,7 +107,8 @@ class Checkpoints:
         with self._cleaning(staging), writing(staging):
             (staging / STATE).mkdir(parents=True)
             write(staging)
-            (staging / "trainer_state.json").write_text(json.dumps(trainer, indent=1) + "\n", encoding="utf-8")
+            content = json.dumps(trainer, indent=1, allow_nan=False) + "\n"
+            (staging / "trainer_state.json").write_text(content, encoding="utf-8")
         self._underway = self._thread.submit(self._finish, staging, {"format": FORMAT, "step": step, **facts})
 
     def wait(self) -> None:
@@ -120,10 +123,10 @@ class Checkpoints:
 
     def _finish(self, staging: Path, facts: dict[str, Any]) -> None:
         with self._cleaning(staging), writing(staging):
-            files = {path.relative_to(staging).as_posix(): _sealed(path) for path in _files(staging)}
+            files = {path.relative_to(staging).as_posix(): self._sealed(path) for path in _files(staging)}
             state = staging / FACTS
             state.write_text(json.dumps({**facts, "files": files}, indent=1) + "\n")
-            _sealed(state)
+            self._sealed(state)
             mode = state.stat().st_mode  # safetensors' own files are closed to others, umask or not
             for path in _files(staging):
                 path.chmod(mode)
@@ -137,6 +140,13 @@ class Checkpoints:
             if self._keep is not None:
                 for path in list(checkpoints(self._run_folder).values())[: -self._keep]:
                     self._remove(path)
+
+    def _sealed(self, path: Path) -> list[int]:
+        """See `checksum`; on return the file is on the disk."""
+        if self._is_given_up:
+            raise CheckpointError("the checkpoint was given up")
+        _flush(path)
+        return checksum(path)
 
     @contextmanager
     def _cleaning(self, staging: Path) -> Iterator[None]:
@@ -181,12 +191,6 @@ def checksum(path: Path) -> list[int]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sealed(path: Path) -> list[int]:
-    """See `checksum`; on return the file is on the disk."""
-    _flush(path)
-    return checksum(path)
 
 
 def _flush(path: Path) -> None:

@@ -84,8 +84,10 @@ def fine_tune(
         stop: Asked between steps; default: nobody stops it.
 
     Raises:
-        StoppedError: Someone did; the last checkpoint holds every step made.
+        StoppedError: Someone did; the last checkpoint holds every step made. Once all are made, the run is finished
+            all the same.
     """
+    stop = stop or NeverStop()
     setup = workers.setup(listener.phase)
     _note_setup(job, setup, listener)
     if job.saved is None:
@@ -97,20 +99,20 @@ def fine_tune(
         before, sample_before = job.saved.eval_before, job.saved.sample_before
         listener.note(f"going on from {job.saved.folder}, after {job.saved.step} steps")
     training = Training(job, workers, output_dir, listener, (before, sample_before))
-    with (stop or NeverStop()).deferred():
-        steps, peak_bytes = training.run(setup.throttle, stop or NeverStop())
-    listener.phase("evaluating after training")
-    after = workers.evaluate()
-    change = (after["loss"] - before["loss"]) / before["loss"]
-    listener.note(f"eval loss after: {_scores_line(after)} (loss {change:+.1%})")
-    sample_after = decode(workers.sample())
-    listener.note(f"sample after: {sample_after}")
-    listener.note(f"sample in the data: {job.sample_expected}")
-    listener.phase("saving the checkpoint")
-    workers.save(output_dir)
-    compute_s = setup.throttle.compute_s
-    summary = _summary(job, steps, (before, after), (sample_before, sample_after), peak_bytes, compute_s)
-    _write_json(output_dir / "summary.json", asdict(summary))
+    with stop.deferred(lambda: listener.note("stopping once all that is done is saved; a second time stops at once")):
+        steps, peak_bytes = training.run(setup.throttle, stop)
+        listener.phase("evaluating after training")
+        after = workers.evaluate()
+        change = (after["loss"] - before["loss"]) / before["loss"]
+        listener.note(f"eval loss after: {_scores_line(after)} (loss {change:+.1%})")
+        sample_after = decode(workers.sample())
+        listener.note(f"sample after: {sample_after}")
+        listener.note(f"sample in the data: {job.sample_expected}")
+        listener.phase("saving the checkpoint")
+        workers.save(output_dir)
+        compute_s = setup.throttle.compute_s
+        summary = _summary(job, steps, (before, after), (sample_before, sample_after), peak_bytes, compute_s)
+        _write_json(output_dir / "summary.json", asdict(summary))
     return summary
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsp_ray.config import RunConfig, Task
 from lsp_ray.data.dataset import load_rows
@@ -30,12 +30,13 @@ from lsp_ray.models.resolve import resolve_model
 from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
 from lsp_ray.runtime.layout import Layout, plan_layout
+from lsp_ray.runtime.learning_rates import learning_rates
+from lsp_ray.runtime.metrics_file import METRICS, read_metrics
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
-from lsp_ray.runtime.slots import slot_bytes, state_numel
 from lsp_ray.schedule.policy import POLICIES
+from lsp_ray.sim.store import store_bytes
 
 SAMPLE_TOKENS = 48
-SPARE_STORE_BYTES = 96 << 20  # of the object store, beside the slots: the job's data, messages, and Ray's own minimum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +108,8 @@ class Job:
 
     @property
     def store_bytes(self) -> int:
-        """Shared memory that Ray's object store needs: all slots (down, up, state), undo slots, and some to spare."""
-        ways = 2 * sum(slot_bytes(numel) for numel in self.payload_sizes)
-        states = [slot_bytes(state_numel(numel)) for numel in self.payload_sizes]
-        undo = sum(states) if self.speculates else self.layout.num_shards * max(states, default=0)
-        return ways + sum(states) + undo + SPARE_STORE_BYTES
+        """Shared memory that Ray's object store needs: all slots, and some to spare."""
+        return store_bytes(self.payload_sizes, self.layout.shard_of_unit, speculates=self.speculates)
 
     @property
     def resolved_config(self) -> RunConfig:
@@ -182,7 +180,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         device=device,
         dtype=dtype,
         micro_batches=micro_batches,
-        learning_rates=tuple(_learning_rates(config, micro_batches.num_steps)),
+        learning_rates=learning_rates(config, micro_batches.num_steps),
         payload_sizes=tuple(payload_sizes),
         subspace_dims=dims,
         layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
@@ -196,13 +194,17 @@ def resumed(job: Job, folder: Path) -> Job:
     """Return the job from a checkpoint of it on.
 
     Raises:
-        ConfigError: The checkpoint is not whole, or the job differs from the one that wrote it.
+        ConfigError: The checkpoint is not whole, or the job differs from the one that wrote it; or all steps are made
+            and their metrics lost.
     """
     saved = read_saved_run(folder)
     config = json.loads(json.dumps(asdict(job.resolved_config)))  # as a file holds it
     check_same_run(saved, config, device=job.device, staleness=job.staleness, digest=job.data_digest)
     if saved.step > job.num_steps:
         raise ConfigError(FIELD, f"be of at most {job.num_steps} steps", str(folder))
+    if saved.step == job.num_steps and not any(read_metrics(folder.parent / METRICS, saved.step)):
+        bound = f"have its run's {METRICS} beside it, as no step is left to measure"
+        raise ConfigError(FIELD, bound, str(folder), hint="it holds the trained model already")
     return replace(job, saved=saved)
 
 
@@ -236,18 +238,6 @@ def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     bound = min(getattr(skeleton.config, "max_position_embeddings", sys.maxsize), tokenizer.model_max_length)
     if config.max_seq_length > bound:
         raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", config.max_seq_length)
-
-
-def _learning_rates(config: RunConfig, num_steps: int) -> list[float]:
-    """The whole schedule at once, from transformers' own scheduler, so that every actor agrees on it."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_steps)
-    rates = []
-    for _ in range(num_steps):
-        rates.append(float(scheduler.get_last_lr()[0]))
-        optimizer.step()
-        scheduler.step()
-    return rates
 
 
 def _note_data(tokenized: TokenizedRows, config: RunConfig, note: Callable[[str], None]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lsp_ray.config import RuntimeConfig
+from lsp_ray.sim.store import balanced
 
 CORES_FOR_TWO_SHARDS = 16  # below, one with all threads is faster; more than two slow lsp down (simulated, docs/log.md)
 GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU computes: launches and the two copy threads
@@ -71,16 +72,5 @@ def plan_layout(runtime: RuntimeConfig, payload_sizes: Sequence[int], *, cores: 
     return Layout(
         device_threads=shares.device_threads,
         shard_threads=shares.shard_threads,
-        shard_of_unit=_balanced(payload_sizes, shares.num_shards),
+        shard_of_unit=balanced(payload_sizes, shares.num_shards),
     )
-
-
-def _balanced(sizes: Sequence[int], num_shards: int) -> tuple[int, ...]:
-    """Give each unit, the largest first, to the shard with the least so far; ties go to the lowest index."""
-    load = [0] * num_shards
-    owner = [0] * len(sizes)
-    for unit in sorted(range(len(sizes)), key=lambda unit: (-sizes[unit], unit)):
-        shard = min(range(num_shards), key=lambda index: (load[index], index))
-        owner[unit] = shard
-        load[shard] += sizes[unit]
-    return tuple(owner)

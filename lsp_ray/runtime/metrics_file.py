@@ -22,7 +22,7 @@ def metrics_file(path: Path, *, source: Path | None, num_steps: int) -> Iterator
         source: Where the steps before are, perhaps `path` itself; lines that are missing there stay missing.
         num_steps: How many steps were made before.
     """
-    earlier = list(_read(source, num_steps)) if source is not None else []
+    earlier = list(read_metrics(source, num_steps)) if source is not None else []
     aside = path.with_name(f".{path.name}.new")
     aside.write_text("".join(line for line, _ in earlier), encoding="utf-8")
     aside.replace(path)
@@ -30,15 +30,21 @@ def metrics_file(path: Path, *, source: Path | None, num_steps: int) -> Iterator
         yield [metrics for _, metrics in earlier], file
 
 
-def _read(source: Path, num_steps: int) -> Iterator[tuple[str, StepMetrics]]:
+def read_metrics(source: Path, num_steps: int) -> Iterator[tuple[str, StepMetrics]]:
+    """Return the lines of the first steps and what they say, up to one that is cut off or of something else."""
     if not source.is_file():
         return
     with source.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
-                metrics = StepMetrics(**json.loads(line))
-            except (ValueError, TypeError):  # cut off, or of another version
+                metrics = StepMetrics.from_json(json.loads(line))
+            except (ValueError, RecursionError):
                 return
             if metrics.step > num_steps:
                 return
-            yield line, metrics
+            yield line.rstrip("\n") + "\n", metrics
+
+
+def write_metrics(file: TextIO, metrics: StepMetrics) -> None:
+    """Append a step's line."""
+    file.write(json.dumps(metrics.as_json(), allow_nan=False) + "\n")

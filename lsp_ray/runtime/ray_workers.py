@@ -19,9 +19,7 @@ from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.gpu_actor import CONCURRENCY_GROUPS, GpuActor
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
-from lsp_ray.runtime.shard_actor import SlotPair
-from lsp_ray.runtime.shard_pool import START_TIMEOUT_S, ShardPool
-from lsp_ray.runtime.slots import new_slot_buffer, state_numel
+from lsp_ray.runtime.shard_pool import START_TIMEOUT_S, ShardPool, new_pair
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import Span, WorkStream
 
@@ -43,7 +41,7 @@ class RayWorkers:
         self._pending: dict[ray.ObjectRef[Any], str] = {}
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
         self._updates: dict[ray.ObjectRef[Any], _Update] = {}  # those of `_pending`
-        pairs = [_new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
+        pairs = [new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
         self._gpu: Any = (
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
             .options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0)
@@ -196,8 +194,3 @@ class _Update:
     op: Op
     reprojections: Sequence[Reprojection]
     grad_scale: float
-
-
-def _new_pair(unit: int, numel: int) -> SlotPair:
-    down, up, state = (ray.put(new_slot_buffer(size)) for size in (numel, numel, state_numel(numel)))
-    return SlotPair(unit=unit, numel=numel, down=down, up=up, state=state)

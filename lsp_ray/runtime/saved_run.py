@@ -147,7 +147,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for name, value in config.items():
         if not prefix and name in _FREE:
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and name != "lr_scheduler_kwargs":  # else one that is gone would not be missed
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

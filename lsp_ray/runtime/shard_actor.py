@@ -28,8 +28,9 @@ from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.saved_run import SavedRun, reading
-from lsp_ray.runtime.slots import Slot, state_numel
+from lsp_ray.runtime.slots import Slot
 from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.sim.store import state_numel
 from lsp_ray.trace import Span, WorkStream
 
 

@@ -14,9 +14,10 @@ from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.shard_actor import ShardActor, SlotPair
-from lsp_ray.runtime.slots import new_slot_buffer, state_numel
+from lsp_ray.runtime.slots import new_slot_buffer
 from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.schedule.ops import Op
+from lsp_ray.sim.store import state_numel
 
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 MAX_DEATHS_IN_A_ROW = 3
@@ -35,7 +36,7 @@ class ShardPool:
     def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
         self._job = job
         self._pairs = [[pairs[unit] for unit in job.layout.units_of(index)] for index in range(job.layout.num_shards)]
-        self._undo = [_new_undo(own, is_shared=not job.speculates) for own in self._pairs]
+        self._undo = [new_undo(own, is_shared=not job.speculates) for own in self._pairs]
         self._throttle = Throttle()
         self._projectors: ray.ObjectRef[Projectors] | None = None
         self._changed: dict[tuple[int, int], SparseProjector] = {}  # since then, by unit and first element
@@ -121,8 +122,14 @@ class ShardPool:
             answer(call, f"shard {index}: {what}")
 
 
-def _new_undo(pairs: Sequence[SlotPair], *, is_shared: bool) -> dict[int, ray.ObjectRef[Any]]:
-    """By unit, a slot for its state: one for all, or one each."""
+def new_pair(unit: int, numel: int) -> SlotPair:
+    """Allocate a unit's slots, for a payload of `numel` elements; `sim.store` counts them."""
+    down, up, state = (ray.put(new_slot_buffer(size)) for size in (numel, numel, state_numel(numel)))
+    return SlotPair(unit=unit, numel=numel, down=down, up=up, state=state)
+
+
+def new_undo(pairs: Sequence[SlotPair], *, is_shared: bool) -> dict[int, ray.ObjectRef[Any]]:
+    """Allocate, for a shard's units, a slot for each one's state: the same for all, or one each."""
     if not is_shared:
         return {pair.unit: ray.put(new_slot_buffer(state_numel(pair.numel))) for pair in pairs}
     shared = ray.put(new_slot_buffer(state_numel(max(pair.numel for pair in pairs))))

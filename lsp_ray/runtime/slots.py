@@ -16,19 +16,9 @@ import numpy as np
 import torch
 
 from lsp_ray.errors import StaleSlotError
+from lsp_ray.sim.store import PAGE_BYTES, slot_bytes
 
-PAGE_BYTES = 4096
 _EMPTY = -1
-
-
-def slot_bytes(numel: int) -> int:
-    """Bytes of the object behind a slot for `numel` float32 elements: header, payload and room to align them."""
-    return 2 * PAGE_BYTES + -(-numel * 4 // PAGE_BYTES) * PAGE_BYTES
-
-
-def state_numel(numel: int) -> int:
-    """Elements of the slot for the optimizer's state of a payload of `numel`: m, v and the number of updates."""
-    return 2 * numel + 1
 
 
 def new_slot_buffer(numel: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -13,6 +13,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class StopSignal:
     """Within the context both signals raise KeyboardInterrupt in the main thread, but see `deferred`.
+
+    From then on they have their usual effect, so that one more ends even a process whose cleaning up hangs. A signal
+    that was ignored before stays so, as a shell has it for SIGINT of what it starts in the background.
 
     The exception alone cannot tell which of the two it was: Ray passes on a plain KeyboardInterrupt, whatever a handler
     raised while it waited.
@@ -23,7 +26,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._is_deferred = False
+        self._on_request: Callable[[], None] | None = None
         self._is_requested = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -40,17 +43,16 @@ class StopSignal:
     def take(self) -> None:
         """Set the handlers; once more after Ray's start, as Ray sets one of its own."""
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                signal.signal(number, self._receive)
+            self._set(self._receive)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within the context a first signal is only noted; a second one raises."""
-        self._is_deferred = True
+    def deferred(self, on_request: Callable[[], None]) -> Iterator[None]:
+        """Within the context a first signal is only noted, and `on_request` called; a second one raises."""
+        self._on_request = on_request
         try:
             yield
         finally:
-            self._is_deferred = False
+            self._on_request = None
 
     def requested(self) -> bool:
         """Whether a signal was noted."""
@@ -63,7 +65,15 @@ class StopSignal:
 
     def _receive(self, number: int, _frame: object) -> None:
         self.number = number
-        if self._is_deferred and not self._is_requested:
+        if self._on_request is not None and not self._is_requested:
             self._is_requested = True
+            # on a thread of its own: the main one may have been interrupted in the middle of writing a line
+            threading.Thread(target=self._on_request, daemon=True).start()
             return
+        self._set(signal.SIG_DFL)
         raise KeyboardInterrupt
+
+    def _set(self, handler: Any) -> None:
+        for number in _SIGNALS:
+            is_ignored = self._before.get(number) is signal.SIG_IGN
+            signal.signal(number, signal.SIG_IGN if is_ignored else handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +16,7 @@ from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.metrics_file import METRICS, metrics_file
+from lsp_ray.runtime.metrics_file import METRICS, metrics_file, write_metrics
 from lsp_ray.runtime.saved_run import SavedRun
 from lsp_ray.runtime.throttle import Throttle, slower_by_themselves
 from lsp_ray.schedule.policy import POLICIES
@@ -52,8 +51,8 @@ class FineTuneWorkers(Workers, Protocol):
 class Stop(Protocol):
     """Who may ask a run to end early."""
 
-    def deferred(self) -> AbstractContextManager[None]:
-        """Within the context asking interrupts nothing at first."""
+    def deferred(self, on_request: Callable[[], None]) -> AbstractContextManager[None]:
+        """Within the context asking interrupts nothing at first; `on_request` is called then, on any thread."""
         ...
 
     def requested(self) -> bool:
@@ -64,7 +63,7 @@ class Stop(Protocol):
 class NeverStop:
     """See `Stop`."""
 
-    def deferred(self) -> AbstractContextManager[None]:
+    def deferred(self, on_request: Callable[[], None]) -> AbstractContextManager[None]:
         """See `Stop`."""
         return nullcontext()
 
@@ -146,7 +145,7 @@ class Training:
 
             def on_step(closed: ClosedStep) -> None:
                 self._steps.append(closed.metrics)
-                metrics.write(json.dumps(asdict(closed.metrics)) + "\n")
+                write_metrics(metrics, closed.metrics)
                 trace.write(closed.timeline)
                 self._listener.step(closed.metrics)
                 if closed.metrics.grad_scale == 0.0:
@@ -178,10 +177,8 @@ class Training:
             sample_before=self._sample_before,
             peak_device_bytes=peak_bytes,
         )
-        history = [
-            {"step": step.step, "loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate}
-            for step in self._steps
-        ]
+        logged = ("step", "loss", "grad_norm", "learning_rate")
+        history = [{name: entry[name] for name in logged} for entry in (step.as_json() for step in self._steps)]
         trainer = {  # fields of transformers.TrainerState
             "global_step": done,
             "max_steps": job.num_steps,

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 
 from lsp_ray.sim.activations import activation_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
+from lsp_ray.sim.store import balanced, store_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
 _INT16_ROWS = 1 << 15
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
-_STORE_SPARE_BYTES = 96 << 20  # of the object store beside the slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class HostMemory:
     """Bytes on the host.
 
     Attributes:
-        object_store: Shared memory: slots, both ways, m and v, and a copy for what runs.
+        object_store: Shared memory, as `sim.store` counts it.
         whitening: Two (D, D) matrices for each that is projected (lsp).
         processes: Python with torch, several times.
     """
@@ -96,13 +96,13 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
 
 def host_memory(model: ModelShape, workload: Workload) -> HostMemory:
     """Return the host's memory beside what the device needs where the host computes."""
-    if workload.method == "native":
-        return HostMemory(object_store=_STORE_SPARE_BYTES, whitening=0, processes=2 * _PROCESS_BYTES)
-    payload_numels = [workload.payload_numel(layer) for layer in model.layers]
-    undo_numel = workload.num_shards * max(payload_numels)
+    sizes = [] if workload.method == "native" else [workload.payload_numel(layer) for layer in model.layers]
+    store = store_bytes(sizes, balanced(sizes, workload.num_shards), speculates=workload.speculates)
+    if not sizes:
+        return HostMemory(object_store=store, whitening=0, processes=2 * _PROCESS_BYTES)
     dims = [workload.dim_of(linear) for layer in model.layers for linear in layer.linears] if workload.whiten else []
     return HostMemory(
-        object_store=16.0 * sum(payload_numels) + 8.0 * undo_numel + _STORE_SPARE_BYTES,
+        object_store=store,
         whitening=sum(8.0 * dim * dim for dim in dims if dim is not None),
         processes=(2 + workload.num_shards) * _PROCESS_BYTES,
     )

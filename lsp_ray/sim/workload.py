@@ -36,6 +36,7 @@ class Workload:
         shard_threads: Threads of each.
         shard_by: Whether a shard owns whole layers or a slice of every layer.
         pinned: Whether slots are page-locked.
+        speculates: Whether updates may have to be made again once their step is judged, as with clipping.
         payload_element_bytes: 4 here; the paper sends 2.
         full_gradient: Whether the (M, N) gradient is formed before it is compressed, as in the paper (lsp).
     """
@@ -55,6 +56,7 @@ class Workload:
     shard_threads: int = 1
     shard_by: ShardBy = "layer"
     pinned: bool = True
+    speculates: bool = False
     payload_element_bytes: int = 4
     full_gradient: bool = False
 

@@ -1,0 +1,50 @@
+"""Shared memory that a run's slots take, counted before they are there.
+
+Each unit has a slot for its payload on the way down, one for its delta on the way up and one for its optimizer state
+(m, v and the number of updates). Beside them are undo slots: where updates may be taken back once their step is judged,
+one for each unit's state; else one for each shard, as large as its largest state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+PAGE_BYTES = 4096
+SPARE_BYTES = 96 << 20  # of the object store, beside the slots: the job's data, messages, and Ray's own minimum
+
+
+def slot_bytes(numel: int) -> int:
+    """Bytes of the object behind a slot for `numel` float32 elements: header, payload and room to align them."""
+    return 2 * PAGE_BYTES + -(-numel * 4 // PAGE_BYTES) * PAGE_BYTES
+
+
+def state_numel(numel: int) -> int:
+    """Elements of the slot for the optimizer's state of a payload of `numel`: m, v and the number of updates."""
+    return 2 * numel + 1
+
+
+def store_bytes(payload_sizes: Sequence[int], shard_of_unit: Sequence[int], *, speculates: bool) -> int:
+    """Return the size of the object store that a run needs.
+
+    Args:
+        payload_sizes: Elements of each unit's payload; empty where nothing leaves the device.
+        shard_of_unit: Which shard owns it.
+        speculates: Whether updates may have to be made again, so that every unit's state is kept until then.
+    """
+    states = [slot_bytes(state_numel(numel)) for numel in payload_sizes]
+    largest: dict[int, int] = {}
+    for shard, state in zip(shard_of_unit, states, strict=True):
+        largest[shard] = max(state, largest.get(shard, 0))
+    undo = sum(states) if speculates else sum(largest.values())
+    return 2 * sum(map(slot_bytes, payload_sizes)) + sum(states) + undo + SPARE_BYTES
+
+
+def balanced(sizes: Sequence[int], num_shards: int) -> tuple[int, ...]:
+    """Give each unit, the largest first, to the shard with the least so far; ties go to the lowest index."""
+    load = [0] * num_shards
+    owner = [0] * len(sizes)
+    for unit in sorted(range(len(sizes)), key=lambda unit: (-sizes[unit], unit)):
+        shard = min(range(num_shards), key=lambda index: (load[index], index))
+        owner[unit] = shard
+        load[shard] += sizes[unit]
+    return tuple(owner)
