@@ -17,6 +17,7 @@ Fit = Literal["closed_form", "paper", "random"]
 Method = Literal["lsp", "zero_offload", "native", "lora", "galore"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
+ReportTo = Literal["none", "tensorboard", "wandb"]
 SchedulerType = Literal[  # transformers' own, but for the two that look at losses: reduce_lr_on_plateau and greedy
     "linear",
     "cosine",
@@ -31,6 +32,7 @@ SchedulerType = Literal[  # transformers' own, but for the two that look at loss
 ]
 
 MAX_SEED = 2**32 - 1
+MAX_PORT = 2**16 - 1
 
 
 def _at_least(name: str, value: float | None, bound: float) -> None:
@@ -210,6 +212,10 @@ class RunConfig:
     """Checkpoints kept, the newest ones; null keeps all."""
     resume_from_checkpoint: str | None = None
     """Go on from a checkpoint-N folder, or from the last one in output_dir, to the same result as without the break."""
+    report_to: ReportTo = "none"
+    """Where metrics go beside metrics.jsonl: tensorboard (files in output_dir) or wandb; installed by you."""
+    report_port: int | None = None
+    """Serve the run's report page on 127.0.0.1 while it trains, at this port; 0: any free one, which is printed."""
     lsp: LspConfig = field(default_factory=LspConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     galore: GaloreConfig = field(default_factory=GaloreConfig)
@@ -228,11 +234,14 @@ class RunConfig:
             "save_steps",
             "seed",
             "max_eval_answers",
+            "report_port",
         ):
             _at_least(name, getattr(self, name), 0)
         for name in ("model_name_or_path", "dataset", "output_dir", "resume_from_checkpoint"):
             if getattr(self, name) == "":
                 raise ConfigError(name, "name one", "")
+        if self.report_port is not None and self.report_port > MAX_PORT:
+            raise ConfigError("report_port", f"be at most {MAX_PORT}", self.report_port)
         if self.seed > MAX_SEED:
             raise ConfigError("seed", f"be at most {MAX_SEED}", self.seed)
         self._check_length()

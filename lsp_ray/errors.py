@@ -46,6 +46,10 @@ class CheckpointError(LspRayError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
+class TrackerError(LspRayError):
+    """A tracker that was asked for (`report_to`) did not start."""
+
+
 class StoppedError(LspRayError):
     """Someone asked the run to stop, and it has saved what it had; says how to go on."""
 

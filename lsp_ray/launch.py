@@ -11,7 +11,9 @@ import yaml
 
 from lsp_ray.config import RunConfig
 from lsp_ray.output_folder import claimed
+from lsp_ray.report.server import report_server
 from lsp_ray.runtime.stop_signal import StopSignal
+from lsp_ray.runtime.trackers import check_tracker
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray are imported
     from rich.console import Console
@@ -54,15 +56,18 @@ def run_config(
     Raises:
         LspRayError: Something failed underway; a ConfigError: something cannot work, and nothing was written.
     """
-    with claimed(config) as output_dir:
+    check_tracker(config.report_to)
+    with report_server(config.report_port) as server, claimed(config) as output_dir:
         from lsp_ray.report.progress import Progress
         from lsp_ray.runtime.cluster import ray_cluster
         from lsp_ray.runtime.host_memory import check_memory, read_host_memory
-        from lsp_ray.runtime.live_metrics import LiveMetrics
         from lsp_ray.runtime.persistence import fine_tune_persistently
         from lsp_ray.runtime.ray_workers import RayWorkers
 
         with Progress(console=console) as progress:
+            if server is not None:
+                server.serve(output_dir, progress.status)
+                progress.note(f"report: {server.url}")
             progress.phase("preparing model and data")
             job = _prepared(config, rows, output_dir, progress.note)
             check_memory(job, read_host_memory())
@@ -79,9 +84,8 @@ def run_config(
                     stop.take()
                 _note_dashboard(cluster, progress)
                 _write_config(output_dir, job)
-                listener = LiveMetrics(progress) if config.runtime.dashboard else progress
                 signal = stop or StopSignal()
-                summary = fine_tune_persistently(job, RayWorkers, output_dir, listener, _decoder(job), signal)
+                summary = fine_tune_persistently(job, RayWorkers, output_dir, progress, _decoder(job), signal)
             progress.note(
                 f"done: eval {_changes(summary)}, "
                 f"{summary.step_time_s_median:.2f} s a step, {summary.overlap_fraction:.1%} overlapped; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -45,11 +46,18 @@ def claimed(config: RunConfig) -> Iterator[Path]:
     except BaseException:
         metrics = path / "metrics.jsonl"
         if not metrics.exists() or metrics.stat().st_size == 0:
-            for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.json"):
-                (path / name).unlink(missing_ok=True)
+            _clear(path)
             if not existed:
                 path.rmdir()
         raise
+
+
+def _clear(path: Path) -> None:
+    """Remove what a run writes before its first step is done."""
+    for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.json"):
+        (path / name).unlink(missing_ok=True)
+    for name in ("tensorboard", "wandb"):
+        shutil.rmtree(path / name, ignore_errors=True)
 
 
 def _continued(config: RunConfig) -> Path | None:

@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from lsp_ray.config import LspConfig, Method, RunConfig, RuntimeConfig, SchedulerType, Task
+from lsp_ray.config import LspConfig, Method, ReportTo, RunConfig, RuntimeConfig, SchedulerType, Task
 from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.errors import ConfigError
 from lsp_ray.launch import RunResult, run_config
@@ -51,8 +51,8 @@ class LSPTrainer:
     """Runs a dataset and a collator of transformers' Trainer on the GPU and shard actors.
 
     Of `args` it reads output_dir (new or empty), max_steps, num_train_epochs, per_device_train_batch_size,
-    gradient_accumulation_steps, learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps,
-    weight_decay, seed, bf16, gradient_checkpointing and remove_unused_columns. Gradients are not clipped.
+    gradient_accumulation_steps, learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps, weight_decay,
+    seed, bf16, gradient_checkpointing, remove_unused_columns and report_to. Gradients are not clipped.
 
     Args:
         model: A folder, hub id or alias, or a model in memory, which is written to a temporary folder for the GPU actor
@@ -130,6 +130,9 @@ def _run_config(
         raise ConfigError("fp16", "be false: weights are float32 or bfloat16", args.fp16)
     if args.warmup_steps != int(args.warmup_steps):
         raise ConfigError("warmup_steps", "be a whole number", args.warmup_steps)
+    report_to = args.report_to or ["none"]
+    if len(report_to) > 1 or report_to[0] not in get_args(ReportTo):
+        raise ConfigError("report_to", f"be one of {', '.join(get_args(ReportTo))}", args.report_to)
     in_bf16 = None if isinstance(model, str) else model.dtype == torch.bfloat16
     return RunConfig(
         dataset=GIVEN,
@@ -140,6 +143,7 @@ def _run_config(
         warmup_steps=int(args.warmup_steps),
         bf16=True if args.bf16 else in_bf16,
         gradient_checkpointing=bool(args.gradient_checkpointing or args.activation_checkpointing),
+        report_to=cast(ReportTo, report_to[0]),
         lsp=lsp,
         runtime=runtime,
         **{name: getattr(args, name) for name in _SHARED},

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -23,8 +23,8 @@ def cluster() -> Iterator[None]:
     with ray_cluster(num_actors=4, store_bytes=160 << 20):
         assert ray.is_initialized()
         yield
-    helper = multiprocessing.resource_tracker  # the interpreter's own child may have started meanwhile
-    own = {getattr(helper._resource_tracker, "_pid", None)}
+    # the interpreter's own child may have started meanwhile
+    own = {getattr(resource_tracker._resource_tracker, "_pid", None)}
     started = [child for child in psutil.Process().children(recursive=True) if child not in children_before]
     _, alive = psutil.wait_procs([child for child in started if child.pid not in own], timeout=10)
     assert not alive

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -77,6 +78,7 @@ def test_a_run_goes_from_options_to_a_checkpoint(
     assert config["lsp"]["subspace_dim"] == 32
     assert config["runtime"]["num_shards"] == json.loads((out / "summary.json").read_text())["num_shards"]
     assert config["runtime"].pop("link_gbps") is None  # emulation decides it
+    assert config.pop("report_port") is None
     assert None not in (*config.values(), *config["runtime"].values())
     assert "output_dir" not in config
 
@@ -173,6 +175,9 @@ BAD = [
     (["--max_seq_length", "4096"], r"max_seq_length must be at most \d+, the positions of this model, got 4096"),
     (["--runtime.device", "cuda"], r"runtime\.device must be cpu or auto where torch finds no GPU, got 'cuda'"),
     (["--lsp.init_from", "/nowhere"], r"lsp\.init_from must be a file of projectors .*got '/nowhere'"),
+    (["--report_to", "mlflow"], r"report_to must be one of none, tensorboard, wandb, got 'mlflow'"),
+    (["--report_port", "65536"], r"report_port must be at most 65535, got 65536"),
+    (["--report_port", "-1"], r"report_port must be at least 0, got -1"),
     (["--output_dir", "/proc/out"], r"output_dir must be writable.* got '/proc/out'"),
 ]
 
@@ -186,6 +191,30 @@ def test_a_bad_option_ends_in_one_line_with_code_2_before_anything_is_written(
     said = capsys.readouterr().err
     assert re.fullmatch(rf"error: {message}.*\n", said), said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_ends_in_one_line_that_says_how_to_get_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)
+    assert main([*arguments(tiny, tmp_path / "out"), "--report_to", tracker]) == 2
+    expected = (
+        f"error: report_to must be none where {tracker} is not installed, got '{tracker}'; pip install {tracker}\n"
+    )
+    assert capsys.readouterr().err == expected
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_port_that_is_taken_ends_in_one_line_before_anything_is_written(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main([*arguments(tiny, tmp_path / "out"), "--report_port", str(port)]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"error: report_port must be a free port of 127\.0\.0\.1 \(.*\), got {port}\n", said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dataset_without_known_columns_names_those_that_would_do(

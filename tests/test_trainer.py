@@ -107,7 +107,7 @@ def test_a_classifiers_dataset_keeps_the_models_labels(tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 10 + 50 * (index % 2), 12, 2], "label": index % 2} for index in range(24)]
     trainer = LSPTrainer(
         model,
-        arguments(tmp_path / "out"),
+        arguments(tmp_path / "out", report_to="tensorboard"),
         train_dataset=rows,
         processing_class=tiny_tokenizer(),
         lsp=LSP,
@@ -119,6 +119,7 @@ def test_a_classifiers_dataset_keeps_the_models_labels(tmp_path: Path) -> None:
     trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert trained.config.id2label == {0: "no", 1: "yes"}
     assert isinstance(trained.get_submodule("classifier"), nn.Linear)
+    assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
 
 
 def test_without_held_out_rows_a_tenth_is_held_out_and_shared_with_nothing() -> None:
@@ -148,6 +149,10 @@ def bad(**changes: Any) -> LSPTrainer:
         ({"eval_dataset": []}, r"eval_dataset must have rows.*, got 'list'"),
         ({"processing_class": None}, r"processing_class must be the model's tokenizer, got None"),
         ({"args": arguments(Path("out"), warmup_steps=0.5)}, r"warmup_steps must be a whole number, got 0\.5"),
+        (
+            {"args": arguments(Path("out"), report_to=["tensorboard", "wandb"])},
+            r"report_to must be one of none, tensorboard, wandb, got \['tensorboard', 'wandb'\]",
+        ),
         (
             {"args": arguments(Path("out"), lr_scheduler_type="greedy", eval_strategy="epoch")},
             r"lr_scheduler_type must be one of",

@@ -27,14 +27,16 @@ def joined(*parts: str) -> Markup:
     return Markup("".join(part if isinstance(part, Markup) else escape(part) for part in parts))
 
 
-def page(title: str, style: str, *body: str) -> Markup:
-    """Return a whole document with its style inside; `style` is ours, not data's."""
-    assert "<" not in style
+def page(title: str, style: str, *body: str, script: str = "") -> Markup:
+    """Return a whole document with style and script inside; these two are ours, not data's."""
+    assert "<" not in style + script
     head = joined(
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         element("title", title),
         element("style", Markup(style)),
     )
+    if script:
+        body = (*body, element("script", Markup(script)))
     return Markup(f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{joined(*body)}</body></html>\n')
 
 

@@ -23,21 +23,42 @@ _LEGEND = {**{stream.value: name for stream, name in STREAM_NAMES.items()}, "wai
 
 def report(runs: Sequence[RunFolder]) -> str:
     """Return the whole document."""
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     names = ", ".join(run.name for run in runs)
-    sections = (
-        ("At a glance", _complaints(runs), figures_table(runs)),
-        ("Loss", *_losses(runs)),
-        ("The four streams in a typical step", *_gantts(runs)),
-        ("Exposed time by cause", *_exposed(runs)),
-        ("Busy share of each stream", *_busy(runs)),
-        ("Device memory and traffic", *_memory(runs)),
-        ("Bias by layer", *_bias(runs)),
-        ("A sample answer", *_samples(runs)),
-        ("Configuration", *_config(runs)),
-    )
-    drawn = [element("section", element("h2", title), *parts) for title, *parts in sections]
-    return page(f"lsp_ray: {names}", style, element("h1", "lsp_ray report"), element("main", *drawn))
+    return page(f"lsp_ray: {names}", _beside("style.css"), element("h1", "lsp_ray report"), _sections(runs))
+
+
+def live_report(run: RunFolder, status: str) -> str:
+    """Return the document for a run in progress, which renews itself from where it came; `status` is its first line."""
+    head = element("h1", f"lsp_ray: {run.name}")
+    body = _sections([run], element("p", status, class_="status"))
+    return page(f"lsp_ray: {run.name}", _beside("style.css"), head, body, script=live_script())
+
+
+def live_script() -> str:
+    """Return what renews the document of `live_report`."""
+    return _beside("live.js")
+
+
+def _beside(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _sections(runs: Sequence[RunFolder], *first: Markup) -> Markup:
+    sections: list[tuple[str, Sequence[Markup]]] = [("At a glance", (_complaints(runs), figures_table(runs)))]
+    if any(run.steps or run.typical_step() is not None for run in runs):
+        sections += [
+            ("Loss", _losses(runs)),
+            ("The four streams in a typical step", _gantts(runs)),
+            ("Exposed time by cause", _exposed(runs)),
+            ("Busy share of each stream", _busy(runs)),
+            ("Device memory and traffic", _memory(runs)),
+            ("Bias by layer", _bias(runs)),
+        ]
+    if any(name in run.summary for run in runs for name, _ in _SAMPLES):
+        sections.append(("A sample answer", _samples(runs)))
+    sections.append(("Configuration", _config(runs)))
+    drawn = [element("section", element("h2", title), *parts) for title, parts in sections]
+    return element("main", *first, *drawn)
 
 
 def _text(*parts: str) -> Markup:
@@ -188,5 +209,5 @@ def _config(runs: Sequence[RunFolder]) -> Sequence[Markup]:
 
 
 def _number(run: RunFolder, name: str) -> float:
-    value = run.summary.get(name)
+    value = run.figures.get(name)
     return float(value) if isinstance(value, int | float) else 0.0

@@ -47,6 +47,7 @@ class Progress:
         self._step_times_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._live: Live | None = None
         self._phase: Spinner | None = None
+        self._doing = ""
         self._latest: StepMetrics | None = None
 
     def __enter__(self) -> Self:
@@ -71,7 +72,7 @@ class Progress:
 
     def phase(self, text: str) -> None:
         """Say what is being done now, outside the steps; the next step or phase ends it."""
-        line = " ".join(_clean(text).split())
+        line = self._doing = " ".join(_clean(text).split())
         if self._live is None:
             self._write(f"{line} ...")
         else:
@@ -81,7 +82,7 @@ class Progress:
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a finished step."""
-        self._phase = None
+        self._phase, self._doing = None, ""
         self._latest = metrics
         if math.isfinite(metrics.step_time_s):
             self._step_times_s.append(metrics.step_time_s)
@@ -89,6 +90,11 @@ class Progress:
             self._write("  ".join((*self._headline(metrics), stream_shares(metrics))))
         else:
             self._live.refresh()
+
+    def status(self) -> str:
+        """Return in one line what is being done, and how far the run is; for other threads too."""
+        latest, doing = self._latest, self._doing
+        return " · ".join([*([doing] if doing else []), *(self._headline(latest) if latest is not None else ())])
 
     def _headline(self, metrics: StepMetrics) -> Iterable[str]:
         yield f"step {metrics.step}/{self.total_steps}"

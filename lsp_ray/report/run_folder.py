@@ -42,6 +42,26 @@ class RunFolder:
         """Median of the settled steps; None without steps."""
         return median(step.step_time_s for step in self.settled) if self.steps else None
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The summary; what it lacks, as the run has not ended, from configuration and steps."""
+        known: dict[str, Any] = {
+            "method": self.config.get("method"),
+            "device": self.config.get("runtime.device"),
+            "num_shards": self.config.get("runtime.num_shards"),
+        }
+        if self.steps:
+            total_s = sum(step.step_time_s for step in self.settled)
+            known |= {
+                "tokens_per_second": sum(step.num_tokens for step in self.settled) / total_s,
+                "overlap_fraction": 1.0 - sum(step.exposed_s for step in self.settled) / total_s,
+                "bytes_d2h_per_step": median(step.bytes_d2h for step in self.steps),
+                "bytes_h2d_per_step": median(step.bytes_h2d for step in self.steps),
+            }
+        if known.get("bytes_d2h_per_step"):
+            known["policy"] = self.config.get("runtime.policy")
+        return {**known, **self.summary}
+
     def typical_step(self) -> int | None:
         """The traced step, counted from 0, whose time is nearest to the median; None without a trace."""
         if self.trace is None or not self.trace.steps:

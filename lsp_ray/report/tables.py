@@ -10,25 +10,26 @@ from lsp_ray.report.run_folder import RunFolder
 NOTHING = "–"
 
 _FIGURES: tuple[tuple[str, Callable[[RunFolder], str]], ...] = (
-    ("Method", lambda run: _from_summary(run, "method")),
-    ("Policy", lambda run: _from_summary(run, "policy")),
-    ("Device", lambda run: _from_summary(run, "device")),
-    ("Shards", lambda run: _from_summary(run, "num_shards")),
+    ("Method", lambda run: _figure(run, "method")),
+    ("Policy", lambda run: _figure(run, "policy")),
+    ("Device", lambda run: _figure(run, "device")),
+    ("Shards", lambda run: _figure(run, "num_shards")),
     ("Steps", lambda run: str(len(run.steps))),
-    ("Eval loss before", lambda run: _from_summary(run, "eval_loss_before", "{:.4f}")),
-    ("Eval loss after", lambda run: _from_summary(run, "eval_loss_after", "{:.4f}")),
+    ("Eval loss before", lambda run: _figure(run, "eval_loss_before", "{:.4f}")),
+    ("Eval loss after", lambda run: _figure(run, "eval_loss_after", "{:.4f}")),
     ("Step time, median", lambda run: NOTHING if run.step_time_s is None else f"{run.step_time_s:.3f} s"),
-    ("Tokens per second", lambda run: _from_summary(run, "tokens_per_second", "{:.0f}")),
-    ("Hidden behind compute", lambda run: _from_summary(run, "overlap_fraction", "{:.1%}")),
-    ("Peak device memory", lambda run: _from_summary(run, "peak_device_bytes", size)),
-    ("Down-link a step", lambda run: _from_summary(run, "bytes_d2h_per_step", size)),
-    ("Up-link a step", lambda run: _from_summary(run, "bytes_h2d_per_step", size)),
+    ("Tokens per second", lambda run: _figure(run, "tokens_per_second", "{:.0f}")),
+    ("Hidden behind compute", lambda run: _figure(run, "overlap_fraction", "{:.1%}")),
+    ("Peak device memory", lambda run: _figure(run, "peak_device_bytes", size)),
+    ("Down-link a step", lambda run: _figure(run, "bytes_d2h_per_step", size)),
+    ("Up-link a step", lambda run: _figure(run, "bytes_h2d_per_step", size)),
 )
 
 
 def figures_table(runs: Sequence[RunFolder]) -> Markup:
-    """Return what each run came to, a column a run."""
-    return _table(runs, [(name, [show(run) for run in runs]) for name, show in _FIGURES])
+    """Return what each run came to, a column a run; without figures that no run has."""
+    rows = [(name, [show(run) for run in runs]) for name, show in _FIGURES]
+    return _table(runs, [row for row in rows if set(row[1]) != {NOTHING}])
 
 
 def config_table(runs: Sequence[RunFolder]) -> Markup:
@@ -46,8 +47,8 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def _from_summary(run: RunFolder, name: str, form: str | Callable[[float], str] = "{}") -> str:
-    value = run.summary.get(name)
+def _figure(run: RunFolder, name: str, form: str | Callable[[float], str] = "{}") -> str:
+    value = run.figures.get(name)
     if value is None:
         return NOTHING
     if not isinstance(value, int | float):  # whatever a damaged file may hold

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from lsp_ray.runtime.training import Listener
 from lsp_ray.trace import StepMetrics
 
 PREFIX = "lsp_"
@@ -36,31 +35,17 @@ STEPS, BIAS, BIAS_OF_LAYER = "steps", "bias_relative", "layer_bias_relative"
 
 
 class LiveMetrics:
-    """A listener that passes everything on. Ray must be running.
+    """Passes steps on to Ray, which must be running; `step` is a Sink."""
 
-    Args:
-        listener: Who else follows the run.
-    """
-
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
+    def __init__(self) -> None:
         self._gauges = {name: Gauge(PREFIX + name, text) for name, text in GAUGES.items()}
         self._counters = {name: Counter(PREFIX + name, text) for name, text in COUNTERS.items()}
         self._steps = Counter(PREFIX + STEPS, "Optimizer updates made")
         self._bias = Gauge(PREFIX + BIAS, "Mean relative bias when it was measured last")
         self._bias_of_layer = Gauge(PREFIX + BIAS_OF_LAYER, "Relative bias of a layer", tag_keys=("layer",))
 
-    def note(self, text: str) -> None:
-        """See `Listener`."""
-        self._listener.note(text)
-
-    def phase(self, text: str) -> None:
-        """See `Listener`."""
-        self._listener.phase(text)
-
     def step(self, metrics: StepMetrics) -> None:
-        """See `Listener`."""
-        self._listener.step(metrics)
+        """Set the gauges to this step's values, and add to the counters."""
         self._steps.inc()
         for name, gauge in self._gauges.items():
             gauge.set(getattr(metrics, name))

@@ -19,8 +19,11 @@ FIELD = "resume_from_checkpoint"
 LAST = "last"
 _MAX_FACTS_BYTES = 64 << 20
 _MOMENTS = re.compile(r"moments-\d+\.safetensors")
-# what may differ: it decides where and how fast a run computes, not what, or whether it ends early
-_FREE = {"output_dir", FIELD, "save_steps", "save_total_limit", "runtime", "on_nonfinite"}
+# what may differ: it decides where and how fast a run computes, not what, or whether it ends early, or who watches it
+_FREE = {
+    *("output_dir", FIELD, "save_steps", "save_total_limit", "runtime", "on_nonfinite"),
+    *("report_to", "report_port"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.metrics_file import METRICS, metrics_file, write_metrics
+from lsp_ray.runtime.metrics_file import METRICS, read_metrics
 from lsp_ray.runtime.saved_run import SavedRun
+from lsp_ray.runtime.sinks import open_sinks
 from lsp_ray.runtime.throttle import Throttle, slower_by_themselves
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace import StepMetrics
@@ -89,7 +90,7 @@ class Listener(Protocol):
 
 
 class Training:
-    """All steps, with a line of metrics.jsonl each, some traced, and the checkpoints between them.
+    """All steps, with their metrics, some traced, and the checkpoints between them.
 
     Args:
         job: The run.
@@ -135,9 +136,9 @@ class Training:
     def _driver(self) -> Iterator[Driver]:
         job, folder = self._job, self._output_dir
         shard_of_unit = job.layout.shard_of_unit
-        source = job.saved.folder.parent / METRICS if job.saved else None
+        earlier = read_metrics(job.saved.folder.parent / METRICS, job.first_step) if job.saved else []
         with (
-            metrics_file(folder / METRICS, source=source, num_steps=job.first_step) as (earlier, metrics),
+            open_sinks(job.config, folder, earlier) as sinks,
             (folder / "events.jsonl").open("w", encoding="utf-8") as events,
             trace_file(folder / "trace.json", shard_of_unit, num_steps=job.num_steps) as trace,
         ):
@@ -145,7 +146,8 @@ class Training:
 
             def on_step(closed: ClosedStep) -> None:
                 self._steps.append(closed.metrics)
-                write_metrics(metrics, closed.metrics)
+                for sink in sinks:
+                    sink(closed.metrics)
                 trace.write(closed.timeline)
                 self._listener.step(closed.metrics)
                 if closed.metrics.grad_scale == 0.0:

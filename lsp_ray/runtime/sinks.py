@@ -1,0 +1,31 @@
+"""open_sinks: where a run's metrics go; metrics.jsonl, Ray's live metrics, TensorBoard and W&B are all Sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from lsp_ray.config import RunConfig
+from lsp_ray.runtime.live_metrics import LiveMetrics
+from lsp_ray.runtime.metrics_file import METRICS, Sink, metrics_file
+from lsp_ray.runtime.trackers import TRACKERS
+from lsp_ray.trace import StepMetrics
+
+
+@contextmanager
+def open_sinks(config: RunConfig, folder: Path, earlier: Sequence[StepMetrics]) -> Iterator[Sequence[Sink]]:
+    """Open all that a run asks for; a step that is made again is in each file once.
+
+    Args:
+        config: Of the run.
+        folder: Its output folder.
+        earlier: The steps until the checkpoint that it goes on from.
+    """
+    with ExitStack() as stack:
+        sinks = [stack.enter_context(metrics_file(folder / METRICS, earlier))]
+        if config.runtime.dashboard:
+            sinks.append(LiveMetrics().step)
+        if config.report_to != "none":
+            sinks.append(stack.enter_context(TRACKERS[config.report_to](config, folder, earlier)))
+        yield sinks
