@@ -118,7 +118,8 @@ class StepMetrics:
     `grad_scale` is what it was multiplied by: below 1 where it was clipped, 0 where the step was skipped.
     `exposed_*_s` is the time in which this step's forward waited for the previous step's deltas. `bias` (raw, relative,
     cosine; see `Bias`) is there in the steps that measured it, with the relative bias of each layer that was in the
-    sample (by its number) and the number of projectors that are refitted.
+    sample (by its number) and the number of projectors that are refitted. `eval_loss` was measured after the step, by
+    `eval_steps`, in time that no step counts.
     """
 
     step: int
@@ -141,6 +142,7 @@ class StepMetrics:
     bias: dict[str, float] | None = None
     bias_by_layer: dict[str, float] | None = None
     num_refitted: int | None = None
+    eval_loss: float | None = None
 
     @property
     def exposed_s(self) -> float:

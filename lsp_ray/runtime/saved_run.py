@@ -20,7 +20,7 @@ LAST = "last"
 _MAX_FACTS_BYTES = 64 << 20
 _MOMENTS = re.compile(r"moments-\d+\.safetensors")
 # what may differ: it decides where and how fast a run computes, not what, or whether it ends early
-_FREE = {"output_dir", FIELD, "save_steps", "save_total_limit", "runtime", "on_nonfinite"}
+_FREE = {"output_dir", FIELD, "eval_steps", "save_steps", "save_total_limit", "runtime", "on_nonfinite"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
