@@ -198,6 +198,8 @@ class RunConfig:
     """Tokens kept of an example; short by default so that a first run is quick."""
     max_eval_samples: int = 128
     """Held-out examples on which eval loss is measured."""
+    eval_steps: int = 0
+    """Steps between measurements of eval loss while training, whose time is not counted; 0: only before and after."""
     max_eval_answers: int = 0
     """Held-out questions answered to compare the final number, after ####, with the data's (as GSM8K has it); slow."""
     seed: int = 42
@@ -233,6 +235,7 @@ class RunConfig:
             "warmup_steps",
             "save_steps",
             "seed",
+            "eval_steps",
             "max_eval_answers",
             "report_port",
         ):

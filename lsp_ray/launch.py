@@ -141,14 +141,16 @@ def _note_dashboard(cluster: ClusterInfo, progress: Progress) -> None:
         progress.note(f"dashboard: {cluster.dashboard_url} (it asks for the token in {cluster.token_path})")
 
 
-def _decoder(job: Job) -> Callable[[Sequence[int]], str]:
-    """Turn a sample's tokens, or its label, into one line of text."""
+def _decoder(job: Job) -> Callable[[Sequence[float]], str]:
+    """Turn a sample's tokens, its label's index or its number into one line of text."""
+    if job.is_regression:
+        return lambda numbers: f"label {numbers[0]:.4g}"
     if job.task == "sequence_classification":
-        return lambda labels: f"label {job.label_names[labels[0]]}"
+        return lambda labels: f"label {job.label_names[int(labels[0])]}"
     from lsp_ray.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(job.model_folder)
-    return lambda ids: repr(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return lambda ids: repr(tokenizer.decode(list(map(int, ids)), skip_special_tokens=True))
 
 
 def _changes(summary: Summary) -> str:

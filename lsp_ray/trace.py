@@ -136,6 +136,7 @@ class StepMetrics:
         bias: raw, relative and cosine (see `Bias`), in the steps that measured it.
         bias_by_layer: The relative bias of each layer in the sample, by its number.
         num_refitted: Projectors that are learned anew after it.
+        eval_loss: Measured after the step, by `eval_steps`, in time that no step counts.
     """
 
     step: int
@@ -158,6 +159,7 @@ class StepMetrics:
     bias: dict[str, float] | None = None
     bias_by_layer: dict[str, float] | None = None
     num_refitted: int | None = None
+    eval_loss: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What strict JSON can hold: a number that is not finite, as a skipped step's loss may be, is None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -96,6 +96,7 @@ class LSPTrainer:
         names: tuple[str, ...] = ()
         if task == "sequence_classification":
             names = label_names(load_config(resolve_model(model)) if isinstance(model, str) else model.config)
+            _check_labels(train[0], names)
         self.rows = TokenizedRows(train=train, eval=held_out, task=task, label_names=names, collate=data_collator)
 
     def train(self) -> RunResult:
@@ -177,5 +178,17 @@ def _with_model_columns(rows: Any) -> Any:
 
 def _task(row: Mapping[str, Any]) -> Task:
     """A class is one number; what has a list of labels, or none before it is collated, is a language model's."""
-    label = next((row[name] for name in ("labels", "label", "label_ids") if name in row), None)
+    label = _label(row)
     return "causal_lm" if label is None or torch.as_tensor(label).ndim else "sequence_classification"
+
+
+def _check_labels(row: Mapping[str, Any], names: Sequence[str]) -> None:
+    """As transformers has it: one output learns floats, several tell classes apart."""
+    label = _label(row)
+    if torch.as_tensor(label).is_floating_point() != (len(names) == 1):
+        kind = "floats" if len(names) == 1 else "whole numbers"
+        raise ConfigError("train_dataset", f"have labels that are {kind} where num_labels is {len(names)}", label)
+
+
+def _label(row: Mapping[str, Any]) -> Any:
+    return next((row[name] for name in ("labels", "label", "label_ids") if name in row), None)

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Methods against each other and against their peers: seconds a step, eval loss and accuracy, loss against seconds.
 
-    python scripts/bench.py --quick --json figures.json                 # steps of all, peers included; about 10 minutes
+    python scripts/bench.py --quick --json figures.json                 # steps of all, peers included; under 10 minutes
     python scripts/bench.py --data_dir ../shared/data --seeds 1,2,3     # every task; hours
 
-Peers want `pip install -e .[bench]`; one that is not there is left out, and said so. Writes docs/benchmarks/methods.md
-(not with --quick) and, where matplotlib is installed, a plot for every task beside it.
+Peers want `pip install -e .[bench]`; one that is not there is left out, and said so. Every run's figures go into
+methods.jsonl in --out, and after each methods.md and the plots beside it are written anew: the same command goes on
+where it was interrupted, another one adds to what is there. With --quick nothing is kept or read.
 """
 
 from __future__ import annotations
@@ -14,148 +15,171 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
-from itertools import accumulate, product
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from lsp_ray.data.stdlib_docstrings import stdlib_pairs
 from scripts.method_bench import ours, page, peers
-from scripts.method_bench.memory import bytes_by_part
+from scripts.method_bench.bars import EMULATED, at_best_rate, grouped
 from scripts.method_bench.ours import Outcome, Setting
-from scripts.method_bench.plot import draw, smoothed
-from scripts.method_bench.tasks import METHODS, Task, tasks
+from scripts.method_bench.readings import Readings, Timed
+from scripts.method_bench.tasks import METHODS, SCORED, Task, options_of, tasks, write_pairs
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "methods.md"
-SKIPPED_STEPS = 2  # caches fill, GaLore decomposes, and the second step's memory is watched
-STEP_OPTIONS = {"--lsp.fit": "random", "--lsp.check_every": "0"}  # a step takes as long with learned projectors
-EMULATED = "rtx4090-threadripper"
-
-
-def step_seconds(num_steps: int, rounds: int, num_eval: int) -> tuple[dict[str, list[float]], dict[str, Outcome]]:
-    """Run every method and every peer in turn; returns the timed steps and the last outcome of each."""
-    times_s: dict[str, list[float]] = {}
-    last: dict[str, Outcome] = {}
-    there = [peer for peer in peers.PEERS if peers.is_there(peer)]
-    for peer in set(peers.PEERS) - set(there):
-        _say(f"{peer}: left out, as {peers.PEERS[peer]} is not installed (pip install -e .[bench])")
-    for number, name in product(range(rounds), [*METHODS, *there]):
-        if name in METHODS:
-            options = STEP_OPTIONS | {"--max_eval_samples": str(num_eval)}
-            last[name] = ours.run(Setting(task="docstrings", method=name), options, num_steps=num_steps)
-        else:
-            last[name] = peers.run(name, num_steps=num_steps, seed=42, num_eval=num_eval)
-        timed = last[name].step_s[min(SKIPPED_STEPS, num_steps - 1) :]
-        times_s.setdefault(name, []).extend(timed)
-        _say(f"round {number + 1}: {name}: {median(timed):.2f} s a step")
-    return times_s, last
+OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+NUM_EVALS = 10  # between a run's steps
+MORE_STEPS = 1.5  # of LSP where time counts: its steps are cheaper, and it may spend some of that on more of them
+SAME_LOSS = 1e-2
+QUICK_TASK, QUICK_STEPS, QUICK_EVAL = "docstring-pairs", 12, 128  # scored with --quick, for the accuracy
 
 
-def matrix(settings: Sequence[Setting], found: dict[str, Task], num_steps: int) -> dict[Setting, Outcome]:
-    """Run every setting once."""
-    outcomes = {}
-    for setting in settings:
-        outcomes[setting] = outcome = ours.run(setting, found[setting.task].options, num_steps=num_steps)
+class Bench:
+    """What runs, what is kept, and what is written after each run.
+
+    Args:
+        found: The tasks that have data.
+        readings: What was measured.
+        after: Called after each run.
+    """
+
+    def __init__(self, found: dict[str, Task], readings: Readings, after: Callable[[], None]) -> None:
+        self._found, self._readings, self._after = found, readings, after
+
+    def time_steps(self, *, num_steps: int, rounds: int, num_eval: int) -> None:
+        """Run every method and every peer in turn, in rounds."""
+        there = [peer for peer in peers.PEERS if peers.is_there(peer)]
+        for peer in set(peers.PEERS) - set(there):
+            _say(f"{peer}: left out, as {peers.PEERS[peer]} is not installed (pip install -e .[bench])")
+        for number, name in product(range(rounds), [*METHODS, *there]):
+            outcome = self._timed(Timed(name=name, round=number, num_steps=num_steps), num_eval)
+            _say(f"round {number + 1}: {name}: {median(outcome.step_s[page.SKIPPED_STEPS :]):.2f} s a step")
+        self.check_first_losses()
+
+    def score(self, settings: Sequence[Setting], factors: Sequence[float], num_eval: int | None = None) -> None:
+        """Run each setting's first seed at every factor of its learning rate, and the others at the best one."""
+        seeds = sorted({setting.seed for setting in settings})
+        for setting in settings:
+            if setting.seed == seeds[0]:
+                tried = [_at(setting, factor) for factor in factors]
+                for each in tried:
+                    self._scored(each, num_eval)
+        for setting in settings:
+            if setting.seed != seeds[0]:
+                tried = [_at(setting, factor, seed=seeds[0]) for factor in factors]
+                (best,) = at_best_rate(tried, self._readings.scored)
+                self._scored(_at(setting, best.rate_factor), num_eval)
+
+    def score_emulated(self, num_steps: int, names: Sequence[str]) -> None:
+        """The offloading methods as the paper's machine, on the language tasks, with their default ranks."""
+        for task in (self._found[name] for name in names if self._found[name].kind == "causal_lm"):
+            for method, steps in {"lsp": round(MORE_STEPS * num_steps), "zero_offload": num_steps}.items():
+                self._scored(Setting(task=task.name, method=method, num_steps=steps, emulate=EMULATED), None)
+
+    def _timed(self, key: Timed, num_eval: int) -> Outcome:
+        def measure() -> Outcome:
+            if key.name in peers.PEERS:
+                return peers.run(key.name, num_steps=key.num_steps, seed=42, num_eval=num_eval)
+            task = self._found["docstrings"]
+            options = {**task.options, **options_of(key.name)}
+            # a step takes as long with learned projectors
+            options |= {"--max_eval_samples": str(num_eval), "--lsp.fit": "random", "--lsp.check_every": "0"}
+            return ours.run(Setting(task=task.name, method=key.name, num_steps=key.num_steps), options)
+
+        outcome = self._readings.of(key, measure)
+        self._after()
+        return outcome
+
+    def _scored(self, setting: Setting, num_eval: int | None) -> None:
+        def measure() -> Outcome:
+            task = self._found[setting.task]
+            shapes = task.shapes if setting.emulate is None else None
+            own = options_of(setting.method, rate_factor=setting.rate_factor, shapes=shapes)
+            options = {**task.options, **own, "--eval_steps": str(max(1, setting.num_steps // NUM_EVALS))}
+            if num_eval is not None:
+                options |= {"--max_eval_samples": str(num_eval), "--eval_steps": "0"}
+            if setting.emulate is not None:
+                options |= {"--max_eval_answers": "0"}
+            return ours.run(setting, options)
+
+        outcome = self._readings.of(setting, measure)
         scores = ", ".join(f"{name} {score:.4g}" for name, score in outcome.scores.items())
-        _say(f"{setting.task}, seed {setting.seed}: {setting.name}: {scores}, {sum(outcome.step_s):.0f} s of training")
-    return outcomes
+        which = f"{setting.task}, seed {setting.seed}, {setting.num_steps} steps, rate × {setting.rate_factor:g}"
+        _say(f"{which}: {setting.name}: {scores}, {sum(outcome.step_s):.0f} s of training")
+        self._after()
 
-
-def time_to_same_loss(lsp: Outcome, zero: Outcome) -> float | None:
-    """LSP's time until its smoothed training loss is Zero-Offload's last, over all of Zero-Offload's; None: never."""
-    target = smoothed(zero.losses)[-1]
-    reached = (
-        end_s for end_s, loss in zip(accumulate(lsp.step_s), smoothed(lsp.losses), strict=True) if loss <= target
-    )
-    first_s = next(reached, None)
-    return None if first_s is None else first_s / sum(zero.step_s)
+    def check_first_losses(self) -> None:
+        """No update is made before the first loss, so all must have the same one: else they do different jobs."""
+        first = {key.name: outcome.losses[0] for key, outcome in self._readings.timed.items()}
+        for name, loss in first.items():
+            if abs(loss - first["native"]) > SAME_LOSS:
+                raise SystemExit(f"{name}: its first loss is {loss:.4f}, native's {first['native']:.4f}")
 
 
 def main() -> None:
     """Measure and write."""
     options = _options()
     with tempfile.TemporaryDirectory() as scratch:
-        found = tasks(options.data_dir, Path(scratch))
-        score_of_task = {task.name: task.score for task in found.values()}
-        num_timed, num_eval = (6, 16) if options.quick else (12, 64)
-        times_s, last = step_seconds(options.timed_steps or num_timed, 1 if options.quick else options.rounds, num_eval)
-        outcomes = {} if options.quick else matrix(_settings(options, found), found, options.steps)
-    figures: dict[str, Any] = {"step_seconds": {name: median(times) for name, times in times_s.items()}}
-    short = {"docstrings": {name: outcome.scores["loss"] for name, outcome in last.items()}}
-    figures |= page.figures(outcomes, score_of_task) if outcomes else {"eval_loss": short, "accuracy": {}}
-    figures["time_to_zero_offloads_loss"] = ratios = _ratios(outcomes)
-    if not options.quick:
-        peaks = {name: outcome.peak_bytes for name, outcome in last.items()}
-        sections = [
-            ("Seconds a step", page.markdown(page.steps_table(times_s, peaks))),
-            (
-                "Device memory by part",
-                page.markdown(page.memory_table({name: bytes_by_part(name) for name in METHODS})),
-            ),
-            (f"After {options.steps} steps", page.markdown(page.scores_table(outcomes, score_of_task))),
-            ("Time to Zero-Offload's training loss", _ratio_lines(ratios)),
-            ("Loss against steps and seconds", _plots(outcomes, options.out)),
-        ]
-        options.out.write_text(page.page(sections), encoding="utf-8")
-    print(json.dumps(figures, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        pairs = Path(scratch) / "docstring_pairs.jsonl"
+        write_pairs(pairs, stdlib_pairs())
+        found = tasks(options.data_dir, pairs)
+        readings = Readings(None if options.quick else options.out / "methods.jsonl")
+
+        def write() -> None:
+            if options.json is not None:
+                options.json.write_text(json.dumps(page.figures(readings, found), indent=2) + "\n", encoding="utf-8")
+            if not options.quick:
+                page.write_page(readings, found, options.out / "methods.md")
+
+        bench = Bench(found, readings, write)
+        if options.quick:
+            _quick(bench)
+        else:
+            _full(bench, options, found)
+    print(json.dumps(page.figures(readings, found), indent=2))
+    _say(page.markdown(page.short_table(grouped(readings.scored), found)))
 
 
-def _settings(options: argparse.Namespace, found: dict[str, Task]) -> list[Setting]:
-    """Every method on every task and seed; on the language tasks the two offloading ones as the paper's machine too."""
-    asked = [name for name in options.tasks.split(",") if name in found] if options.tasks else list(found)
-    points = product(asked, map(int, options.seeds.split(",")), options.policies, options.links, options.methods)
+def _quick(bench: Bench) -> None:
+    bench.time_steps(num_steps=6, rounds=1, num_eval=16)
+    settings = [Setting(task=QUICK_TASK, method=method, num_steps=QUICK_STEPS) for method in SCORED]
+    bench.score(settings, [1.0], num_eval=QUICK_EVAL)
+
+
+def _full(bench: Bench, options: argparse.Namespace, found: dict[str, Task]) -> None:
+    if options.rounds and peers.is_there("deepspeed"):
+        peers.build_cpu_adam()
+    bench.time_steps(num_steps=options.timed_steps, rounds=options.rounds, num_eval=64)
+    names = [name for name in options.tasks if name in found] if options.tasks else list(found)
+    bench.score_emulated(options.steps, names)
+    points = product(names, options.methods, map(int, options.seeds), options.policies, options.links)
     settings = [
-        Setting(task=task, method=method, seed=seed, policy=policy, link_gbps=link)
-        for task, seed, policy, link, method in points
-        if method in ("lsp", "zero_offload") or (policy is None and link is None)
+        Setting(task=task, method=method, num_steps=options.steps, seed=seed, policy=policy, link_gbps=link)
+        for task, method, seed, policy, link in points
     ]
-    emulated = product([task for task in asked if task in ("docstrings", "gsm8k")], ("lsp", "zero_offload"))
-    return settings + [Setting(task=task, method=method, emulate=EMULATED) for task, method in emulated]
+    bench.score(settings, options.rate_factors)
 
 
-def _ratios(outcomes: dict[Setting, Outcome]) -> dict[str, float | None]:
-    names = [setting.task for setting in outcomes if setting.emulate is not None and setting.method == "lsp"]
-    pair = {
-        task: [outcomes[Setting(task=task, method=method, emulate=EMULATED)] for method in ("lsp", "zero_offload")]
-        for task in names
-    }
-    return {task: time_to_same_loss(lsp, zero) for task, (lsp, zero) in pair.items()}
-
-
-def _ratio_lines(ratios: dict[str, float | None]) -> str:
-    how = f"LSP's seconds until its training loss is Zero-Offload's last, over Zero-Offload's seconds, as {EMULATED}."
-    lines = [f"- {task}: {'never' if ratio is None else f'{ratio:.2f}'}" for task, ratio in ratios.items()]
-    return "\n".join([how, "", *lines])
-
-
-def _plots(outcomes: dict[Setting, Outcome], out: Path) -> str:
-    lines = []
-    for task in dict.fromkeys(setting.task for setting in outcomes):
-        first = min(setting.seed for setting in outcomes if setting.task == task and setting.emulate is None)
-        of_task = [setting for setting in outcomes if setting.task == task]
-        curves = {s.name: outcomes[s] for s in of_task if s.seed == first or s.emulate is not None}
-        path = out.with_name(f"{out.stem}-{task}.png")
-        if draw(curves, task, path):
-            lines.append(f"![{task}]({path.name})")
-    return "\n\n".join(lines) or "No plots: matplotlib is not installed."
+def _at(setting: Setting, factor: float, *, seed: int | None = None) -> Setting:
+    return replace(setting, rate_factor=factor, seed=setting.seed if seed is None else seed)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="seconds a step alone, one round; about 10 minutes")
+    parser.add_argument("--quick", action="store_true", help="steps of all, in one round, and one short task")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--data_dir", type=Path, help="a folder with gsm8k and sst2_glue; without it two tasks")
-    parser.add_argument("--tasks", default="", help="names, by commas; default: all that have data")
-    parser.add_argument("--methods", type=_words, default=list(METHODS), help=f"default: {','.join(METHODS)}")
+    parser.add_argument("--tasks", type=_words, default=[], help="by commas; default: all that have data")
+    parser.add_argument("--methods", type=_words, default=list(SCORED), help=f"scored; default: {','.join(SCORED)}")
     parser.add_argument("--policies", type=_words, default=[None], help="by commas; default: each method's own")
     parser.add_argument("--links", type=_numbers, default=[None], help="link_gbps, by commas; default: as it is")
-    parser.add_argument("--seeds", default="42")
+    parser.add_argument("--seeds", type=_words, default=["42"])
+    parser.add_argument("--rate_factors", type=_numbers, default=[1.0], help="of the learning rates; the best counts")
     parser.add_argument("--steps", type=int, default=200, help="of the runs that are scored")
-    parser.add_argument("--timed_steps", type=int, help="of the runs that are timed; default 12, with --quick 6")
-    parser.add_argument("--rounds", type=int, default=2, help="of the runs that are timed")
-    parser.add_argument("--out", type=Path, default=PAGE, help="the page; plots are written beside it")
+    parser.add_argument("--timed_steps", type=int, default=12, help="of the runs that are timed")
+    parser.add_argument("--rounds", type=int, default=2, help="of the runs that are timed; 0 times none")
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder of methods.md and methods.jsonl")
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -267,7 +268,6 @@ def test_a_label_is_the_same_as_number_and_as_text(tokenizer: PreTrainedTokenize
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([0.5, 1.0], "regression is not supported"),
         ([[0], [1]], "whole numbers or names"),
         ([1, 1], "at least 2 classes"),
         ([None, None], "whole numbers or names"),
@@ -279,6 +279,33 @@ def test_labels_that_are_no_classes_are_refused(
     with pytest.raises(ConfigError, match=r"dataset must .*made\.jsonl") as caught:
         tokenize_rows(rows_of(Shape.SENTENCE, sentences(*labels)), tokenizer, max_seq_length=8)
     assert said in str(caught.value)
+
+
+def test_floats_stay_as_they_are_and_null_is_unlabelled(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = rows_of(Shape.SENTENCE, sentences(0.5, None, 4.75), sentences(3, None))
+    tokenized = tokenize_rows(rows, tokenizer, max_seq_length=8)
+    assert (tokenized.task, tokenized.label_names) == ("sequence_classification", ("LABEL_0",))
+    assert list(tokenized.train["labels"]) == [0.5, 4.75]
+    assert list(tokenized.eval["labels"]) == [3.0]
+    assert tokenized.num_dropped == 2
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "said"),
+    [
+        ([0.5, math.nan], [1.0], r"hold finite numbers in column 'label', got nan; in made\.jsonl"),
+        ([0.5, -math.inf], [1.0], r"hold finite numbers in column 'label', got -inf; in made\.jsonl"),
+        ([0.5, 1.0], [1e39], r"hold finite numbers in column 'label', got 1e\+39; in made\.jsonl"),
+        ([0.5, 0.5], [1.0], r"have at least 2 different numbers in column 'label', got \[0\.5\]; in made"),
+        ([0.5, 1.0], ["far"], r"hold numbers in column 'label' of every split, got 'string'; in made.*train"),
+        ([0, 1], [0.5], r"hold whole numbers or names in column 'label', got 'float64'; in made.* regression"),
+    ],
+)
+def test_numbers_that_cannot_be_learnt_are_refused(
+    tokenizer: PreTrainedTokenizerFast, train: list[object], held_out: list[object], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^dataset must {said}"):
+        tokenize_rows(rows_of(Shape.SENTENCE, sentences(*train), sentences(*held_out)), tokenizer, max_seq_length=8)
 
 
 def test_a_pair_is_one_sequence_and_shares_the_length(tokenizer: PreTrainedTokenizerFast) -> None:

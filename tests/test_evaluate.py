@@ -8,14 +8,18 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import mse_loss
+from transformers import AutoModelForSequenceClassification
 
 from lsp_ray.data.final_numbers import final_number
-from lsp_ray.device.evaluate import class_scores, generate, language_scores, predict
+from lsp_ray.device.evaluate import class_scores, generate, language_scores, number_scores, predict
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.load import load_model
-from tests.tiny import Family, tiny_model
+from lsp_ray.runtime.job import Job
+from tests.tiny import Family, tiny_model, write_tiny_jsonl
 from tests.tiny_jobs import run_on_threads, tiny_config, tiny_job
 
 
@@ -57,6 +61,44 @@ def test_a_classifiers_scores_are_those_of_its_predictions() -> None:
     assert scores["f1"] == pytest.approx(true_positives / (true_positives + wrong / 2) if true_positives else 0.0)
     assert scores["matthews"] == pytest.approx(covariance / math.sqrt(math.prod(sides)) if math.prod(sides) else 0.0)
     assert list(scores) == ["loss", "accuracy", "f1", "matthews"]
+
+
+def test_a_regressions_scores_are_scipys_and_torchs_and_its_checkpoint_is_transformers_own(tmp_path: Path) -> None:
+    data = write_tiny_jsonl(tmp_path / "scores.jsonl", "sentence_pair_score", 120)
+    job = tiny_job(tmp_path, "bert", dataset=str(data), max_steps=30, learning_rate=1e-2)
+    summary, _ = run_on_threads(job, tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    expected = {row["label"] for row in rows}
+    batches = job.micro_batches.eval_batches()
+    with torch.no_grad():
+        found = torch.cat([model(**batch).logits.squeeze(-1) for batch in batches])
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert labels.dtype == torch.float32
+    assert set(labels.tolist()) <= expected == {0.0, 2.5, 5.0}
+    assert summary.eval_after == {
+        "loss": pytest.approx(float(mse_loss(found, labels)), rel=1e-4),
+        "pearson": pytest.approx(float(np.corrcoef(found.numpy(), labels.numpy())[0, 1]), abs=1e-4),
+    }
+    assert summary.eval_loss_after < 0.5 * summary.eval_loss_before
+    assert summary.sample_expected in {f"label {label:.4g}" for label in expected}
+    assert float(summary.sample_after.strip("[]")) == pytest.approx(float(predict(model, sample_of(job))[0]), rel=1e-4)
+
+
+def sample_of(job: Job) -> dict[str, torch.Tensor]:
+    inputs = {name: torch.tensor([ids]) for name, ids in job.sample_inputs.items()}
+    return inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
+
+
+@pytest.mark.parametrize("labels", [[2.0, 2.0, 2.0], [0.5, 1.5, 4.0]])
+def test_a_correlation_with_what_does_not_vary_is_0(labels: list[float]) -> None:
+    config = tiny_model("bert").config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    ids_BS = torch.full((3, 4), 9) if len({*labels}) > 1 else torch.arange(12).view(3, 4)
+    batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "labels": torch.tensor(labels)}
+    assert number_scores(model, [batch])["pearson"] == 0.0
 
 
 def test_perplexity_is_the_exponential_of_the_loss(tmp_path: Path) -> None:

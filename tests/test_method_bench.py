@@ -3,62 +3,192 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lsp_ray.config import RunConfig
+from lsp_ray.config import GaloreConfig, LoraConfig, LspConfig, RunConfig
+from lsp_ray.data.stdlib_docstrings import DocstringPair
+from lsp_ray.methods.galore import GaloreShard
+from lsp_ray.methods.lora import add_adapters
+from lsp_ray.methods.lsp import lsp_units
+from lsp_ray.methods.units import full_units
+from lsp_ray.models.layers import find_layers
+from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.run import _parse
-from scripts.bench import time_to_same_loss
-from scripts.method_bench import page
+from scripts.bench import Bench
+from scripts.method_bench import bars, page
+from scripts.method_bench.memory import TOLERANCE, bytes_by_part, equal_ranks, kept_bytes, shapes_in
 from scripts.method_bench.ours import Outcome, Setting
-from scripts.method_bench.plot import smoothed
-from scripts.method_bench.tasks import METHOD_OPTIONS, tasks
+from scripts.method_bench.readings import Readings, Timed
+from scripts.method_bench.tasks import METHODS, Task, options_of, tasks, write_pairs
+from tests.tiny import tiny_model
+
+TEXT = Task(name="text", model="m", kind="causal_lm", score="perplexity", options={})
+MOOD = Task(name="mood", model="m", kind="sequence_classification", score="accuracy", options={})
+FOUND = {"text": TEXT, "mood": MOOD}
 
 
-def outcome(losses: list[float], step_s: float = 1.0, **scores: float) -> Outcome:
-    return Outcome(step_s=(step_s,) * len(losses), losses=tuple(losses), scores=scores, peak_bytes=10**9)
+def outcome(*eval_losses: float, step_s: float = 1.0, **scores: float) -> Outcome:
+    """With a step before each eval loss but the first."""
+    num_steps = len(eval_losses) - 1
+    scores = {"loss": eval_losses[-1], **scores}
+    points = tuple(enumerate(eval_losses))
+    return Outcome(step_s=(step_s,) * num_steps, losses=(3.0,) * num_steps, scores=scores, eval_losses=points)
 
 
-def test_smoothing_takes_the_mean_of_the_last_ten() -> None:
-    assert smoothed([float(number) for number in range(12)])[-2:] == [5.5, 6.5]
-    assert smoothed([3.0, 5.0]) == [3.0, 4.0]
+def setting(task: str, method: str, **changes: Any) -> Setting:
+    return replace(Setting(task=task, method=method, num_steps=4), **changes)
 
 
-def test_the_time_to_the_same_loss_counts_seconds_not_steps() -> None:
-    zero = outcome([4.0, 3.0, 2.0, 1.0], step_s=10.0)
-    assert time_to_same_loss(outcome([4.0, 2.0, 1.0, 0.0], step_s=2.0), zero) == pytest.approx(6.0 / 40.0)
-    assert time_to_same_loss(outcome([4.0, 4.0, 4.0, 4.0], step_s=2.0), zero) is None
+def put(readings: Readings, key: Setting | Timed, one: Outcome) -> None:
+    readings.of(key, lambda: one)
 
 
-def test_the_figures_are_means_over_seeds_by_task_and_method() -> None:
+def test_the_time_to_the_same_eval_loss_counts_seconds_not_steps() -> None:
+    zero = outcome(4.0, 3.0, 2.0, step_s=10.0)
+    assert bars.time_to_same_loss(outcome(4.0, 3.0, 2.5, 2.0, 1.0, step_s=2.0), zero) == pytest.approx(6.0 / 20.0)
+    assert bars.time_to_same_loss(outcome(4.0, 3.0, 2.5), zero) == math.inf
+
+
+def test_the_rate_that_is_best_on_the_first_seed_counts_and_so_do_the_longest_runs_alone() -> None:
     outcomes = {
-        Setting(task="sst2", method="lsp", seed=1): outcome([1.0], loss=0.5, accuracy=0.9),
-        Setting(task="sst2", method="lsp", seed=2): outcome([1.0], loss=0.7, accuracy=0.8),
-        Setting(task="text", method="native"): outcome([1.0], loss=2.0, perplexity=7.4),
+        setting("mood", "lsp", seed=1): outcome(1.0, 0.5, accuracy=0.7),
+        setting("mood", "lsp", seed=1, rate_factor=2.0): outcome(1.0, 0.4, accuracy=0.9),
+        setting("mood", "lsp", seed=2, rate_factor=2.0): outcome(1.0, 0.6, accuracy=0.8),
+        setting("mood", "lsp", seed=1, num_steps=2): outcome(1.0, 0.1, accuracy=1.0),
+        setting("text", "native"): outcome(3.0, 2.0, perplexity=7.4),
     }
-    scores = {"sst2": "accuracy", "text": "perplexity"}
-    found = page.figures(outcomes, scores)
-    assert found == {
-        "eval_loss": {"sst2": {"lsp": pytest.approx(0.6)}, "text": {"native": 2.0}},
-        "accuracy": {"sst2": {"lsp": pytest.approx(0.85)}},
-    }
-    rows = page.scores_table(outcomes, scores)
-    assert rows[1] == ["sst2", "lsp", "2", "0.6 ± 0.14", "accuracy 0.85 ± 0.071", "1.00 GB"]
+    readings = Readings(None)
+    for key, one in outcomes.items():
+        put(readings, key, one)
+    readings.of(Timed(name="lsp", round=0, num_steps=3), lambda: outcome(3.0, 2.0, 2.0, 2.0))
+    found = page.figures(readings, FOUND)
+    assert found["eval_loss"]["mood"] == {"lsp": pytest.approx(0.5)}
+    assert found["accuracy"] == {"mood": {"lsp": pytest.approx(0.85)}}
+    assert found["step_seconds"] == {"lsp": 1.0}
+    assert json.loads(json.dumps(found)) == found
+    rows = page.scores_table(outcomes, FOUND)
+    assert rows[1][:6] == ["mood", "lsp", "4", "2", "0.0002", "0.5 ± 0.14"]
+    assert page.short_table(bars.grouped(outcomes), FOUND)[1:] == [
+        ["mood", "eval accuracy", "–", "0.85 ± 0.071", "–", "–"],
+        ["text", "eval loss", "2", "–", "–", "–"],
+    ]
     assert page.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
-def test_every_method_and_task_is_set_with_options_that_exist(tmp_path: Path) -> None:
-    found = tasks(tmp_path, tmp_path)
+def test_bars_say_what_was_reached_what_was_missed_and_what_was_not_measured() -> None:
+    emulated = {"emulate": bars.EMULATED}
+    outcomes = {
+        setting("text", "native"): outcome(3.0, 2.0),
+        setting("text", "lsp"): outcome(3.0, 2.01),
+        setting("text", "lora"): outcome(3.0, 2.1),
+        setting("text", "galore"): outcome(3.0, 2.2),
+        setting("mood", "lsp"): outcome(1.0, 0.5, accuracy=0.8),
+        setting("mood", "lora"): outcome(1.0, 0.5, accuracy=0.9),
+        setting("mood", "galore"): outcome(1.0, 0.5, accuracy=0.7),
+        setting("text", "lsp", **emulated): outcome(3.0, 2.0, step_s=1.0),
+        setting("text", "zero_offload", **emulated): outcome(3.0, 2.5, 2.0, step_s=2.0),
+    }
+    groups = bars.grouped(outcomes)
+    step_s = {"lsp": 1.0, "hf_full": 1.0, "hf_lora": 2.0}
+    time, won, behind, step = bars.all_bars(step_s, ("hf_full", "hf_lora", "deepspeed"), groups, FOUND)
+    assert (time.value, time.verdict) == (0.25, "reached")
+    assert (won.value, won.verdict) == (1.0, "missed")
+    assert behind.value == pytest.approx(0.005)
+    assert behind.verdict == "reached"
+    assert (step.value, step.verdict) == (1.0, "missed")
+    assert [bar.verdict for bar in bars.all_bars({}, (), {}, FOUND)] == ["not measured"] * 4
+    weak = bars.weak_points([time, won, behind, step], groups, FOUND)
+    assert len(weak) == 4
+    assert weak[0].startswith("Missed: tasks of 4")
+    assert weak[2] == "text: LSP's loss is 0.5% worse than that of native (2.01 against 2)."
+    assert weak[3] == "mood: LSP's accuracy is 11.1% worse than that of lora (0.8 against 0.9)."
+
+
+def test_a_bench_goes_on_from_its_file_and_measures_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "methods.jsonl"
+    timed = replace(outcome(2.0, 1.5, 1.0), note="with torch's AdamW", peak_bytes=7 * 10**8)
+    measured: dict[Setting | Timed, Outcome] = {
+        setting("mood", "lsp", seed=3): outcome(1.0, 0.5, accuracy=0.9),
+        Timed(name="deepspeed", round=1, num_steps=2): timed,
+    }
+    readings = Readings(path)
+    for key, one in measured.items():
+        put(readings, key, one)
+    again = Readings(path)
+    assert {key: again.of(key, lambda: pytest.fail("it is there")) for key in measured} == measured
+    assert [*again.scored, *again.timed] == list(measured)
+    assert again.circumstances == readings.circumstances
+    page.write_page(again, {}, tmp_path / "methods.md")
+    text = (tmp_path / "methods.md").read_text()
+    for line in ("| `deepspeed` | 1.00 | 0.00 | 0.70 GB | with torch's AdamW |", "## What does not work as well"):
+        assert line in text
+
+
+def test_a_peer_that_does_another_job_is_found_by_its_first_loss() -> None:
+    readings = Readings(None)
+    for name, loss in {"native": 3.0, "hf_full": 3.005, "hf_lora": 3.02}.items():
+        first = replace(outcome(4.0, 3.0), losses=(loss,))
+        put(readings, Timed(name=name, round=0, num_steps=1), first)
+    with pytest.raises(SystemExit, match=r"hf_lora: its first loss is 3\.0200, native's 3\.0000"):
+        Bench({}, readings, lambda: None).check_first_losses()
+
+
+def test_bytes_by_part_are_those_of_the_methods_own_objects() -> None:
+    model = tiny_model("bert")
+    shapes, full = shapes_in(model), full_units(find_layers(model))
+    assert shapes.head == ((2, 64),)
+    assert shapes.num_trained == sum(unit.numel for unit in full)
+
+    def bytes_of(shard: OptimizerShard) -> int:
+        return sum(state.exp_avg.nbytes + state.exp_avg_sq.nbytes for state in shard.states.values())
+
+    assert bytes_by_part(shapes, "native", {})["optimizer"] == bytes_of(
+        OptimizerShard({u.index: u.numel for u in full})
+    )
+    galore = GaloreShard(full, GaloreConfig(rank=3), full[0].targets[0].leaf.device)
+    assert bytes_by_part(shapes, "galore", {"--galore.rank": "3"})["optimizer"] == bytes_of(galore)
+    model = tiny_model("bert")
+    layers = find_layers(model)
+    _, adapted = add_adapters(model, layers, LoraConfig(r=2), task="sequence_classification", seed=0)
+    lora = bytes_by_part(shapes, "lora", {"--lora.r": "2"})
+    assert lora["optimizer"] == bytes_of(OptimizerShard({unit.index: unit.numel for unit in adapted}))
+    model = tiny_model("bert").bfloat16()
+    _, wrapped = lsp_units(find_layers(model), LspConfig(subspace_dim=32, nnz_per_row=2), seed=0)
+    factors = [factor for _, module in wrapped for factor in (module.projector.left, module.projector.right)]
+    held = sum(factor._row_S.nbytes + factor._value_S.nbytes for factor in factors)
+    assert kept_bytes(shapes, "lsp", {"--lsp.subspace_dim": "32", "--lsp.nnz_per_row": "2"}) == held
+
+
+def test_the_ranks_keep_equal_bytes_and_every_tasks_options_exist() -> None:
+    with torch.device("meta"):  # the shape of SmolLM2-135M
+        sizes: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+        sizes |= {"num_attention_heads": 9, "num_key_value_heads": 3}
+        shapes = shapes_in(LlamaForCausalLM(LlamaConfig(**sizes)))
+    ranks = equal_ranks(shapes)
+    assert set(ranks) == {"lsp", "lora", "galore"}
+    budget = kept_bytes(shapes, "lsp", ranks["lsp"])
+    for method, own in ranks.items():
+        assert kept_bytes(shapes, method, own) == pytest.approx(budget, rel=TOLERANCE)
+    found = tasks(Path("data"), Path("pairs.jsonl"))
     assert set(found) == {"docstrings", "docstring-pairs", "gsm8k", "sst2"}
-    for task in found.values():
-        for method, options in METHOD_OPTIONS.items():
-            words = [word for pair in {**options, **task.options}.items() for word in pair]
-            assert isinstance(_parse([*words, "--method", method]), RunConfig)
+    every = {name: value for task in found.values() for name, value in task.options.items()}
+    for method in METHODS:
+        options = {**every, **options_of(method, rate_factor=0.5, shapes=shapes), "--method": method}
+        assert isinstance(_parse([word for pair in options.items() for word in pair]), RunConfig)
+    assert options_of("lora", rate_factor=0.5) == {"--learning_rate": "0.0005"}
 
 
 def test_a_pair_is_labelled_by_whether_the_docstring_is_the_functions_own(tmp_path: Path) -> None:
-    tasks(None, tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "docstring_pairs.jsonl").read_text().splitlines()]
-    assert sum(row["label"] for row in rows) == len(rows) // 2
-    assert all(row["sentence1"] == rows[at - 1]["sentence1"] for at, row in enumerate(rows) if not row["label"])
+    own = {f"code {at}": f"text {at}" for at in range(20)}
+    pairs = [DocstringPair(prompt=code, completion=text) for code, text in own.items()]
+    write_pairs(tmp_path / "pairs.jsonl", pairs)
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert sum(row["label"] for row in rows) == len(rows) // 2 == 10
+    assert all((own[row["sentence2"]] == row["sentence1"]) == bool(row["label"]) for row in rows)

@@ -160,9 +160,12 @@ def test_a_decoder_classifies_at_the_last_token_before_the_padding(tmp_path: Pat
     torch.testing.assert_close(model(input_ids=padded, attention_mask=mask).logits, model(input_ids=short).logits)
 
 
-def test_one_label_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"dataset must have at least 2 different labels, got \['only'\]"):
-        load_classifier(write_tiny_model(tmp_path, "bert"), "only")
+def test_one_label_means_regression_and_none_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path, "bert")
+    config = load_classifier(folder, "LABEL_0").config
+    assert (config.problem_type, config.num_labels) == ("regression", 1)
+    with pytest.raises(ConfigError, match=r"dataset must have labels, got \[\]"):
+        load_model(folder, dtype=torch.float32, task="sequence_classification")
 
 
 @pytest.mark.parametrize(("kind", "advice"), [("bert", "sentence and label"), ("roberta", "label"), ("t5", "")])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import IGNORED, num_targets, num_tokens, summed_loss
@@ -50,6 +51,20 @@ def test_the_sum_is_transformers_mean_times_the_targets(family: Family) -> None:
 def test_a_classifiers_sum_is_transformers_mean_times_the_examples(family: Family) -> None:
     model, batch = tiny_model(family), classifier_batch()
     expected = model(**batch).loss * num_targets(batch)
+    torch.testing.assert_close(summed_loss(model, batch), expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_a_regressions_sum_is_transformers_mean_squared_error_times_the_examples(
+    family: Family, shape: tuple[int, ...]
+) -> None:
+    config = tiny_model(family).config
+    config.num_labels, config.problem_type = 1, "regression"
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    batch = {**language_batch(), "labels": torch.tensor([0.5, 4.75, -2.0]).view(shape)}
+    expected = model(**batch).loss * num_targets(batch)
+    assert num_targets(batch) == 3
     torch.testing.assert_close(summed_loss(model, batch), expected, rtol=1e-5, atol=0.0)
 
 

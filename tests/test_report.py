@@ -81,6 +81,22 @@ def test_the_report_of_a_run_has_every_section_and_figure(tmp_path: Path) -> Non
     assert len(page.of_class("dot")) == 2 * 4 + 2
 
 
+def test_eval_losses_between_steps_have_charts_of_their_own_from_before_to_after(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), "eval_loss": 3.5})
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    run = read_run(folder)
+    assert [(point.step, point.seconds, point.loss) for point in run.eval_losses] == [
+        (0, 0.0, 4.0),
+        (2, 4.0, 3.5),
+        (4, 8.0, 3.25),
+    ]
+    page = Page(report([run]))
+    assert len(page.of_class("dot")) == 2 * 4 + 2 * 3 + 2
+    assert page.texts.count("eval loss") == 2
+
+
 def test_the_gantt_has_a_bar_for_every_span_that_reaches_into_the_step(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     page = Page(report([run]))

@@ -20,7 +20,7 @@ from lsp_ray.trace import StepMetrics
 from tests.tiny import Family
 from tests.tiny_jobs import Recorder, run_on_threads, saved_weights, tiny_job
 
-EVERY_STEP: dict[str, Any] = {"save_steps": 1, "save_total_limit": None}
+EVERY_STEP: dict[str, Any] = {"save_steps": 1, "save_total_limit": None, "eval_steps": 1}
 REFITS: dict[str, Any] = {"check_every": 6, "max_bias": 0.0, "calibration_batches": 2}
 
 
@@ -29,19 +29,23 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_goes_on(tmp_path: Path, family: Family, steps: tuple[int, ...], **changes: Any) -> None:
-    """An undisturbed run, the same run with checkpoints, and runs from some of these all end with the same bits."""
+    """An undisturbed run, one with a checkpoint and an evaluation after every step, and runs from some of these
+    checkpoints all end with the same bits."""
     job = tiny_job(tmp_path, family, save_steps=0, **changes)
     run_on_threads(job, tmp_path / "whole")
     whole = saved_weights(job, tmp_path / "whole")
     first = tiny_job(tmp_path, family, **EVERY_STEP, **changes)
     run_on_threads(first, tmp_path / "saving")
     folders = [tmp_path / "saving"]
+    eval_losses = [line["eval_loss"] for line in lines(tmp_path / "saving")]
+    assert all(eval_losses[:-1])
     changes["runtime"] = {**changes.get("runtime", {}), "num_shards": 3}
     for step in steps:
-        again = resumed(tiny_job(tmp_path, family, **changes), tmp_path / "saving" / f"checkpoint-{step}")
+        again = resumed(tiny_job(tmp_path, family, eval_steps=1, **changes), tmp_path / "saving" / f"checkpoint-{step}")
         _, listener = run_on_threads(again, tmp_path / f"from-{step}")
         assert [metrics.step for metrics in listener.steps] == list(range(step + 1, job.num_steps + 1))
         folders.append(tmp_path / f"from-{step}")
+        assert [line["eval_loss"] for line in lines(folders[-1])][:-1] == eval_losses[:-1]
     for folder in folders:
         for name, tensor in saved_weights(job, folder).items():
             assert torch.equal(tensor, whole[name]), (folder.name, name)

@@ -164,6 +164,16 @@ def test_what_cannot_work_is_said_in_one_line(changes: dict[str, Any], message: 
         bad(**changes)
 
 
+@pytest.mark.parametrize(("label", "num_labels", "kind"), [(0.5, 2, "whole numbers"), (1, 1, "floats")])
+def test_a_classifiers_labels_must_be_of_the_models_kind(label: float, num_labels: int, kind: str) -> None:
+    model = tiny_model("bert")
+    model.config.num_labels = num_labels
+    rows = [{"input_ids": [1, 2], "label": label}] * 4
+    message = rf"train_dataset must have labels that are {kind} where num_labels is {num_labels}, got {label}"
+    with pytest.raises(ConfigError, match=message):
+        LSPTrainer(model, arguments(Path("out")), train_dataset=rows, processing_class=tiny_tokenizer())
+
+
 def test_a_collator_without_labels_is_named() -> None:
     rows = TokenizedRows(
         train=token_rows(4),

@@ -42,7 +42,9 @@ from transformers import (
 from lsp_ray.config import Task
 
 Family = Literal["llama", "qwen2", "mistral", "gemma", "gpt2", "opt", "bert", "roberta"]
-Shape = Literal["text", "prompt_completion", "messages", "alpaca", "sentence_label", "sentence_pair_label"]
+Shape = Literal[
+    "text", "prompt_completion", "messages", "alpaca", "sentence_label", "sentence_pair_label", "sentence_pair_score"
+]
 
 CAUSAL_LMS: tuple[Family, ...] = ("llama", "qwen2", "mistral", "gemma", "gpt2", "opt")
 CLASSIFIERS: tuple[Family, ...] = ("bert", "roberta")
@@ -198,7 +200,8 @@ def write_tiny_jsonl(path: Path, shape: Shape, num_rows: int, seed: int = 0) -> 
     """Write rows that a tiny model learns and return the path; labels are 0 and 1.
 
     Language: a prompt names one of 8 keys, the answer is 3 words that depend on the key alone. Classifier: label 1
-    where the sentence has a word of the upper half; of a pair, where both sentences are from the same half.
+    where the sentence has a word of the upper half; of a pair, where both sentences are from the same half. Score: 2.5
+    for every sentence of the upper half.
     """
     generator = random.Random(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +211,7 @@ def write_tiny_jsonl(path: Path, shape: Shape, num_rows: int, seed: int = 0) -> 
 
 
 def _row(shape: Shape, generator: random.Random) -> dict[str, object]:
-    if shape in ("sentence_label", "sentence_pair_label"):
+    if shape in ("sentence_label", "sentence_pair_label", "sentence_pair_score"):
         return _labelled_row(shape, generator)
     prompt, answer = _question(generator)
     rows: dict[str, dict[str, object]] = {
@@ -227,7 +230,8 @@ def _labelled_row(shape: Shape, generator: random.Random) -> dict[str, object]:
     sentences = [_sentence(half, generator) for half in halves]
     if shape == "sentence_label":
         return {"sentence": sentences[0], "label": halves[0]}
-    return {"sentence1": sentences[0], "sentence2": sentences[1], "label": int(halves[0] == halves[1])}
+    label = 2.5 * sum(halves) if shape == "sentence_pair_score" else int(halves[0] == halves[1])
+    return {"sentence1": sentences[0], "sentence2": sentences[1], "label": label}
 
 
 def _question(generator: random.Random) -> tuple[str, str]:

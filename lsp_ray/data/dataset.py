@@ -34,9 +34,9 @@ class Shape(StrEnum):
     PROMPT_COMPLETION = "prompt_completion"
     """A text and how it goes on (prompt, completion)."""
     SENTENCE_PAIR = "sentence_pair"
-    """Two texts and their class (sentence1, sentence2, label)."""
+    """Two texts and their class, or how alike they are (sentence1, sentence2, label)."""
     SENTENCE = "sentence"
-    """A text and its class (sentence, label)."""
+    """A text and its class, or a number (sentence, label)."""
     TEXT = "text"
     """Plain text (text)."""
 
@@ -190,7 +190,7 @@ def check_length(name: str, spelled: str, num_bytes: int | None) -> None:
 
 
 def _is_labelled(rows: Dataset) -> bool:
-    """Tell whether any row has a class: public test splits of benchmarks have null, -1 or nothing there."""
+    """Tell whether any row has a label: public test splits of benchmarks have null, -1 or nothing there."""
     feature = rows.features["label"]
     return isinstance(feature, ClassLabel | Value) and any(
         value not in (None, "", -1) for value in rows.unique("label")

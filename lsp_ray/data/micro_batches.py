@@ -19,7 +19,9 @@ from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.errors import ConfigError
 
 Batch = dict[str, torch.Tensor]
-"""int64 CPU tensors: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S) or (B,), maybe `token_type_ids`."""
+"""int64 CPU tensors: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S) or (B,), maybe `token_type_ids`.
+
+The labels of a regression are float32."""
 
 _STEPS_AHEAD = 2
 

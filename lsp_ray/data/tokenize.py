@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lsp_ray.config import Task
 from lsp_ray.data.chat import encode_conversation
-from lsp_ray.data.classes import Classes, read_classes
+from lsp_ray.data.classes import Classes, Numbers, read_labels
 from lsp_ray.data.dataset import Rows, Shape
 from lsp_ray.data.quiet import quiet
 from lsp_ray.errors import ConfigError
@@ -38,14 +38,15 @@ class TokenizedRows:
     """Rows as token ids, unpadded, at most `max_seq_length` of them.
 
     Columns: `input_ids`; `token_type_ids` where the model tells sentences apart; `labels`, for a causal LM a list as
-    long as `input_ids` with -100 on tokens without loss, for a classifier the index of the class in `label_names`.
+    long as `input_ids` with -100 on tokens without loss, for a classifier the index of the class in `label_names`,
+    for a regression the number.
     """
 
     train: Dataset
     eval: Dataset
     task: Task
     label_names: tuple[str, ...]
-    """Names of the classes in the order of their indices; empty for a causal LM."""
+    """Names of the classes in the order of their indices; a single one means regression. Empty for a causal LM."""
     num_truncated: int = 0
     """Rows of both splits that lost tokens to `max_seq_length`, dropped ones included."""
     num_dropped: int = 0
@@ -68,14 +69,14 @@ def tokenize_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_seq_len
 
     Raises:
         ConfigError: `max_seq_length` is more than a classifier takes or leaves no row with a loss; the data set has
-            conversations and the tokenizer no chat template; the labels are no classes.
+            conversations and the tokenizer no chat template; the labels are neither classes nor finite numbers.
     """
-    classes = None
+    given = None
     if rows.shape.task == "sequence_classification":
         _check_length(tokenizer, max_seq_length)
         with quiet():
-            classes = read_classes(rows)
-    encode = _encoder(rows, classes, tokenizer, max_seq_length)
+            given = read_labels(rows)
+    encode = _encoder(rows, given, tokenizer, max_seq_length)
     with quiet():
         train, eval_ = _tokenized(rows.train, encode), _tokenized(rows.eval, encode)
     if not len(train.kept) or not len(eval_.kept):
@@ -84,7 +85,7 @@ def tokenize_rows(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_seq_len
         train=train.kept,
         eval=eval_.kept,
         task=rows.shape.task,
-        label_names=classes.names if classes else (),
+        label_names=given.names if given else (),
         num_truncated=train.num_truncated + eval_.num_truncated,
         num_dropped=train.num_dropped + eval_.num_dropped,
     )
@@ -127,11 +128,11 @@ def _nothing_left(rows: Rows, max_seq_length: int) -> ConfigError:
 
 
 def _encoder(
-    rows: Rows, classes: Classes | None, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+    rows: Rows, given: Classes | Numbers | None, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> Callable[[_Columns], _Encoded]:
     options: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_length": max_seq_length}
-    if classes is not None:
-        return partial(_encode_labelled, classes=classes, **options)
+    if given is not None:
+        return partial(_encode_labelled, given=given, **options)
     if rows.shape is Shape.MESSAGES:
         _check_chat_template(rows, tokenizer)
         return partial(_encode_messages, name=rows.name, **options)
@@ -204,7 +205,7 @@ def _cut(encoded: Sequence[tuple[list[int], list[bool]]], max_seq_length: int) -
 
 
 def _encode_labelled(
-    rows: _Columns, *, classes: Classes, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+    rows: _Columns, *, given: Classes | Numbers, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> _Encoded:
     texts = [rows[name] for name in ("sentence", "sentence1", "sentence2") if name in rows]
     # whole first, as nothing else tells which rows are cut
@@ -216,9 +217,9 @@ def _encode_labelled(
         cut: Any = tokenizer(*row, truncation=True, max_length=max_seq_length, return_attention_mask=False)
         for name in encoding:
             columns[name][at] = cut[name]
-    indices = [classes.index(label) for label in rows["label"]]
-    columns["labels"] = [IGNORED if index is None else index for index in indices]
-    columns["has_target"] = [index is not None for index in indices]
+    targets = [given.target(label) for label in rows["label"]]
+    columns["labels"] = [given.filler if target is None else target for target in targets]
+    columns["has_target"] = [target is not None for target in targets]
     columns["is_truncated"] = is_truncated
     return columns
 

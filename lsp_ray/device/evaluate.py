@@ -41,8 +41,7 @@ def class_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, 
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # a second to import, unused elsewhere
 
-    predicted = [label for batch in batches for label in predict(model, _without_labels(batch))]
-    expected = [int(label) for batch in batches for label in batch["labels"]]
+    predicted, expected = _answers(model, batches)
     average = "binary" if max((1, *predicted, *expected)) == 1 else "macro"
     return {
         "loss": mean_loss(model, batches),
@@ -50,6 +49,16 @@ def class_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, 
         "f1": float(f1_score(expected, predicted, average=average, zero_division=0.0)),
         "matthews": float(matthews_corrcoef(expected, predicted)),
     }
+
+
+def number_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
+    """A regression's mean squared error and Pearson's correlation, as scipy has it; 0 where one side is constant."""
+    from scipy.stats import pearsonr
+
+    predicted, expected = _answers(model, batches)
+    varies = len({*predicted}) > 1 and len({*expected}) > 1
+    loss = mean_loss(model, batches)
+    return {"loss": loss, "pearson": float(pearsonr(expected, predicted).statistic) if varies else 0.0}
 
 
 def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
@@ -68,15 +77,19 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_t
     return answers
 
 
-def predict(model: PreTrainedModel, inputs: Batch) -> list[int]:
-    """A classifier's most likely label of every row."""
+def predict(model: PreTrainedModel, inputs: Batch) -> list[float]:
+    """A classifier's most likely label of every row; where the model has one output alone, that number."""
     with _evaluating(model):
-        labels_B = model(**_on_device_of(model, inputs)).logits.argmax(dim=-1)
-    return [int(label) for label in labels_B]
+        logits_BC = model(**_on_device_of(model, inputs)).logits
+    answers_B: torch.Tensor = logits_BC[:, 0].float() if logits_BC.shape[1] == 1 else logits_BC.argmax(dim=-1)
+    return list(answers_B.tolist())
 
 
-def _without_labels(batch: Batch) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+def _answers(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[list[float], list[float]]:
+    """What the model says of every row, and what the data says."""
+    inputs = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
+    predicted = [answer for part in inputs for answer in predict(model, part)]
+    return predicted, [label for batch in batches for label in batch["labels"].reshape(-1).tolist()]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int | Sequence[int]) -> dict[str, torch.Tensor]:

@@ -128,12 +128,12 @@ def load_model(
         folder: A Hugging Face folder.
         dtype: Type of all weights.
         task: Which head the model gets.
-        label_names: A classifier's labels in the order of their ids; empty for a causal LM.
+        label_names: A classifier's labels in the order of their ids, one alone for a regression; none for a causal LM.
         seed: Seed of a new head.
         new_head: Whether a classifier may get one.
 
     Raises:
-        ConfigError: The architecture cannot do the task, there are fewer than 2 labels, or the weights are damaged or
+        ConfigError: The architecture cannot do the task, a classifier has no label, or the weights are damaged or
             do not fit the config.json.
     """
     config = load_config(folder)
@@ -262,12 +262,12 @@ def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
 
 
 def _set_labels(config: PreTrainedConfig, label_names: Sequence[str]) -> None:
-    if len(label_names) < 2:
-        raise ConfigError("dataset", "have at least 2 different labels", list(label_names))
+    if not label_names:
+        raise ConfigError("dataset", "have labels", list(label_names))
     config.num_labels = len(label_names)
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: index for index, name in enumerate(label_names)}
-    config.problem_type = "single_label_classification"
+    config.problem_type = "regression" if len(label_names) == 1 else "single_label_classification"
 
 
 def _check_complete(report: Mapping[str, Any], folder: Path, *, classifier: bool) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
 IGNORED = -100  # transformers' label of a token without loss
@@ -18,7 +18,8 @@ Batch = Mapping[str, torch.Tensor]
 def num_targets(batch: Batch) -> int:
     """Predictions that count in this batch: tokens with a label after the first, or examples of a classifier."""
     labels = batch["labels"]
-    return int((labels[:, 1:] != IGNORED).sum()) if labels.ndim == 2 else labels.shape[0]
+    is_language = labels.ndim == 2 and not labels.is_floating_point()
+    return int((labels[:, 1:] != IGNORED).sum()) if is_language else labels.shape[0]
 
 
 def num_tokens(batch: Batch) -> int:
@@ -27,13 +28,17 @@ def num_tokens(batch: Batch) -> int:
 
 
 def summed_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Return the cross entropy summed over the batch's targets, a float32 scalar with its graph.
+    """Return the loss summed over the batch's targets, a float32 scalar with its graph.
+
+    It is the cross entropy, or where labels are floats the squared error of the only output (transformers' regression).
 
     For a causal LM only positions with a target go through the output embedding: with masked prompts most of the
     logits, the largest activation of a small model, are never computed.
     """
     labels = batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if labels.is_floating_point():
+        return mse_loss(model(**inputs).logits.float().reshape(labels.shape), labels.float(), reduction="sum")
     if labels.ndim == 1:
         return cross_entropy(model(**inputs).logits.float(), labels, reduction="sum")
     targets_BS = torch.full_like(labels, IGNORED)

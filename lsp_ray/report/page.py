@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
@@ -11,7 +10,7 @@ from lsp_ray.report.bars import Bar, Segment, bars
 from lsp_ray.report.chart import NUM_RUN_COLOURS, Series, chart
 from lsp_ray.report.gantt import STREAM_NAMES, gantt
 from lsp_ray.report.markup import Markup, element, joined, page
-from lsp_ray.report.run_folder import WARM_UP_STEPS, RunFolder
+from lsp_ray.report.run_folder import WARM_UP_STEPS, LossPoint, RunFolder
 from lsp_ray.report.tables import NOTHING, config_table, figures_table, size
 from lsp_ray.trace import WorkStream
 
@@ -85,19 +84,25 @@ def _stream_legend(*kinds: str) -> Markup:
 
 
 def _losses(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    own = _loss_charts(runs, [run.training_losses for run in runs], "training loss")
+    parts = [_text("Loss of each step's own batch, so it jumps from step to step."), _run_legend(runs), own]
+    if any(step.eval_loss is not None for run in runs for step in run.steps):
+        how = "Loss on the held-out examples (eval_steps), whose measuring is in no second."
+        parts += [_text(how), _loss_charts(runs, [run.eval_losses for run in runs], "eval loss")]
+    return parts
+
+
+def _loss_charts(runs: Sequence[RunFolder], losses: Sequence[Sequence[LossPoint]], name: str) -> Markup:
     by_step, by_second = [], []
-    for index, run in enumerate(runs):
-        losses = [step.loss for step in run.steps]
-        seconds = accumulate(step.step_time_s for step in run.steps)
-        by_step.append(Series(name=run.name, run=index, points=[(s.step, s.loss) for s in run.steps]))
-        by_second.append(Series(name=run.name, run=index, points=list(zip(seconds, losses, strict=True))))
-    pair = element(
+    for index, (run, points) in enumerate(zip(runs, losses, strict=True)):
+        by_step.append(Series(name=run.name, run=index, points=[(point.step, point.loss) for point in points]))
+        by_second.append(Series(name=run.name, run=index, points=[(point.seconds, point.loss) for point in points]))
+    return element(
         "div",
-        chart(by_step, x_label="steps", y_label="training loss"),
-        chart(by_second, x_label="seconds of training", y_label="training loss"),
+        chart(by_step, x_label="steps", y_label=name),
+        chart(by_second, x_label="seconds of training", y_label=name),
         class_="pair",
     )
-    return _text("Loss of each step's own batch, so it jumps from step to step."), _run_legend(runs), pair
 
 
 def _gantts(runs: Sequence[RunFolder]) -> Sequence[Markup]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -19,6 +20,15 @@ from lsp_ray.trace_file import Trace, read_trace
 WARM_UP_STEPS = 2  # the first is slow, and the second's memory is measured, which makes it slow
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossPoint:
+    """A loss after so many steps, which took so many seconds."""
+
+    step: int
+    seconds: float
+    loss: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +46,28 @@ class RunFolder:
     def settled(self) -> tuple[StepMetrics, ...]:
         """The steps that figures are taken from: those after the warm-up, if there are any."""
         return self.steps[WARM_UP_STEPS:] or self.steps
+
+    @property
+    def training_losses(self) -> list[LossPoint]:
+        """Of each step's own batch."""
+        ends_s = accumulate(step.step_time_s for step in self.steps)
+        return [
+            LossPoint(step=step.step, seconds=end_s, loss=step.loss)
+            for step, end_s in zip(self.steps, ends_s, strict=True)
+        ]
+
+    @property
+    def eval_losses(self) -> list[LossPoint]:
+        """On the held-out examples: before training, where it was measured between steps, and after training."""
+        trained = self.training_losses
+        pairs = [(point, step.eval_loss) for point, step in zip(trained, self.steps, strict=True)]
+        points = [replace(point, loss=loss) for point, loss in pairs if loss is not None]
+        before, after = (self.summary.get(f"eval_loss_{when}") for when in ("before", "after"))
+        if isinstance(before, float):
+            points.insert(0, LossPoint(step=0, seconds=0.0, loss=before))
+        if isinstance(after, float) and trained:
+            points.append(replace(trained[-1], loss=after))
+        return points
 
     @property
     def step_time_s(self) -> float | None:

@@ -16,7 +16,7 @@ from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
-from lsp_ray.device.evaluate import class_scores, generate, language_scores, predict
+from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
 from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
 from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
@@ -150,7 +150,7 @@ class DeviceSide:
         self.worker.flush()
         batches = job.micro_batches.eval_batches()
         if job.task == "sequence_classification":
-            return class_scores(self._model, batches)
+            return (number_scores if job.is_regression else class_scores)(self._model, batches)
         scores = language_scores(self._model, batches)
         if job.questions:
             prompts = [question.prompt for question in job.questions]
@@ -159,8 +159,16 @@ class DeviceSide:
             scores["answer_accuracy"] = share_right(job.questions, texts)
         return scores
 
-    def sample(self) -> list[int]:
-        """The model's answer to the sample prompt: token ids, or a classifier's label."""
+    def eval_loss(self) -> float:
+        """Between two steps: the mean loss on the held-out examples, with what the next forward would add first.
+
+        Under a stale policy the last deltas are not in it; nothing changes for the steps to come.
+        """
+        self.worker.settle()
+        return mean_loss(self._model, self._job.micro_batches.eval_batches())
+
+    def sample(self) -> Sequence[float]:
+        """The model's answer to the sample prompt: token ids, a classifier's label, or a number."""
         self.worker.flush()
         if self._job.task == "causal_lm":
             return generate(self._model, [self._job.sample_inputs["input_ids"]], SAMPLE_TOKENS)[0]

@@ -70,7 +70,7 @@ def fine_tune(
     workers: FineTuneWorkers,
     output_dir: Path,
     listener: Listener,
-    decode: Callable[[Sequence[int]], str],
+    decode: Callable[[Sequence[float]], str],
     stop: Stop | None = None,
 ) -> Summary:
     """Set up, evaluate, train, evaluate again, and write everything into `output_dir`.

@@ -53,7 +53,11 @@ class GpuActor:
         """See `DeviceSide.evaluate`."""
         return self._side.evaluate()
 
-    def sample(self) -> list[int]:
+    def eval_loss(self) -> float:
+        """See `DeviceSide.eval_loss`."""
+        return self._side.eval_loss()
+
+    def sample(self) -> Sequence[float]:
         """See `DeviceSide.sample`."""
         return self._side.sample()
 

@@ -76,6 +76,11 @@ class Job:
         return len(self.learning_rates)
 
     @property
+    def is_regression(self) -> bool:
+        """Whether the model's only output is to be near a number."""
+        return self.task == "sequence_classification" and len(self.label_names) == 1
+
+    @property
     def data_digest(self) -> str:
         """A hash that differs where data, tokenizer or order differ: of the first and the last step's batches."""
         digest = hashlib.sha256()
@@ -242,6 +247,8 @@ def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def _note_data(tokenized: TokenizedRows, config: RunConfig, note: Callable[[str], None]) -> None:
     note(f"data: {len(tokenized.train)} train and {len(tokenized.eval)} eval examples of {config.dataset}")
+    if tokenized.task == "sequence_classification" and len(tokenized.label_names) == 1:
+        note("data: labels are floats, so the model learns the number (regression)")
     if tokenized.num_truncated or tokenized.num_dropped:
         why = "had no label" if tokenized.task == "sequence_classification" else "had nothing to learn left"
         note(
@@ -265,7 +272,8 @@ def _sample(
     ids = list(row["input_ids"])
     if tokenized.task == "sequence_classification":
         inputs = {name: list(values) for name, values in row.items() if name != "labels"}
-        return inputs, f"label {tokenized.label_names[row['labels']]}"
+        label = row["labels"]
+        return inputs, f"label {tokenized.label_names[label] if len(tokenized.label_names) > 1 else f'{label:.4g}'}"
     num_prompt = next(position for position, label in enumerate(row["labels"]) if label != -100)
     num_prompt = num_prompt or max(1, len(ids) // 2)  # plain text has no prompt: continue its first half
     return {"input_ids": ids[:num_prompt]}, str(tokenizer.decode(ids[num_prompt:], skip_special_tokens=True))

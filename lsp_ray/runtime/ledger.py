@@ -1,7 +1,8 @@
 """Ledger: collects what the streams report and closes a step when all of it is there.
 
-A step's clock runs from the end of the step before to its own end; the deltas of step t are late, if at all, in the
-forward that adds them (of step t + 1, under a stale policy of step t + 2), which is where their waiting is counted.
+A step's clock runs from the end of the step before to its own end, and stands still in a pause. The deltas of step t
+are late, if at all, in the forward that adds them (of step t + 1, under a stale policy of step t + 2), which is where
+their waiting is counted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.projection.reproject import Reprojection
-from lsp_ray.trace import Span, StepMetrics, Timeline, WorkStream, busy_s, exposed, wait_parts
+from lsp_ray.trace import Span, StepMetrics, Timeline, Wait, WorkStream, busy_s, exposed, wait_parts
 
 STEPS_KEPT = 2  # so many steps before, operations still reach into a step: one, and one more under a stale policy
 
@@ -50,6 +51,7 @@ class Ledger:
         self._learning_rates = learning_rates
         self._steps: dict[int, StepReport] = {}
         self._ops: dict[int, list[OpReport]] = {}
+        self._pauses: dict[int, tuple[float, float]] = {}  # step that comes next -> from when until when
         self.num_closed = first_step
         self.peak_device_bytes: int | None = None
 
@@ -63,6 +65,10 @@ class Ledger:
         """Note that an operation is done."""
         self._ops.setdefault(report.span.step, []).append(report)
 
+    def add_pause(self, start_s: float, end_s: float) -> None:
+        """Note that training stood still between the last closed step, whose deltas are all up, and the next."""
+        self._pauses[self.num_closed] = start_s, end_s
+
     def close_next(self) -> ClosedStep | None:
         """Return the next step in order if all of its reports are there, else None."""
         step = self.num_closed
@@ -75,6 +81,7 @@ class Ledger:
         self.num_closed += 1
         self._steps.pop(step - 1, None)
         self._ops.pop(step - STEPS_KEPT, None)
+        self._pauses.pop(step, None)
         return closed
 
     def _spans(self, step: int) -> list[Span]:
@@ -82,14 +89,29 @@ class Ledger:
         reaching = range(step - STEPS_KEPT, step + 1)
         return [op.span for number in reaching for op in self._ops.get(number, [])]
 
-    def _start_s(self, report: StepReport) -> float:
+    def _counted(self, report: StepReport) -> list[tuple[float, float]]:
+        """When the step's clock runs."""
         before = self._steps.get(report.step - 1)
-        return before.end_s if before else report.start_s
+        start_s = before.end_s if before else report.start_s
+        pause = self._pauses.get(report.step)
+        return [(start_s, report.end_s)] if pause is None else [(start_s, pause[0]), (pause[1], report.end_s)]
+
+    def _waits(self, report: StepReport) -> Sequence[Wait]:
+        """Those of the step; before a pause the device waits as well, for the last delta."""
+        before = self._steps.get(report.step - 1)
+        if before is None or report.step not in self._pauses:
+            return report.waits
+        up = [op.span for op in self._ops.get(before.step, []) if op.span.stream is WorkStream.H2D]
+        last = max(up, key=lambda span: span.end_s, default=None)
+        if last is None or last.end_s <= before.end_s:
+            return report.waits
+        wait = Wait(step=last.step, layer=last.layer, start_s=before.end_s, end_s=last.end_s)
+        return [wait, *report.waits]
 
     def _timeline(self, report: StepReport) -> Timeline:
         return Timeline(
             step=report.step,
-            start_s=self._start_s(report),
+            start_s=self._counted(report)[-1][0],
             end_s=report.end_s,
             compute=report.compute,
             ops=tuple(op.span for op in self._ops.get(report.step, [])),
@@ -99,12 +121,12 @@ class Ledger:
     def _metrics(self, report: StepReport) -> StepMetrics:
         own = self._ops.get(report.step, [])
         spans = self._spans(report.step)
-        start_s = self._start_s(report)
-        step_time_s = report.end_s - start_s
-        late = exposed(report.waits, spans)
+        counted = self._counted(report)
+        step_time_s = sum(end_s - start_s for start_s, end_s in counted)
+        late = exposed(self._waits(report), spans)
 
         def busy(stream: WorkStream) -> float:
-            return busy_s(spans, stream, start_s, report.end_s)
+            return sum(busy_s(spans, stream, start_s, end_s) for start_s, end_s in counted)
 
         def moved(stream: WorkStream) -> int:
             return sum(op.size_bytes for op in own if op.span.stream is stream)

@@ -12,6 +12,7 @@ from lsp_ray.trace import StepMetrics
 PREFIX = "lsp_"
 GAUGES = {
     "loss": "Training loss of the last step",
+    "eval_loss": "Loss on the held-out examples when it was measured last",
     "grad_norm": "Norm of what was sent in the last step",
     "grad_scale": "Factor of the last step's gradients: below 1 clipped, 0 skipped",
     "learning_rate": "Learning rate of the last step",
@@ -48,7 +49,8 @@ class LiveMetrics:
         """Set the gauges to this step's values, and add to the counters."""
         self._steps.inc()
         for name, gauge in self._gauges.items():
-            gauge.set(getattr(metrics, name))
+            if getattr(metrics, name) is not None:
+                gauge.set(getattr(metrics, name))
         for name, counter in self._counters.items():
             if getattr(metrics, name):  # Ray refuses to add nothing
                 counter.inc(getattr(metrics, name))

@@ -30,7 +30,7 @@ def fine_tune_persistently(
     new_workers: Callable[[Job], ClosableWorkers],
     output_dir: Path,
     listener: Listener,
-    decode: Callable[[Sequence[int]], str],
+    decode: Callable[[Sequence[float]], str],
     stop: Stop,
 ) -> Summary:
     """See `fine_tune`. Steps depend on the job and on nothing else, so those that are made again give the same bits.
@@ -61,7 +61,7 @@ def _attempt(
     new_workers: Callable[[Job], ClosableWorkers],
     output_dir: Path,
     listener: Listener,
-    decode: Callable[[Sequence[int]], str],
+    decode: Callable[[Sequence[float]], str],
     stop: Stop,
 ) -> Summary:
     workers = new_workers(job)

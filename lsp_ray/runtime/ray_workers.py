@@ -74,10 +74,15 @@ class RayWorkers:
         scores: dict[str, float] = answer(self._gpu.evaluate.remote(), "gpu: evaluation")
         return scores
 
-    def sample(self) -> list[int]:
+    def eval_loss(self) -> float:
+        """See `DeviceSide.eval_loss`."""
+        loss: float = answer(self._gpu.eval_loss.remote(), "gpu: evaluation")
+        return loss
+
+    def sample(self) -> Sequence[float]:
         """See `DeviceSide.sample`."""
-        tokens: list[int] = answer(self._gpu.sample.remote(), "gpu: sample answer")
-        return tokens
+        numbers: Sequence[float] = answer(self._gpu.sample.remote(), "gpu: sample answer")
+        return numbers
 
     def save(self, folder: Path) -> None:
         """See `DeviceSide.save`."""

@@ -71,7 +71,11 @@ class ThreadWorkers:
         """See `DeviceSide.evaluate`."""
         return self._compute.submit(self.side.evaluate).result()
 
-    def sample(self) -> list[int]:
+    def eval_loss(self) -> float:
+        """See `DeviceSide.eval_loss`."""
+        return self._compute.submit(self.side.eval_loss).result()
+
+    def sample(self) -> Sequence[float]:
         """See `DeviceSide.sample`."""
         return self._compute.submit(self.side.sample).result()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,13 +16,13 @@ from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.metrics_file import METRICS, read_metrics
+from lsp_ray.runtime.metrics_file import METRICS, Sink, read_metrics
 from lsp_ray.runtime.saved_run import SavedRun
 from lsp_ray.runtime.sinks import open_sinks
 from lsp_ray.runtime.throttle import Throttle, slower_by_themselves
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace import StepMetrics
-from lsp_ray.trace_file import trace_file
+from lsp_ray.trace_file import TraceFile, trace_file
 
 
 class FineTuneWorkers(Workers, Protocol):
@@ -36,7 +36,11 @@ class FineTuneWorkers(Workers, Protocol):
         """See `DeviceSide.evaluate`."""
         ...
 
-    def sample(self) -> list[int]:
+    def eval_loss(self) -> float:
+        """See `DeviceSide.eval_loss`."""
+        ...
+
+    def sample(self) -> Sequence[float]:
         """See `DeviceSide.sample`."""
         ...
 
@@ -89,6 +93,32 @@ class Listener(Protocol):
         ...
 
 
+class StepLog:
+    """Writes every closed step down and tells the listener.
+
+    Args:
+        sinks: Where metrics go.
+        trace: trace.json, open.
+        listener: Told of every step.
+        steps: Grows by every step.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], trace: TraceFile, listener: Listener, steps: list[StepMetrics]) -> None:
+        self._sinks, self._trace, self._listener = sinks, trace, listener
+        self.steps = steps
+
+    def write(self, closed: ClosedStep, eval_loss: float | None = None) -> None:
+        """Write one, with the eval loss that was measured after it."""
+        metrics = replace(closed.metrics, eval_loss=eval_loss)
+        self.steps.append(metrics)
+        for sink in self._sinks:
+            sink(metrics)
+        self._trace.write(closed.timeline)
+        self._listener.step(metrics)
+        if metrics.grad_scale == 0.0:
+            self._listener.note(f"step {metrics.step} is skipped: its loss or gradient is not finite")
+
+
 class Training:
     """All steps, with their metrics, some traced, and the checkpoints between them.
 
@@ -110,30 +140,34 @@ class Training:
     ) -> None:
         self._job, self._workers, self._output_dir, self._listener = job, workers, output_dir, listener
         self._eval_before, self._sample_before = before
-        self._steps: list[StepMetrics] = []
+        self._held: ClosedStep | None = None  # is written with the eval loss after it
 
     def run(self, throttle: Throttle, stop: Stop) -> tuple[list[StepMetrics], int | None]:
         """Return all steps' metrics and the peak of device memory."""
         job, listener = self._job, self._listener
         listener.phase(f"training: {job.num_steps - job.first_step} steps")
         keep = job.config.save_total_limit
-        with self._driver() as driver, Checkpoints(self._output_dir, keep=keep) as checkpoints:
+        with self._driver() as (driver, log), Checkpoints(self._output_dir, keep=keep) as checkpoints:
             for end in _pauses(job):
                 driver.train(end, stop.requested)
+                start_s = time.monotonic()
                 done, is_stopped = driver.ledger.num_closed, stop.requested()
-                if done > job.first_step and (is_stopped or _is_due(job, done)):
-                    self._save(checkpoints, done, self._peak_bytes(driver))
+                if self._held is not None:
+                    self._evaluate(self._held, log)
+                if done > job.first_step and (is_stopped or _is_due(job.config.save_steps, done)):
+                    self._save(checkpoints, log.steps, self._peak_bytes(driver))
                 if is_stopped:
                     checkpoints.wait()
                     raise StoppedError(f"after {done} of {job.num_steps} steps; {way_on(self._output_dir)}")
+                driver.ledger.add_pause(start_s, time.monotonic())
             if job.payload_sizes and done > job.first_step:
                 layers = driver.times.medians()
                 for line in slower_by_themselves(throttle, layers, job.payload_sizes, job.layout.num_shards):
                     listener.note(line)
-            return self._steps, self._peak_bytes(driver)
+            return log.steps, self._peak_bytes(driver)
 
     @contextmanager
-    def _driver(self) -> Iterator[Driver]:
+    def _driver(self) -> Iterator[tuple[Driver, StepLog]]:
         job, folder = self._job, self._output_dir
         shard_of_unit = job.layout.shard_of_unit
         earlier = read_metrics(job.saved.folder.parent / METRICS, job.first_step) if job.saved else []
@@ -142,18 +176,15 @@ class Training:
             (folder / "events.jsonl").open("w", encoding="utf-8") as events,
             trace_file(folder / "trace.json", shard_of_unit, num_steps=job.num_steps) as trace,
         ):
-            self._steps = earlier
+            log = StepLog(sinks, trace, self._listener, earlier)
 
             def on_step(closed: ClosedStep) -> None:
-                self._steps.append(closed.metrics)
-                for sink in sinks:
-                    sink(closed.metrics)
-                trace.write(closed.timeline)
-                self._listener.step(closed.metrics)
-                if closed.metrics.grad_scale == 0.0:
-                    self._listener.note(f"step {closed.metrics.step} is skipped: its loss or gradient is not finite")
+                if closed.metrics.step < job.num_steps and _is_due(job.config.eval_steps, closed.metrics.step):
+                    self._held = closed
+                else:
+                    log.write(closed)
 
-            yield Driver(
+            driver = Driver(
                 self._workers,
                 POLICIES[job.config.policy](shard_of_unit, speculates=job.speculates),
                 job.learning_rates,
@@ -161,12 +192,22 @@ class Training:
                 first_step=job.first_step,
                 event_log=EventLog(events, job.config.policy, shard_of_unit, speculates=job.speculates),
             )
+            yield driver, log
 
     def _peak_bytes(self, driver: Driver) -> int | None:
         return driver.ledger.peak_device_bytes or (self._job.saved.peak_device_bytes if self._job.saved else None)
 
-    def _save(self, checkpoints: Checkpoints, done: int, peak_bytes: int | None) -> None:
-        job = self._job
+    def _evaluate(self, closed: ClosedStep, log: StepLog) -> None:
+        """In a pause: all deltas are up, so that nothing is in the way of the steps to come."""
+        step = closed.metrics.step
+        self._listener.phase(f"evaluating after {step} steps")
+        loss = self._workers.eval_loss()
+        self._held = None
+        log.write(closed, loss)
+        self._listener.note(f"eval loss after {step} steps: {loss:.4f}")
+
+    def _save(self, checkpoints: Checkpoints, steps: Sequence[StepMetrics], peak_bytes: int | None) -> None:
+        job, done = self._job, steps[-1].step
         start_s = time.monotonic()
         saved = SavedRun(
             folder=self._output_dir / f"checkpoint-{done}",
@@ -180,7 +221,9 @@ class Training:
             peak_device_bytes=peak_bytes,
         )
         logged = ("step", "loss", "grad_norm", "learning_rate")
-        history = [{name: entry[name] for name in logged} for entry in (step.as_json() for step in self._steps)]
+        history = [{name: entry[name] for name in logged} for entry in (step.as_json() for step in steps)]
+        history += [{"step": s.step, "eval_loss": s.eval_loss} for s in steps if s.eval_loss is not None]
+        history.sort(key=lambda entry: entry["step"])
         trainer = {  # fields of transformers.TrainerState
             "global_step": done,
             "max_steps": job.num_steps,
@@ -192,11 +235,13 @@ class Training:
         self._listener.note(f"{saved.folder.name}: training paused for {time.monotonic() - start_s:.2f} s")
 
 
-def _is_due(job: Job, done: int) -> bool:
-    return job.config.save_steps > 0 and done % job.config.save_steps == 0
+def _is_due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0
 
 
 def _pauses(job: Job) -> list[int]:
-    """The numbers of steps after which training pauses for a checkpoint, or for good."""
-    due = [done for done in range(job.first_step + 1, job.num_steps) if _is_due(job, done)]
+    """The numbers of steps after which training pauses for a checkpoint or an evaluation, or for good."""
+    reasons = (job.config.save_steps, job.config.eval_steps)
+    between = range(job.first_step + 1, job.num_steps)
+    due = [done for done in between if any(_is_due(every, done) for every in reasons)]
     return [*due, job.num_steps]

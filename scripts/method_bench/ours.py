@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
-from scripts.method_bench.tasks import METHOD_OPTIONS
+from lsp_ray.report.run_folder import read_run
 
 _COMMON = {
     "--bf16": "true",
+    "--save_steps": "0",
     "--runtime.device": "cpu",
     "--runtime.device_threads": "1",
     "--runtime.num_shards": "1",
@@ -23,11 +24,13 @@ _COMMON = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A point of the matrix; `task` is a name."""
+    """A point of the matrix; `task` is a name, `rate_factor` multiplies the method's learning rate."""
 
     task: str
     method: str
+    num_steps: int
     seed: int = 42
+    rate_factor: float = 1.0
     policy: str | None = None
     link_gbps: float | None = None
     emulate: str | None = None
@@ -42,24 +45,30 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run was: the time and the training loss of every step, and its scores after the last."""
+    """What a run was: the time and the training loss of every step, and its scores after the last.
+
+    `eval_losses` were measured before, between and after the steps: each with how many there had been.
+    `note` says what a reader of the figures should know.
+    """
 
     step_s: tuple[float, ...]
     losses: tuple[float, ...]
     scores: Mapping[str, float]
-    peak_bytes: int | None
+    peak_bytes: int | None = None
+    eval_losses: tuple[tuple[int, float], ...] = field(default=())
+    note: str = ""
+
+    @property
+    def eval_curve(self) -> list[tuple[int, float, float]]:
+        """Steps, seconds of training and eval loss."""
+        ends_s = [0.0, *accumulate(self.step_s)]
+        return [(step, ends_s[step], loss) for step, loss in self.eval_losses]
 
 
-def run(setting: Setting, options: Mapping[str, str], *, num_steps: int) -> Outcome:
-    """Run once.
-
-    Args:
-        setting: What runs.
-        options: The task's, and any others of the command line.
-        num_steps: Optimizer updates.
-    """
-    asked = {**_COMMON, **METHOD_OPTIONS[setting.method], **options}
-    asked |= {"--method": setting.method, "--seed": str(setting.seed), "--max_steps": str(num_steps)}
+def run(setting: Setting, options: Mapping[str, str]) -> Outcome:
+    """Run once with the task's and the method's options."""
+    asked = {**_COMMON, **options, "--method": setting.method}
+    asked |= {"--seed": str(setting.seed), "--max_steps": str(setting.num_steps)}
     own = {"policy": setting.policy, "link_gbps": setting.link_gbps, "emulate": setting.emulate}
     asked |= {f"--runtime.{name}": str(value) for name, value in own.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
@@ -67,11 +76,11 @@ def run(setting: Setting, options: Mapping[str, str], *, num_steps: int) -> Outc
         words = [word for pair in asked.items() for word in pair]
         command = [sys.executable, "-m", "lsp_ray.run", *words, "--output_dir", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        ran = read_run(out)
     return Outcome(
-        step_s=tuple(line["step_time_s"] for line in lines),
-        losses=tuple(line["loss"] for line in lines),
-        scores=summary["eval_after"],
-        peak_bytes=summary["peak_device_bytes"],
+        step_s=tuple(round(step.step_time_s, 4) for step in ran.steps),
+        losses=tuple(round(step.loss, 5) for step in ran.steps),
+        scores=ran.summary["eval_after"],
+        peak_bytes=ran.summary["peak_device_bytes"],
+        eval_losses=tuple((point.step, point.loss) for point in ran.eval_losses),
     )

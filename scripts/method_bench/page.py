@@ -1,4 +1,4 @@
-"""The page docs/benchmarks/methods.md."""
+"""The page methods.md, from whatever readings there are."""
 
 from __future__ import annotations
 
@@ -6,49 +6,138 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from scripts.method_bench.memory import PARTS
+from scripts.method_bench.bars import Bar, Groups, all_bars, chosen, grouped, limit, mean_score, shown, weak_points
+from scripts.method_bench.memory import PARTS, bytes_by_part, kept_bytes
 from scripts.method_bench.ours import Outcome, Setting
+from scripts.method_bench.peers import PEERS
+from scripts.method_bench.plot import draw
+from scripts.method_bench.readings import Readings, Timed
+from scripts.method_bench.tasks import METHODS, SCORED, Task, options_of, rate_of
 
 PACKAGES = ("lsp_ray", "torch", "transformers", "ray", "peft", "galore-torch", "deepspeed")
+SKIPPED_STEPS = 2  # caches fill, GaLore decomposes, and the second step's memory is watched
 Table = Sequence[Sequence[str]]
 
+_HOW = (
+    "bfloat16, 4 × at most 128 tokens (gsm8k 256, encoders 16 × at most 128) and one thread that computes; `lsp` and "
+    "`zero_offload` have one more for their shard, in the place of a workstation's CPU. Every run is a process of its "
+    "own, through the command line or the front door that its users have. Start-up is in no second: loading, and for "
+    "`lsp` learning its projectors."
+)
+_STEPS = (
+    "Timed in turn, in rounds, with each method's default ranks; peers have the same model, batches in the same order "
+    "and dtype, and their first loss was checked against ours to 0.01."
+)
+_MEMORY = (
+    "What is kept between steps is equal to 2 % for lsp, lora and galore: the ranks follow from the model's shapes. "
+    "Gradients come and go: `lsp` and `zero_offload` send theirs off layer by layer, `native` and `galore` hold all of "
+    "them at the end of the backward. Peaks above are measured and hold them too."
+)
+_SCORES = "Means over seeds ± standard deviation, at the rate that was best on the first seed where several were run."
 
-def steps_table(readings: Mapping[str, Sequence[float]], peaks: Mapping[str, int | None]) -> Table:
+
+def step_seconds(timed: Mapping[Timed, Outcome]) -> dict[str, list[float]]:
+    """By method or peer: the steps that count, of all rounds."""
+    found: dict[str, list[float]] = {}
+    for key, outcome in timed.items():
+        found.setdefault(key.name, []).extend(outcome.step_s[min(SKIPPED_STEPS, key.num_steps - 1) :])
+    return found
+
+
+def figures(readings: Readings, found: Mapping[str, Task]) -> dict[str, Any]:
+    """What --json promises: medians of step_seconds, eval_loss and accuracy by task and method, and the bars."""
+    groups = grouped(readings.scored)
+    losses = {task: {name: mean_score(runs, "loss") for name, runs in names.items()} for task, names in groups.items()}
+    for key, outcome in readings.timed.items():  # a few steps of the default task, where it was not scored
+        if "docstrings" not in groups:
+            losses.setdefault("docstrings", {})[key.name] = outcome.scores["loss"]
+    accuracy = {
+        task: {name: mean_score(runs, found[task].score) for name, runs in names.items()}
+        for task, names in groups.items()
+        if task in found and "accuracy" in found[task].score
+    }
+    medians = {name: median(times_s) for name, times_s in step_seconds(readings.timed).items()}
+    bars = [{**asdict(bar), "verdict": bar.verdict} for bar in _bars(readings, found)]
+    for bar in bars:
+        if bar["value"] == float("inf"):  # JSON has no such number
+            bar["value"] = None
+    return {"step_seconds": medians, "eval_loss": losses, "accuracy": accuracy, "bars": bars}
+
+
+def write_page(readings: Readings, found: Mapping[str, Task], path: Path) -> None:
+    """Write the page, and the plots beside it."""
+    groups = grouped(readings.scored)
+    bars = _bars(readings, found)
+    weak = weak_points(bars, groups, found) or ["Nothing among these figures."]
+    sections = {
+        "In short": markdown(short_table(groups, found)),
+        "Bars": markdown(_bars_table(bars)),
+        "What does not work as well": "\n".join(f"- {line}" for line in weak),
+        "Seconds a step": f"{_STEPS}\n\n{markdown(steps_table(readings.timed))}",
+        "Scores at equal bytes on the device": f"{_SCORES}\n\n{markdown(scores_table(readings.scored, found))}",
+        "Bytes on the device": f"{_MEMORY}\n\n{markdown(memory_table(found))}",
+        "Eval loss against steps and seconds": _plots(readings.scored, path),
+    }
+    parts = [_head(readings), *(f"## {title}\n\n{text}" for title, text in sections.items())]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def short_table(groups: Groups, found: Mapping[str, Task]) -> Table:
+    """For the README: what each task is judged by, of full fine-tuning and of methods that keep equal bytes."""
+    rows = [["task", "", *("full" if method == "native" else method for method in SCORED)]]
+    for name, names in groups.items():
+        if name in found and any(method in names for method in SCORED):
+            score = found[name].judged_by
+            cells = [_spread([run.scores[score] for run in names[m]]) if m in names else "–" for m in SCORED]
+            rows.append([name, f"eval {score}", *cells])
+    return rows
+
+
+def steps_table(timed: Mapping[Timed, Outcome]) -> Table:
     """Median and middle half of the timed steps, and the peak of device memory where it is measured."""
-    rows = [["", "s a step", "middle half within", "peak device memory"]]
-    for name, times_s in readings.items():
+    rows = [["", "s a step", "middle half within", "peak device memory", ""]]
+    last = {key.name: outcome for key, outcome in timed.items()}
+    for name, times_s in step_seconds(timed).items():
         ordered, quarter = sorted(times_s), len(times_s) // 4
-        peak = peaks.get(name)
-        shown = "" if peak is None else f"{peak / 1e9:.2f} GB"
-        rows.append([f"`{name}`", f"{median(ordered):.2f}", f"{ordered[-1 - quarter] - ordered[quarter]:.2f}", shown])
+        spread = ordered[-1 - quarter] - ordered[quarter]
+        rows.append([f"`{name}`", f"{median(ordered):.2f}", f"{spread:.2f}", _gigabytes(last[name]), last[name].note])
     return rows
 
 
-def scores_table(outcomes: Mapping[Setting, Outcome], score_of_task: Mapping[str, str]) -> Table:
+def scores_table(outcomes: Mapping[Setting, Outcome], found: Mapping[str, Task]) -> Table:
     """Mean and standard deviation over seeds of eval loss and the task's own score."""
-    rows = [["task", "method", "seeds", "eval loss", "score", "peak device memory"]]
-    for (task, name), group in _by_name(outcomes).items():
-        score = score_of_task[task]
-        losses, scores = ([outcome.scores[key] for outcome in group] for key in ("loss", score))
-        peak = max(outcome.peak_bytes or 0 for outcome in group)
-        shown = [str(len(group)), _spread(losses), f"{score} {_spread(scores)}", f"{peak / 1e9:.2f} GB"]
-        rows.append([task, name, *shown])
+    rows = [["task", "method", "steps", "seeds", "learning rate", "eval loss", "score", "peak device memory"]]
+    for task, names in chosen(outcomes).items():
+        for name, settings in names.items():
+            runs = [outcomes[setting] for setting in settings]
+            score = found[task].score if task in found else "loss"
+            losses, scores = ([run.scores[key] for run in runs] for key in ("loss", score))
+            learning_rate = f"{rate_of(settings[0].method) * settings[0].rate_factor:g}"
+            made = [str(settings[0].num_steps), str(len(runs)), learning_rate]
+            rows.append([task, name, *made, _spread(losses), f"{score} {_spread(scores)}", _gigabytes(runs[0])])
     return rows
 
 
-def memory_table(parts_of_method: Mapping[str, Mapping[str, float]]) -> Table:
-    """Megabytes by part."""
-    rows = [["method", *PARTS]]
-    return [
-        *rows,
-        *([name, *(f"{parts[part] / 1e6:.1f} MB" for part in PARTS)] for name, parts in parts_of_method.items()),
-    ]
+def memory_table(found: Mapping[str, Task]) -> Table:
+    """Megabytes by part, of each model."""
+    rows = [["model", "method", "ranks", *PARTS, "kept beside weights"]]
+    for task in {task.model: task for task in found.values()}.values():
+        for method in METHODS:
+            options = options_of(method, shapes=task.shapes)
+            ranks = [f"{name.rpartition('.')[2]} {value}" for name, value in options.items() if name.endswith(_RANKS)]
+            parts = bytes_by_part(task.shapes, method, options)
+            cells = [*(parts[part] for part in PARTS), kept_bytes(task.shapes, method, options)]
+            rows.append([task.model, method, ", ".join(ranks), *(f"{size / 1e6:.1f} MB" for size in cells)])
+    return rows
+
+
+_RANKS = (".nnz_per_row", ".r", ".rank")
 
 
 def markdown(table: Table) -> str:
@@ -58,39 +147,43 @@ def markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def page(sections: Sequence[tuple[str, str]]) -> str:
-    """Return the page in Markdown: where, when and how, then the sections."""
+def _bars(readings: Readings, found: Mapping[str, Task]) -> list[Bar]:
+    medians = {name: median(times_s) for name, times_s in step_seconds(readings.timed).items()}
+    return all_bars(medians, tuple(PEERS), grouped(readings.scored), found)
+
+
+def _bars_table(bars: Sequence[Bar]) -> Table:
+    return [["", "measured", "wanted", ""], *([bar.what, shown(bar.value), limit(bar), bar.verdict] for bar in bars)]
+
+
+def _head(readings: Readings) -> str:
     command = shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
     told = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
-    head = (
-        f"# Methods and peers\n\n`{command}`, {datetime.now(UTC).date().isoformat()}, {_processor()}, Python "
-        f"{platform.python_version()}, {told}.\n\nbfloat16, 4 × at most 128 tokens and one thread unless said "
-        "otherwise; `lsp` and `zero_offload` have one more thread for their shard. Runs take turns, each in a "
-        "process of its own."
-    )
-    return "\n\n".join([head, *(f"## {title}\n\n{text}" for title, text in sections)]) + "\n"
+    days = sorted({day for day, _ in readings.circumstances})
+    processors = "; ".join(sorted({processor for _, processor in readings.circumstances}))
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    circumstances = f"`{command}`, {when}, {processors}, Python {platform.python_version()}, {told}."
+    return f"# Methods and peers\n\n{circumstances}\n\n{_HOW}"
 
 
-def figures(outcomes: Mapping[Setting, Outcome], score_of_task: Mapping[str, str]) -> dict[str, Any]:
-    """Means over seeds of what --json promises: eval_loss and the task's score, by task, then method."""
-    found: dict[str, Any] = {"eval_loss": {}, "accuracy": {}}
-    for (task, name), group in _by_name(outcomes).items():
-        found["eval_loss"].setdefault(task, {})[name] = fmean(outcome.scores["loss"] for outcome in group)
-        if "accuracy" in score_of_task[task]:
-            scores = [outcome.scores[score_of_task[task]] for outcome in group]
-            found["accuracy"].setdefault(task, {})[name] = fmean(scores)
-    return found
-
-
-def _by_name(outcomes: Mapping[Setting, Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for setting, outcome in outcomes.items():
-        groups.setdefault((setting.task, setting.name), []).append(outcome)
-    return groups
+def _plots(outcomes: Mapping[Setting, Outcome], path: Path) -> str:
+    lines = []
+    for task, names in chosen(outcomes).items():
+        curves = {name: outcomes[group[0]] for name, group in names.items()}
+        emulated = {name for name, group in names.items() if group[0].emulate is not None}
+        plain, slowed = ({n: c for n, c in curves.items() if (n in emulated) is side} for side in (False, True))
+        file = path.with_name(f"{path.stem}-{task}.png")
+        if draw(plain, slowed, task, file):
+            lines.append(f"![{task}]({file.name})")
+    return "\n\n".join(lines) or "No plots: matplotlib is not installed, or nothing was scored."
 
 
 def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.4g}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def _gigabytes(outcome: Outcome) -> str:
+    return "" if outcome.peak_bytes is None else f"{outcome.peak_bytes / 1e9:.2f} GB"
 
 
 def _version(package: str) -> str | None:
@@ -98,9 +191,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

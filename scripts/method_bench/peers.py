@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.method_bench.ours import Outcome
-from scripts.method_bench.tasks import METHOD_OPTIONS
+from scripts.method_bench.tasks import rate_of
 
 _MODULES = ("accelerate", "peft", "galore_torch", "deepspeed")
 PEERS: Mapping[str, str] = dict(zip(("hf_full", "hf_lora", "hf_galore", "deepspeed"), _MODULES, strict=True))
@@ -40,11 +40,30 @@ def run(peer: str, *, num_steps: int, seed: int, num_eval: int) -> Outcome:
         numbers = {"--steps": num_steps, "--seed": seed, "--num_eval": num_eval}
         words = [str(word) for pair in numbers.items() for word in pair]
         command = [sys.executable, "-m", "scripts.method_bench.peers", peer, *words, "--out", str(out)]
-        quiet = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | quiet)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=_environment())
         read = json.loads(out.read_text(encoding="utf-8"))
     scores = {"loss": read["eval_loss"]}
-    return Outcome(step_s=tuple(read["step_s"]), losses=tuple(read["losses"]), scores=scores, peak_bytes=None)
+    return Outcome(step_s=tuple(read["step_s"]), losses=tuple(read["losses"]), scores=scores, note=read["note"])
+
+
+def build_cpu_adam() -> None:
+    """Let DeepSpeed compile its optimizer, which takes minutes the first time; without it torch's takes its place."""
+    command = [sys.executable, "-c", "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"]
+    subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=_environment())
+
+
+def has_cpu_adam() -> bool:
+    """Whether DeepSpeed's optimizer is compiled."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return any(root.glob("**/cpu_adam/cpu_adam.so"))
+
+
+def _environment() -> dict[str, str]:
+    quiet = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
+    # torch looks for this environment's ninja on the path
+    return {**os.environ, **quiet, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 class _Bench:
@@ -53,7 +72,7 @@ class _Bench:
     def __init__(self, peer: str, *, num_steps: int, seed: int, num_eval: int) -> None:
         import torch
 
-        from lsp_ray.config import RunConfig, RuntimeConfig
+        from lsp_ray.config import GaloreConfig, LoraConfig, RunConfig, RuntimeConfig
         from lsp_ray.models.layers import find_layers
         from lsp_ray.models.load import load_model
         from lsp_ray.runtime.job import prepare_job
@@ -62,8 +81,9 @@ class _Bench:
         config = RunConfig(max_steps=num_steps, seed=seed, max_eval_samples=num_eval, bf16=True, method="native")
         self.job = prepare_job(replace(config, runtime=RuntimeConfig(device="cpu")), lambda _line: None)
         self.peer = peer
-        self.options = METHOD_OPTIONS[_METHOD_OF[peer]]
-        self.learning_rate = float(self.options["--learning_rate"])
+        self.note = ""
+        self.lora, self.galore = LoraConfig(), GaloreConfig()
+        self.learning_rate = rate_of(_METHOD_OF[peer])
         self.model = load_model(self.job.model_folder, dtype=torch.bfloat16, task=self.job.task, seed=seed)
         find_layers(self.model)  # freezes the embeddings
         self.model.train()
@@ -104,14 +124,19 @@ def _hf(bench: _Bench, folder: str) -> tuple[list[float], list[float]]:
     options: dict[str, Any] = {"optim": "adamw_torch_fused"}
     model: Any = bench.model
     if bench.peer == "hf_galore":
-        galore = bench.options
-        args = f"rank={galore['--galore.rank']}, update_proj_gap=200, scale={galore['--galore.scale']}"
+        galore = bench.galore
+        args = f"rank={galore.rank}, update_proj_gap={galore.update_proj_gap}, scale={galore.scale}"
         options = {"optim": "galore_adamw", "optim_target_modules": ["self_attn", "mlp"], "optim_args": args}
     if bench.peer == "hf_lora":
         from peft import LoraConfig, get_peft_model
 
-        rank, alpha = int(bench.options["--lora.r"]), int(bench.options["--lora.lora_alpha"])
-        lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules="all-linear")
+        rank, alpha = bench.lora.r, bench.lora.lora_alpha
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules="all-linear",
+        )
         model = get_peft_model(model, lora)
     arguments = TrainingArguments(
         output_dir=folder,
@@ -141,11 +166,15 @@ def _deepspeed(bench: _Bench, _folder: str) -> tuple[list[float], list[float]]:
 
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "RANK": "0", "WORLD_SIZE": "1"})
     os.environ["LOCAL_RANK"] = "0"
-    optimizer = {"type": "AdamW", "params": {"lr": bench.learning_rate, "weight_decay": 0.0}}
+    compiled = has_cpu_adam()
+    bench.note = "with DeepSpeedCPUAdam" if compiled else "with torch's AdamW, as DeepSpeedCPUAdam is not compiled"
+    parameters: dict[str, Any] = {"lr": bench.learning_rate, "weight_decay": 0.0}
+    optimizer = {"type": "AdamW", "params": parameters | ({} if compiled else {"torch_adam": True})}
     config = {
         "train_batch_size": bench.job.config.per_device_train_batch_size,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": compiled,
         "optimizer": optimizer,
     }
     trained = [parameter for parameter in bench.model.parameters() if parameter.requires_grad]
@@ -178,7 +207,7 @@ def main() -> None:
     train = _deepspeed if options.peer == "deepspeed" else _hf
     with tempfile.TemporaryDirectory() as folder:
         step_s, losses = train(bench, folder)
-    read = {"step_s": step_s, "losses": losses, "eval_loss": bench.eval_loss()}
+    read = {"step_s": step_s, "losses": losses, "eval_loss": bench.eval_loss(), "note": bench.note}
     options.out.write_text(json.dumps(read), encoding="utf-8")
 
 

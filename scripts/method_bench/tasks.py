@@ -4,59 +4,90 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lsp_ray.data.stdlib_docstrings import stdlib_pairs
+from lsp_ray.config import Task as Kind
+from lsp_ray.data.stdlib_docstrings import DocstringPair
+from scripts.method_bench.memory import Shapes, equal_ranks, shapes_of
 
 _NUM_PAIRS = 4000
 
-# With ranks of 8, LoRA and GaLore take more of the device than LSP at r = 4 does; the page says how much. They want
-# higher rates, as their updates are smaller than full fine-tuning's.
-METHOD_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "lsp": {"--learning_rate": "1e-4"},
-    "zero_offload": {"--learning_rate": "1e-4"},
-    "native": {"--learning_rate": "1e-4"},
-    "lora": {"--learning_rate": "1e-3", "--lora.r": "8", "--lora.lora_alpha": "16"},
-    "galore": {"--learning_rate": "2e-4", "--galore.rank": "8", "--galore.scale": "4"},
-}
-METHODS = tuple(METHOD_OPTIONS)
+# adapters and one-sided projections want higher rates: their updates are smaller than full fine-tuning's
+_RATES = {"lsp": 1e-4, "zero_offload": 1e-4, "native": 1e-4, "lora": 1e-3, "galore": 2e-4}
+_GALORE_SCALE = {"--galore.scale": "4"}  # as its authors fine-tune
+METHODS = tuple(_RATES)
+SCORED = ("native", "lsp", "lora", "galore")  # zero_offload computes what native does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """`score` is the name of the eval score that is compared beside the loss."""
+    """`score` is the name of the eval score that is shown beside the loss."""
 
     name: str
+    model: str
+    kind: Kind
     score: str
     options: Mapping[str, str]
 
+    @property
+    def shapes(self) -> Shapes:
+        """Of its model."""
+        return shapes_of(self.model, self.kind)
 
-def tasks(data_dir: Path | None, scratch: Path) -> dict[str, Task]:
-    """Those whose data are there, by name. `data_dir` holds folders gsm8k and sst2_glue; the others need no files."""
-    pairs = scratch / "docstring_pairs.jsonl"
-    _write_pairs(pairs)
+    @property
+    def judged_by(self) -> str:
+        """The score that methods are compared by: a small model's answers are nearly all wrong, so not by these."""
+        return "accuracy" if self.score == "accuracy" else "loss"
+
+
+def options_of(method: str, *, rate_factor: float = 1.0, shapes: Shapes | None = None) -> Mapping[str, str]:
+    """Return a method's options: with its default ranks, or with those that keep equal bytes of these shapes."""
+    own = dict(equal_ranks(shapes).get(method, {})) if shapes is not None else {}
+    if method == "galore" and shapes is not None:
+        own |= _GALORE_SCALE
+    return {**own, "--learning_rate": f"{rate_of(method) * rate_factor:g}"}
+
+
+def rate_of(method: str) -> float:
+    """The learning rate of a method."""
+    return _RATES[method]
+
+
+def tasks(data_dir: Path | None, docstring_pairs: Path) -> dict[str, Task]:
+    """Those that have data, by name.
+
+    Args:
+        data_dir: Holds folders gsm8k and sst2_glue.
+        docstring_pairs: What `write_pairs` wrote.
+    """
     found = [
-        Task(name="docstrings", score="perplexity", options={"--dataset": "stdlib-docstrings"}),
-        _encoder("docstring-pairs", pairs),
+        _language("docstrings", {"--dataset": "stdlib-docstrings"}, "perplexity"),
+        _encoder("docstring-pairs", docstring_pairs),
     ]
     if data_dir is not None:
-        gsm8k = {"--dataset": str(data_dir / "gsm8k"), "--max_seq_length": "256", "--max_eval_answers": "64"}
-        found.append(Task(name="gsm8k", score="answer_accuracy", options=gsm8k))
+        gsm8k = {"--dataset": str(data_dir / "gsm8k"), "--max_seq_length": "256", "--max_eval_answers": "32"}
+        found.append(_language("gsm8k", gsm8k, "answer_accuracy"))
         found.append(_encoder("sst2", data_dir / "sst2_glue"))
     return {task.name: task for task in found}
 
 
+def _language(name: str, options: Mapping[str, str], score: str) -> Task:
+    return Task(name=name, model="smollm2-135m", kind="causal_lm", score=score, options=options)
+
+
 def _encoder(name: str, data: Path) -> Task:
-    options = {"--model_name_or_path": "all-minilm-l6-v2", "--dataset": str(data), "--max_eval_samples": "872"}
-    return Task(name=name, score="accuracy", options=options | {"--per_device_train_batch_size": "16"})
+    model = "all-minilm-l6-v2"
+    options = {"--model_name_or_path": model, "--dataset": str(data), "--max_eval_samples": "872"}
+    options |= {"--per_device_train_batch_size": "16"}
+    return Task(name=name, model=model, kind="sequence_classification", score="accuracy", options=options)
 
 
-def _write_pairs(path: Path) -> None:
+def write_pairs(path: Path, docstrings: Sequence[DocstringPair]) -> None:
     """A function's source and a docstring: label 1 where it is its own, 0 where it is another's; half and half."""
     generator = random.Random(0)
-    pairs = generator.sample(stdlib_pairs(), _NUM_PAIRS)
+    pairs = generator.sample(docstrings, min(_NUM_PAIRS, len(docstrings)))
     with path.open("w", encoding="utf-8") as file:
         for at, pair in enumerate(pairs):
             label = at % 2

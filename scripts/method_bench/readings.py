@@ -1,0 +1,78 @@
+"""Readings: every run's outcome in a JSON Lines file, so that a bench that was interrupted goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from scripts.method_bench.ours import Outcome, Setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """A run of which only the steps are of interest: a method or a peer, in one of the rounds."""
+
+    name: str
+    round: int
+    num_steps: int
+
+
+_KINDS: Mapping[str, type[Setting | Timed]] = {"scored": Setting, "timed": Timed}
+
+
+class Readings:
+    """Outcomes by what was run.
+
+    Args:
+        path: Read if it is there, and added to; None keeps them in memory alone.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._outcomes: dict[Setting | Timed, Outcome] = {}
+        self.circumstances: set[tuple[str, str]] = set()
+        """Days and processors."""
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._take(json.loads(line))
+
+    @property
+    def scored(self) -> dict[Setting, Outcome]:
+        """Those of the matrix."""
+        return {key: outcome for key, outcome in self._outcomes.items() if isinstance(key, Setting)}
+
+    @property
+    def timed(self) -> dict[Timed, Outcome]:
+        """Those of the rounds."""
+        return {key: outcome for key, outcome in self._outcomes.items() if isinstance(key, Timed)}
+
+    def of(self, key: Setting | Timed, measure: Callable[[], Outcome]) -> Outcome:
+        """Return what was measured before, else measure and keep it."""
+        if key not in self._outcomes:
+            outcome = measure()
+            kind = next(name for name, own in _KINDS.items() if isinstance(key, own))
+            row = {"kind": kind, "key": asdict(key), "outcome": asdict(outcome)}
+            row |= {"day": datetime.now(UTC).date().isoformat(), "processor": _processor()}
+            if self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            self._take(row)
+        return self._outcomes[key]
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        read = dict(row["outcome"])
+        read["eval_losses"] = tuple((step, loss) for step, loss in read["eval_losses"])
+        read |= {name: tuple(read[name]) for name in ("step_s", "losses")}
+        self._outcomes[_KINDS[row["kind"]](**row["key"])] = Outcome(**read)
+        self.circumstances.add((row["day"], row["processor"]))
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
