@@ -20,6 +20,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from lsp_ray.data.stdlib_docstrings import stdlib_pairs
 from scripts.method_bench import ours, page, peers
@@ -126,9 +127,12 @@ def main() -> None:
         found = tasks(options.data_dir, pairs)
         readings = Readings(None if options.quick else options.out / "methods.jsonl")
 
+        def figures() -> dict[str, Any]:
+            return page.figures(readings, found, judged=not options.quick)  # a few steps reach and miss nothing
+
         def write() -> None:
             if options.json is not None:
-                options.json.write_text(json.dumps(page.figures(readings, found), indent=2) + "\n", encoding="utf-8")
+                options.json.write_text(json.dumps(figures(), indent=2) + "\n", encoding="utf-8")
             if not options.quick:
                 page.write_page(readings, found, options.out / "methods.md")
 
@@ -137,7 +141,7 @@ def main() -> None:
             _quick(bench)
         else:
             _full(bench, options, found)
-    print(json.dumps(page.figures(readings, found), indent=2))
+    print(json.dumps(figures(), indent=2))
     _say(page.markdown(page.short_table(grouped(readings.scored), found)))
 
 

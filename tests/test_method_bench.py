@@ -99,16 +99,25 @@ def test_bars_say_what_was_reached_what_was_missed_and_what_was_not_measured() -
     step_s = {"lsp": 1.0, "hf_full": 1.0, "hf_lora": 2.0}
     time, won, behind, step = bars.all_bars(step_s, ("hf_full", "hf_lora", "deepspeed"), groups, FOUND)
     assert (time.value, time.verdict) == (0.25, "reached")
-    assert (won.value, won.verdict) == (1.0, "missed")
+    assert (won.value, won.verdict) == (None, "not measured")
     assert behind.value == pytest.approx(0.005)
     assert behind.verdict == "reached"
     assert (step.value, step.verdict) == (1.0, "missed")
     assert [bar.verdict for bar in bars.all_bars({}, (), {}, FOUND)] == ["not measured"] * 4
     weak = bars.weak_points([time, won, behind, step], groups, FOUND)
-    assert len(weak) == 4
-    assert weak[0].startswith("Missed: tasks of 4")
-    assert weak[2] == "text: LSP's loss is 0.5% worse than that of native (2.01 against 2)."
-    assert weak[3] == "mood: LSP's accuracy is 11.1% worse than that of lora (0.8 against 0.9)."
+    assert len(weak) == 3
+    assert weak[0] == "Missed: LSP's step over that of the fastest peer: 1, wanted at most 0.9."
+    assert weak[1] == "text: LSP's loss is 0.5% worse than that of native (2.01 against 2)."
+    assert weak[2] == "mood: LSP's accuracy is 11.1% worse than that of lora (0.8 against 0.9)."
+
+
+@pytest.mark.parametrize(("num_won", "verdict"), [(3, "reached"), (2, "missed")])
+def test_lsp_must_be_as_good_as_both_on_three_tasks_of_four(num_won: int, verdict: str) -> None:
+    rivals = {"lora": [outcome(3.0, 2.0)], "galore": [outcome(3.0, 2.1)]}
+    groups = {f"text{at}": {"lsp": [outcome(3.0, 2.0 if at < num_won else 2.05)], **rivals} for at in range(4)}
+    found = bars.all_bars({}, (), groups, dict.fromkeys(groups, TEXT))
+    (won,) = [bar for bar in found if bar.is_floor]
+    assert (won.value, won.verdict) == (num_won, verdict)
 
 
 def test_a_bench_goes_on_from_its_file_and_measures_nothing_twice(tmp_path: Path) -> None:

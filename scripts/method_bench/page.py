@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +30,8 @@ _HOW = (
 )
 _STEPS = (
     "Timed in turn, in rounds, with each method's default ranks; peers have the same model, batches in the same order "
-    "and dtype, and their first loss was checked against ours to 0.01."
+    "and dtype, and their first loss was checked against ours to 0.01. Their later losses are no comparison: HF's "
+    "Trainer rounds updates to the nearest bfloat16, which loses small ones; lsp_ray rounds at random."
 )
 _MEMORY = (
     "What is kept between steps is equal to 2 % for lsp, lora and galore: the ranks follow from the model's shapes. "
@@ -50,8 +49,8 @@ def step_seconds(timed: Mapping[Timed, Outcome]) -> dict[str, list[float]]:
     return found
 
 
-def figures(readings: Readings, found: Mapping[str, Task]) -> dict[str, Any]:
-    """What --json promises: medians of step_seconds, eval_loss and accuracy by task and method, and the bars."""
+def figures(readings: Readings, found: Mapping[str, Task], *, judged: bool = True) -> dict[str, Any]:
+    """What --json promises: medians of step_seconds, eval_loss and accuracy by task and method, perhaps the bars."""
     groups = grouped(readings.scored)
     losses = {task: {name: mean_score(runs, "loss") for name, runs in names.items()} for task, names in groups.items()}
     for key, outcome in readings.timed.items():  # a few steps of the default task, where it was not scored
@@ -63,7 +62,7 @@ def figures(readings: Readings, found: Mapping[str, Task]) -> dict[str, Any]:
         if task in found and "accuracy" in found[task].score
     }
     medians = {name: median(times_s) for name, times_s in step_seconds(readings.timed).items()}
-    bars = [{**asdict(bar), "verdict": bar.verdict} for bar in _bars(readings, found)]
+    bars = [{**asdict(bar), "verdict": bar.verdict} for bar in _bars(readings, found)] if judged else []
     for bar in bars:
         if bar["value"] == float("inf"):  # JSON has no such number
             bar["value"] = None
@@ -157,12 +156,12 @@ def _bars_table(bars: Sequence[Bar]) -> Table:
 
 
 def _head(readings: Readings) -> str:
-    command = shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
     told = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
-    days = sorted({day for day, _ in readings.circumstances})
-    processors = "; ".join(sorted({processor for _, processor in readings.circumstances}))
+    days, processors, commands = (sorted(values) for values in zip(*readings.circumstances, strict=True))
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    circumstances = f"`{command}`, {when}, {processors}, Python {platform.python_version()}, {told}."
+    how = "; ".join(f"`{command}`" for command in dict.fromkeys(commands))
+    where = "; ".join(dict.fromkeys(processors))
+    circumstances = f"{how}, {when}, {where}, Python {platform.python_version()}, {told}."
     return f"# Methods and peers\n\n{circumstances}\n\n{_HOW}"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -35,8 +37,8 @@ class Readings:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._outcomes: dict[Setting | Timed, Outcome] = {}
-        self.circumstances: set[tuple[str, str]] = set()
-        """Days and processors."""
+        self.circumstances: set[tuple[str, str, str]] = set()
+        """Days, processors and commands."""
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 self._take(json.loads(line))
@@ -57,7 +59,7 @@ class Readings:
             outcome = measure()
             kind = next(name for name, own in _KINDS.items() if isinstance(key, own))
             row = {"kind": kind, "key": asdict(key), "outcome": asdict(outcome)}
-            row |= {"day": datetime.now(UTC).date().isoformat(), "processor": _processor()}
+            row |= {"day": datetime.now(UTC).date().isoformat(), "processor": _processor(), "command": _command()}
             if self._path is not None:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
@@ -69,7 +71,11 @@ class Readings:
         read["eval_losses"] = tuple((step, loss) for step, loss in read["eval_losses"])
         read |= {name: tuple(read[name]) for name in ("step_s", "losses")}
         self._outcomes[_KINDS[row["kind"]](**row["key"])] = Outcome(**read)
-        self.circumstances.add((row["day"], row["processor"]))
+        self.circumstances.add((row["day"], row["processor"], row["command"]))
+
+
+def _command() -> str:
+    return shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
 
 
 def _processor() -> str:
