@@ -1,25 +1,27 @@
-"""The runs that bench_overlap compares, and those that the simulator has to predict."""
+"""What bench_overlap compares, and what the simulator has to predict."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import get_args
 
-from lsp_ray.config import LspConfig, PolicyName, RunConfig, RuntimeConfig
+from lsp_ray.config import LspConfig, Method, PolicyName, RunConfig, RuntimeConfig
 from lsp_ray.hardware import EmulatedMachine
 
+MAX_STEPS = 10_000  # more than any benchmark makes
 
-def own_policy(method: str) -> PolicyName:
+
+def own_policy(method: Method) -> PolicyName:
     """A method's order where none is asked for."""
     return "sequential" if method == "zero_offload" else "layerwise"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One run."""
+    """Some steps of one kind."""
 
-    method: str
-    policy: PolicyName | None = None
+    method: Method
+    policy: PolicyName
     dim: int = 256
     link_gbps: float | None = None
     emulate: EmulatedMachine | None = None
@@ -28,10 +30,10 @@ class Setting:
     @property
     def name(self) -> str:
         """What the tables call it."""
-        parts = [self.method]
+        parts: list[str] = [self.method]
         if self.method == "lsp":
             parts.append(f"d = {self.dim}")
-        if self.policy is not None:
+        if self.method != "native":
             parts.append(self.policy)
         if self.link_gbps is not None:
             parts.append(f"{self.link_gbps:g} GB/s")
@@ -42,23 +44,26 @@ class Setting:
     @property
     def free(self) -> Setting:
         """The same work, nothing slowed down, in the method's own order: what the simulator is given."""
-        return Setting(method=self.method, dim=self.dim, policy=own_policy(self.method))
+        return replace(self, policy=own_policy(self.method), link_gbps=None, emulate=None)
 
-    def config(self, output_dir: Path, num_steps: int) -> RunConfig:
-        """The run's options."""
+    @property
+    def session(self) -> Setting:
+        """Who shares its workers: only a stale policy needs others."""
+        return replace(self.free, policy="delayed") if self.policy == "delayed" else self.free
+
+    def config(self) -> RunConfig:
+        """A run's options for this work. Zero-Offload's measures what the paper's machine is scaled to."""
         runtime = RuntimeConfig(
             device="cpu",
             num_shards=1,
             device_threads=1,
             shard_threads=1,
             policy=self.policy,
-            link_gbps=self.link_gbps,
-            emulate=self.emulate,
+            emulate=PAPER_MACHINE if self.session == ZERO else None,
         )
         return RunConfig(
-            method=self.method,  # type: ignore[arg-type]
-            output_dir=str(output_dir),
-            max_steps=num_steps,
+            method=self.method,
+            max_steps=MAX_STEPS,
             max_eval_samples=4,
             bf16=True,
             lsp=LspConfig(subspace_dim=self.dim, fit="random", check_every=0),
@@ -66,19 +71,23 @@ class Setting:
         )
 
 
+PAPER_MACHINE: EmulatedMachine = get_args(EmulatedMachine)[0]
 LSP = Setting(method="lsp", policy="layerwise")
 ZERO = Setting(method="zero_offload", policy="sequential")
-NATIVE = Setting(method="native")
+NATIVE = Setting(method="native", policy="layerwise")
 THREADS = replace(LSP, on_ray=False)
-PAPER_MACHINE: EmulatedMachine = "rtx4090-threadripper"
-COMPARED = (LSP, NATIVE, THREADS, ZERO, replace(LSP, emulate=PAPER_MACHINE), replace(ZERO, emulate=PAPER_MACHINE))
-SLOW_LINK_POLICIES: tuple[PolicyName, ...] = ("layerwise_fcfs", "earliest_deadline", "sequential")
-ZERO_POLICIES: tuple[PolicyName, ...] = ("sequential", "delayed", "layerwise_fcfs", "layerwise")
-PREDICTED = (
-    *(replace(LSP, policy=policy, link_gbps=0.05) for policy in SLOW_LINK_POLICIES),
-    *(replace(LSP, link_gbps=link) for link in (0.1, 0.03)),
-    replace(LSP, dim=128),
-    replace(LSP, dim=128, link_gbps=0.01),
-    *(replace(ZERO, policy=policy, link_gbps=0.5) for policy in ZERO_POLICIES),
+EMULATED_LSP, EMULATED_ZERO = (replace(setting, emulate=PAPER_MACHINE) for setting in (LSP, ZERO))
+COMPARED = (LSP, NATIVE, THREADS, ZERO)
+PREDICTED_QUICK = (
+    EMULATED_LSP,
+    EMULATED_ZERO,
+    replace(LSP, policy="sequential", link_gbps=0.05),
+    replace(LSP, link_gbps=0.03),
 )
-PREDICTED_QUICK = (replace(LSP, policy="sequential", link_gbps=0.05), replace(LSP, link_gbps=0.03))
+PREDICTED = (
+    *PREDICTED_QUICK,
+    *(replace(LSP, policy=policy, link_gbps=0.05) for policy in ("layerwise_fcfs", "earliest_deadline", "delayed")),
+    replace(LSP, dim=128, link_gbps=0.01),
+    replace(LSP, dim=128, policy="sequential", link_gbps=0.02),
+    *(replace(ZERO, policy=policy, link_gbps=0.5) for policy in ("sequential", "layerwise_fcfs", "layerwise")),
+)

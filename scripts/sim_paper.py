@@ -106,7 +106,7 @@ def _table_1(*, layerwise: bool = False) -> StepCosts:
 
 
 def _native() -> Workload:
-    return Workload(method="native", batch_size=4, seq_length=1024)
+    return Workload(method="native", batch_size=4, seq_length=1024, plain_updates=True)
 
 
 def _zero() -> Workload:
@@ -134,6 +134,7 @@ def _scaled(hardware: HardwareProfile, model: ModelShape, workload: Workload, co
             hardware,
             device_bf16_flops=hardware.device_bf16_flops * pace,
             device_bytes_per_s=hardware.device_bytes_per_s * pace,
+            activation_bytes_per_s=hardware.activation_bytes_per_s * pace,
         ),
         model,
         workload,

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from lsp_ray.device.refit import Refitter
@@ -23,7 +22,7 @@ from lsp_ray.methods.lsp_shard import carry_over
 from lsp_ray.models.loss import Batch
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
-from lsp_ray.schedule.ops import Event, GradientReady, Op, OpDone
+from lsp_ray.schedule.ops import DeltaDue, Event, GradientReady, Op, OpDone
 from lsp_ray.schedule.policy import Policy
 from lsp_ray.trace import WorkStream
 from tests.checking_backend import CheckedSlot, CheckingBackend
@@ -65,7 +64,7 @@ class InterleavedRun:
     ) -> None:
         self.happened: list[str] = []
         self.num_taken_over = 0
-        self._policy, self._backend, self._refitter = policy, backend, refitter
+        self._policy, self._backend = policy, backend
         self._learning_rates = learning_rates
         self._random = random.Random(seed)
         self._shard_of_unit = shard_of_unit
@@ -82,12 +81,8 @@ class InterleavedRun:
         self._speeds: dict[str, float] = {}
         self._prefetched: Op | None = None
         self._has_come_up = [-1] * len(units)  # unit -> the last step whose delta the forward can take
-        self._step = -1
         backend.about_to_submit = self._pause
         backend.about_to_wait = self._about_to_wait
-        for unit in units:  # before the worker's own hooks: they may then wait no more
-            for reader in unit.readers:
-                reader.register_forward_pre_hook(self._let_delta_come(unit))
         self.worker = DeviceWorker(
             model,
             units,
@@ -96,6 +91,7 @@ class InterleavedRun:
             weight_decay=0.0,
             seed=0,
             on_gradients=self._announced,
+            on_due=self._let_delta_come,
             refitter=refitter,
             measured_step=-1,
             staleness=policy.staleness,
@@ -105,8 +101,9 @@ class InterleavedRun:
         """Run every step and add what came of them."""
         try:
             for step, batches in enumerate(micro_batches):
-                self._step = step
                 self._compute_until_done(partial(self.worker.run_step, step, batches))
+            if self._policy.room is not None:
+                self._compute_until_done(self.worker.drain)
             while self._happens_next():
                 pass
             self._compute_until_done(self.worker.flush)
@@ -119,16 +116,13 @@ class InterleavedRun:
         while not self._compute.is_idle:
             assert self._happens_next(), "everybody waits for somebody"
 
-    def _announced(self, ready: GradientReady) -> None:
+    def _announced(self, ready: GradientReady | DeltaDue) -> None:
         self._news.append(({}, ready))  # news, no order: whoever sends waits for the fence itself
 
-    def _let_delta_come(self, unit: Unit) -> Callable[[nn.Module, object], None]:
-        def wait(_module: nn.Module, _args: object) -> None:
-            switches = self._refitter is not None and self._refitter.has_new(unit.index)
-            needed = self._step - 1 - (0 if switches else self._policy.staleness)
-            self._pause(lambda: self._has_come_up[unit.index] >= needed)
-
-        return wait
+    def _let_delta_come(self, due: DeltaDue) -> None:
+        if self._policy.room is not None:
+            self._announced(due)
+        self._pause(lambda: self._has_come_up[due.layer] >= due.step)
 
     def _pause(self, until: Callable[[], bool] | None = None) -> None:
         self._threads[self._backend.thread].pause(until)

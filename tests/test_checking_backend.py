@@ -5,7 +5,7 @@ Each planted fault leaves out one of the seam's operations, as a CUDA path that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +22,7 @@ from lsp_ray.methods.lsp import lsp_units
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch
+from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.ops import Op
 from lsp_ray.schedule.policy import POLICIES, Delayed, Policy
 from lsp_ray.trace import WorkStream
@@ -44,11 +45,13 @@ class Setting:
     num_micro_batches: int = 1
     recomputes: bool = False
     refits: bool = False
+    is_bounded: bool = False
 
 
 SETTINGS = {
     **{f"{name}, lsp": Setting(policy=policy) for name, policy in POLICIES.items()},
     **{f"{name}, zero_offload": Setting(policy=policy, method="zero_offload") for name, policy in POLICIES.items()},
+    **{f"{name}, bounded": Setting(policy=policy, is_bounded=True) for name, policy in POLICIES.items()},
     "accumulated": Setting(policy=POLICIES["layerwise"], num_micro_batches=3),
     "recomputed": Setting(policy=POLICIES["earliest_deadline"], recomputes=True),
     "refitted": Setting(policy=POLICIES["layerwise"], num_steps=STEPS_TO_TAKEOVER, refits=True),
@@ -64,6 +67,11 @@ def batch(seed: int) -> Batch:
 def batches_of(setting: Setting) -> list[list[Batch]]:
     count = setting.num_micro_batches
     return [[batch(step * count + index) for index in range(count)] for step in range(setting.num_steps)]
+
+
+def room_of(units: Sequence[Unit]) -> DeltaRoom:
+    sizes = tuple(4 * unit.numel for unit in units)
+    return DeltaRoom(sizes=sizes, num_bytes=2 * max(sizes))
 
 
 def prepared(setting: Setting) -> tuple[PreTrainedModel, list[Unit], Refitter | None]:
@@ -86,7 +94,7 @@ def interleaved(setting: Setting, backend: CheckingBackend, *, seed: int) -> tup
     run = InterleavedRun(
         model,
         units,
-        setting.policy(shards),
+        setting.policy(shards, room=room_of(units) if setting.is_bounded else None),
         backend,
         learning_rates=[1e-3] * setting.num_steps,
         seed=seed,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,8 @@ from lsp_ray.models.load import load_model, load_skeleton, load_tokenizer, save_
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.event_log import MAX_STEPS, EventLog, read_event_log
-from lsp_ray.schedule.ops import GradientReady
+from lsp_ray.schedule.delta_room import DeltaRoom
+from lsp_ray.schedule.ops import DeltaDue, GradientReady
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace_file import read_trace
 from tests.tiny import CLASSIFIERS, Family
@@ -102,6 +103,23 @@ def test_a_recorded_run_replays_to_the_same_actions(tmp_path: Path) -> None:
         num_told = 3  # of costs: after 1, 2 and 4 of the 6 steps
         assert len(replayed) == 4 * job.num_steps * len(job.payload_sizes) + num_told
         assert all(ours == logged for ours, logged in replayed)
+
+
+@pytest.mark.parametrize("name", ["layerwise_fcfs", "sequential", "delayed"])
+def test_little_room_for_deltas_changes_no_bit_and_pauses_for_checkpoints_as_ever(tmp_path: Path, name: str) -> None:
+    free = tiny_job(tmp_path, method="zero_offload", save_steps=2, runtime={"policy": name, "num_shards": 2})
+    sizes = tuple(4 * size for size in free.payload_sizes)
+    bounded = replace(free, delta_room=DeltaRoom(sizes=sizes, num_bytes=2 * max(sizes)))
+    assert free.delta_room is None
+    for job, folder in ((free, tmp_path / "free"), (bounded, tmp_path / "bounded")):
+        run_on_threads(job, folder)
+    assert_same_bits(*(saved_weights(free, tmp_path / folder) for folder in ("free", "bounded")))
+    policy, decisions = read_event_log(tmp_path / "bounded" / "events.jsonl")
+    told = list(decisions)
+    assert policy.room == bounded.delta_room
+    assert all(policy.handle(decision.event) == decision.actions for decision in told)
+    due = {decision.event for decision in told if isinstance(decision.event, DeltaDue)}
+    assert due >= {DeltaDue(step=step, layer=layer) for step in range(4) for layer in range(len(sizes))}
 
 
 def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:

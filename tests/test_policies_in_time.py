@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.ops import CostsMeasured, LayerSeconds, Op
 from lsp_ray.schedule.policy import POLICIES, Delayed, EarliestDeadline, Lane, Layerwise, LayerwiseFcfs, Policy
 from lsp_ray.schedule.transition import transition_layer
@@ -74,6 +75,40 @@ def test_every_delta_is_added_once_in_the_step_that_the_staleness_names_and_neve
     assert [(one.delta_step, one.layer, one.step) for one in line.applied] == expected
     up_s = {(one.op.step, one.op.layer): one.end_s for one in line.ran if one.op.stream is WorkStream.H2D}
     assert all(one.at_s >= up_s[one.delta_step, one.layer] for one in line.applied)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(workload=workloads(), depth=st.integers(1, 3), chance=st.data())
+@settings(deadline=None)
+def test_what_waits_on_the_device_stays_within_its_room_and_every_delta_is_added_in_its_turn(
+    name: str, workload: tuple[list[LayerSeconds], list[int]], depth: int, chance: st.DataObject
+) -> None:
+    layers, shards = workload
+    sizes = chance.draw(st.lists(st.integers(1, 9), min_size=len(layers), max_size=len(layers)))
+    room = DeltaRoom(sizes=tuple(sizes), num_bytes=2 * max(sizes) + chance.draw(st.integers(0, 9)))
+    policy = POLICIES[name](shards, depth=depth, room=room)
+    line = timeline(policy, shards, layers)
+    assert len(line.ran) == len({one.op for one in line.ran}) == 3 * NUM_STEPS * len(layers)
+    late = 1 + policy.staleness
+    steps = range(late, NUM_STEPS + late)
+    expected = [(step - late, layer, min(step, NUM_STEPS)) for step in steps for layer in range(len(layers))]
+    assert [(one.delta_step, one.layer, one.step) for one in line.applied] == expected
+    changes = [(one.start_s, sizes[one.op.layer]) for one in line.ran if one.op.stream is WorkStream.H2D]
+    changes += [(one.at_s, -sizes[one.layer]) for one in line.applied]
+    held = 0
+    for _, change in sorted(changes):
+        held += change
+        assert held <= room.num_bytes
+
+
+@given(workload=workloads())
+@settings(deadline=None)
+def test_a_room_for_all_deltas_changes_nothing(workload: tuple[list[LayerSeconds], list[int]]) -> None:
+    layers, shards = workload
+    room = DeltaRoom(sizes=(1,) * len(layers), num_bytes=3 * len(layers))
+    free, bounded = (timeline(LayerwiseFcfs(shards, room=room), shards, layers) for room in (None, room))
+    assert bounded.ran == free.ran
+    assert bounded.applied[: len(free.applied)] == free.applied
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -57,7 +57,13 @@ def test_a_profile_has_the_proportion_of_traffic_to_update_that_its_emulation_ha
     name: EmulatedMachine, model: ModelShape, pinned: bool
 ) -> None:
     work = Workload(
-        method="zero_offload", batch_size=1, seq_length=8, payload_element_bytes=2, shard_threads=12, pinned=pinned
+        method="zero_offload",
+        batch_size=1,
+        seq_length=8,
+        payload_element_bytes=2,
+        shard_threads=12,
+        pinned=pinned,
+        plain_updates=True,
     )
     layers = CostModel(model=model, workload=work, hardware=load_hardware(name)).step().layers
     traffic_s, update_s = sum(layer.d2h_s + layer.h2d_s for layer in layers), sum(layer.cpu_s for layer in layers)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.ops import Action, Event
 from lsp_ray.schedule.policy import POLICIES, Layerwise
 from lsp_ray.schedule.transition import transition_layer
@@ -163,11 +164,16 @@ def test_exposed_time_is_all_that_a_step_takes_beside_its_compute(name: str, cos
 
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
-@given(costs=step_costs, num_shards=st.integers(1, 3))
+@given(costs=step_costs, num_shards=st.integers(1, 3), num_held=st.sampled_from([None, 2, 3]))
 @settings(max_examples=40, deadline=None)
-def test_every_operation_runs_once_and_after_the_one_it_needs(name: str, costs: StepCosts, num_shards: int) -> None:
+def test_every_operation_runs_once_and_after_the_one_it_needs(
+    name: str, costs: StepCosts, num_shards: int, num_held: int | None
+) -> None:
     owners = [index % num_shards for index in range(len(costs.layers))]
-    spans = simulate(name, costs, owners, num_steps=3).spans
+    sizes = [1] * len(costs.layers)
+    room = None if num_held is None else DeltaRoom(sizes=tuple(sizes), num_bytes=num_held)
+    policy = POLICIES[name](owners, room=room)
+    spans = Simulator(costs, policy, owners, num_steps=3).run().spans
     moved = {(span.stream, span.step, span.layer): span for span in spans if span.stream is not WorkStream.GPU}
     assert len(moved) == sum(span.stream is not WorkStream.GPU for span in spans) == 9 * len(costs.layers)
     for step in range(3):

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lsp_ray.schedule.ops import Event, GradientReady, LayerSeconds, Op, OpDone
+from lsp_ray.schedule.ops import DeltaDue, Event, GradientReady, LayerSeconds, Op, OpDone
 from lsp_ray.schedule.policy import Lane, Policy
 from lsp_ray.trace import WorkStream
 
@@ -35,7 +35,8 @@ class Applied:
 class Timeline:
     """Runs steps: forward from shallow to deep, each layer with its delta, then backward from deep to shallow.
 
-    `ran` and `applied` hold what happened, in order.
+    `ran` and `applied` hold what happened, in order. Where the policy bounds what waits on the device, what is left
+    after the last step is added as step `num_steps`.
     """
 
     policy: Policy
@@ -68,12 +69,21 @@ class Timeline:
             for layer in range(depth):
                 delta_step = step - 1 - self.policy.staleness
                 if delta_step >= 0:
-                    yield Op(stream=WorkStream.H2D, step=delta_step, layer=layer)
-                    self.applied.append(Applied(delta_step=delta_step, layer=layer, step=step, at_s=self.now_s))
+                    yield from self._delta(delta_step, layer, step)
                 yield self.layers[layer].forward_s
             for layer in reversed(range(depth)):
                 yield self.layers[layer].backward_s
                 self._push(0.0, GradientReady(step=step, layer=layer))
+        if self.policy.room is not None:
+            for delta_step in range(max(0, self.num_steps - 1 - self.policy.staleness), self.num_steps):
+                for layer in range(depth):
+                    yield from self._delta(delta_step, layer, self.num_steps)
+
+    def _delta(self, delta_step: int, layer: int, step: int) -> Iterator[Op]:
+        if self.policy.room is not None:
+            self._push(0.0, DeltaDue(step=delta_step, layer=layer))
+        yield Op(stream=WorkStream.H2D, step=delta_step, layer=layer)
+        self.applied.append(Applied(delta_step=delta_step, layer=layer, step=step, at_s=self.now_s))
 
     _waits_for: float | Op | None = 0.0  # time at which the device goes on, or the delta it waits for
 

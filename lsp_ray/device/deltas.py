@@ -17,6 +17,7 @@ from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
 from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit, Update
 from lsp_ray.errors import LspRayError
+from lsp_ray.schedule.ops import DeltaDue
 from lsp_ray.trace import Phase, Span, Wait, WorkStream
 
 DELTA_TIMEOUT_S = 600.0  # only a hang lasts so long: a dead actor is noticed by the driver at once
@@ -30,6 +31,9 @@ class Deltas:
         backend: Copies and fences.
         update_of: What applying the deltas of a step needs.
         staleness: Deltas that a unit may lack when its gradient is complete, beside that gradient's own.
+        on_due: Told of every delta whose turn has come, before it is waited for.
+
+    Attributes:
         link: Slows copies down, in bytes; None does not.
     """
 
@@ -40,12 +44,13 @@ class Deltas:
         *,
         update_of: Callable[[int], Update],
         staleness: int,
-        link: TokenBucket | None,
+        on_due: Callable[[DeltaDue], None] | None = None,
     ) -> None:
         self._backend = backend
         self._update_of = update_of
         self._staleness = staleness
-        self._link = link
+        self._on_due = on_due
+        self.link: TokenBucket | None = None
         self._mailbox = DeltaMailbox()
         self._unapplied: list[deque[int]] = [deque() for _ in units]  # unit -> steps whose deltas it has not got yet
         self._void: set[int] = set()  # steps that were skipped
@@ -78,9 +83,9 @@ class Deltas:
             watch(delta)
         self._backend.copy_async(WorkStream.H2D, delta, slot)
         fence = self._backend.record(WorkStream.H2D)
-        if self._link is not None:  # the forward must not get it before its time
+        if self.link is not None:  # the forward must not get it before its time
             fence.synchronize()
-            self._link.take(slot.nbytes, start_s=start_s)
+            self.link.take(slot.nbytes, start_s=start_s)
         self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence))
         fence.synchronize()  # on return the slot may be written again
         return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
@@ -113,6 +118,8 @@ class Deltas:
 
     def _apply(self, unit: Unit, step: int) -> None:
         self._trace.pause()
+        if self._on_due is not None:
+            self._on_due(DeltaDue(step=step, layer=unit.index))
         ready = self._mailbox.has(step, unit.index)
         start_s = time.monotonic()
         arrived = self._mailbox.take(step, unit.index, timeout_s=DELTA_TIMEOUT_S)

@@ -34,15 +34,15 @@ class Payloads:
     Args:
         backend: Copies and fences.
         on_gradients: Told, on any thread, that a payload is ready to be sent.
+
+    Attributes:
         link: Slows copies down, in bytes; None does not.
     """
 
-    def __init__(
-        self, backend: Backend, on_gradients: Callable[[GradientReady], None], *, link: TokenBucket | None
-    ) -> None:
+    def __init__(self, backend: Backend, on_gradients: Callable[[GradientReady], None]) -> None:
         self._backend = backend
         self._on_gradients = on_gradients
-        self._link = link
+        self.link: TokenBucket | None = None
         self._payloads: dict[tuple[int, int], _Payload] = {}
         self._announcements: list[Future[None]] = []
         self._lock = threading.Lock()
@@ -74,8 +74,8 @@ class Payloads:
         self._backend.wait(WorkStream.D2H, payload.fence)
         self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
         self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
-        if self._link is not None:
-            self._link.take(slot.nbytes, start_s=start_s)
+        if self.link is not None:
+            self.link.take(slot.nbytes, start_s=start_s)
         span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
         return span, payload.reprojections
 

@@ -29,7 +29,7 @@ from lsp_ray.errors import LspRayError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.reproject import Reprojection
-from lsp_ray.schedule.ops import GradientReady
+from lsp_ray.schedule.ops import DeltaDue, GradientReady
 from lsp_ray.trace import Phase, Span, WorkStream, is_traced
 
 
@@ -44,12 +44,12 @@ class DeviceWorker:
         weight_decay: Decoupled decay of matrices.
         seed: Of dropout and rounding.
         on_gradients: Told, on any thread, that a unit's payload is ready to be sent.
+        on_due: Told, on the compute thread, of every delta that is to be added now; default: nobody is.
         local_shard: Optimizer state on the device (native): gradients then go nowhere else.
         refitter: Renews projectors while training.
         judge: Clips and skips; default: does neither, and a step that is not finite is an error.
         measured_step: The step over which `peak_device_bytes` is measured.
         staleness: The delta of step t is added before the forward of step t + 1 + staleness.
-        link: Slows copies down, in bytes, each direction by itself; default: none does.
     """
 
     def __init__(
@@ -62,14 +62,13 @@ class DeviceWorker:
         weight_decay: float,
         seed: int,
         on_gradients: Callable[[GradientReady], None],
+        on_due: Callable[[DeltaDue], None] | None = None,
         local_shard: OptimizerShard | None = None,
         refitter: Refitter | None = None,
         judge: Judge | None = None,
         measured_step: int = 1,
         staleness: int = 0,
-        link: Mapping[WorkStream, TokenBucket] | None = None,
     ) -> None:
-        link = link or {}
         self.model = model
         self.units = units
         self._backend = backend
@@ -83,19 +82,19 @@ class DeviceWorker:
         self._reprojections: dict[int, tuple[Reprojection, ...]] = {}  # unit -> what its next payload brings
         self._measured_step = measured_step
         self._live: LiveStorage | None = None
-        self._deltas = Deltas(
-            units,
-            backend,
-            update_of=self._update,
-            staleness=staleness,
-            link=link.get(WorkStream.H2D),
-        )
-        self._payloads = Payloads(backend, on_gradients, link=link.get(WorkStream.D2H))
+        self._on_due = on_due
+        self._deltas = Deltas(units, backend, update_of=self._update, staleness=staleness, on_due=on_due)
+        self._payloads = Payloads(backend, on_gradients)
         self._step = -1
         self._staleness = staleness
         self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
         self._trace = ComputeTrace(backend, is_on=False)
         self._hooks = self._add_hooks()
+
+    def slow_down(self, link: Mapping[WorkStream, TokenBucket]) -> None:
+        """While nothing is copied: slow down later copies, in bytes, each direction that is named by itself."""
+        self._payloads.link = link.get(WorkStream.D2H)
+        self._deltas.link = link.get(WorkStream.H2D)
 
     def run_step(
         self, step: int, micro_batches: Sequence[Batch], host_slots: Sequence[torch.Tensor] = ()
@@ -141,6 +140,13 @@ class DeviceWorker:
         """Wait for and add every delta that is still out."""
         for unit in self.units:
             self._deltas.apply(unit, up_to=self._step)
+
+    def drain(self) -> None:
+        """After a step that no other follows for now: let all deltas come up, and add what the next forward would."""
+        for unit in self.units:
+            self._deltas.apply(unit, up_to=self._step - self._staleness)
+        if self._staleness and self._on_due is not None:
+            self._on_due(DeltaDue(step=self._step, layer=len(self.units) - 1))
 
     def settle(self) -> dict[tuple[int, int], torch.Tensor]:
         """Between two steps: add what the next forward would add first; return a copy of what it would not add yet.

@@ -19,7 +19,7 @@ from lsp_ray.runtime.layout import divide_cores
 from lsp_ray.runtime.throttle import Throttle, emulating
 from lsp_ray.sim.advice import DIM_STEP, largest_dim, largest_hidden_dim
 from lsp_ray.sim.cost_model import CostModel
-from lsp_ray.sim.device_work import ADAMW_BYTES
+from lsp_ray.sim.device_work import SHARD_BYTES
 from lsp_ray.sim.forecast import simulate
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import ModelShape
@@ -101,7 +101,7 @@ def why_no_larger(model: ModelShape, work: Workload, machine: HardwareProfile, p
 def throttled(machine: HardwareProfile, throttle: Throttle) -> HardwareProfile:
     """Return the machine with its link and updates slowed down; a throttle never makes a part faster."""
     link = float("inf") if throttle.link_gbps is None else throttle.link_gbps * 1e9
-    updates = float("inf") if throttle.updates_per_s is None else throttle.updates_per_s * ADAMW_BYTES
+    updates = float("inf") if throttle.updates_per_s is None else throttle.updates_per_s * SHARD_BYTES
     return replace(
         machine,
         d2h_bytes_per_s=min(machine.d2h_bytes_per_s, link),

@@ -12,17 +12,22 @@ from transformers import AutoModel
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, silenced
 from lsp_ray.plan.skeleton import shape_of_model
-from lsp_ray.sim.cost_model import CostModel
+from lsp_ray.sim.device_work import DeviceWork, backward_work, forward_work
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.workload import Workload
 
 _NUM_BLOCKS = 2
 _VOCABULARY = 64  # the embedding is not what is timed
 _NUM_RUNS = 4
+_LEAST_SHARE = 0.1  # of the time that is taken for activations at least
 
 
-def block_pace(folder: Path, workload: Workload, hardware: HardwareProfile, device: torch.device) -> float:
-    """Return the seconds that forward and backward of plain training take, over those of the cost model.
+def activation_bytes_per_s(folder: Path, workload: Workload, hardware: HardwareProfile, device: torch.device) -> float:
+    """Return the rate at which blocks pass their activations, small operators included.
+
+    It is what forward and backward of plain training take beside their products at the rate of products alone. All
+    methods have these activations in common; to slow the products down instead would make those that a method saves
+    seem dearer than they are.
 
     Args:
         folder: Holds the model's config.json; the blocks get random weights.
@@ -44,8 +49,11 @@ def block_pace(folder: Path, workload: Workload, hardware: HardwareProfile, devi
     native = Workload(
         method="native", batch_size=workload.batch_size, seq_length=workload.padded_length, bf16=workload.bf16
     )
-    costs = CostModel(model=shape_of_model(model), workload=native, hardware=hardware).step()
-    return taken_s / sum(layer.forward_s + layer.backward_s for layer in costs.layers)
+    shape, work = shape_of_model(model), DeviceWork()
+    for layer in shape.layers:
+        work += forward_work(shape, native, layer) + backward_work(shape, native, layer)
+    flops_per_s = hardware.device_bf16_flops if workload.bf16 else hardware.device_float32_flops
+    return work.activation_bytes / max(taken_s - work.flops / flops_per_s, _LEAST_SHARE * taken_s)
 
 
 def _step_s(model: torch.nn.Module, ids_BS: torch.Tensor) -> float:

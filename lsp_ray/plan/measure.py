@@ -14,18 +14,20 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch.nn.functional import embedding_bag
 
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
-from lsp_ray.plan.block_pace import block_pace
-from lsp_ray.sim.device_work import ADAMW_BYTES
+from lsp_ray.plan.block_pace import activation_bytes_per_s
+from lsp_ray.projection.sparse_projector import SparseProjector, subspace_dim_for
+from lsp_ray.sim.device_work import ADAMW_BYTES, projection_work
 from lsp_ray.sim.hardware_profile import HardwareProfile
-from lsp_ray.sim.model_shape import ModelShape
+from lsp_ray.sim.model_shape import LinearShape, ModelShape
 from lsp_ray.sim.workload import Workload
 
 HOP_S = 0.0008  # a call to an actor and back, Ray 2.60 on 2 cores; starting Ray to measure it would take too long
 _MIN_RUNS = 3
-_ELEMENTS = 1 << 22  # of a copy or an update: beyond the caches
+_ELEMENTS = 1 << 22  # of a copy: beyond the caches
+_STATE_ELEMENTS = 1 << 24  # of an update: a shard goes through all layers' state before it comes back to one
+_LEAST_SHARE = 0.1  # of a measured time that what remains of it is at least: clocks and shared machines are not exact
 _SQUARE = 512  # side of a shard's whitening product
 
 
@@ -64,22 +66,16 @@ def measure(
     """Return this machine's profile. The device is a GPU, or `device_threads` of the cores.
 
     Args:
-        folder: Holds the model's config.json: the device's rates are brought to the pace of two of its blocks.
+        folder: Holds the model's config.json: two of its blocks tell what activations take.
         model: Products are measured in the shape of its most common linear.
-        workload: Gives tokens, rows that a gather adds up, and the type for the pace.
+        workload: Gives tokens, the projection that is measured, and the type.
         device: What computes.
         device_threads: For the device; where that is a GPU its launches get them.
         budget_s: Of each of a dozen rates; by default everything stays under 20 s.
     """
     rates = _rates(model, workload, _Timer(device=device, budget_s=budget_s), device_threads)
     with _threads(device_threads):
-        pace = block_pace(folder, workload, rates, device)
-    return replace(
-        rates,
-        device_bf16_flops=rates.device_bf16_flops / pace,
-        device_float32_flops=rates.device_float32_flops / pace,
-        device_bytes_per_s=rates.device_bytes_per_s / pace,
-    )
+        return replace(rates, activation_bytes_per_s=activation_bytes_per_s(folder, workload, rates, device))
 
 
 def _rates(model: ModelShape, workload: Workload, timer: _Timer, device_threads: int) -> HardwareProfile:
@@ -90,7 +86,7 @@ def _rates(model: ModelShape, workload: Workload, timer: _Timer, device_threads:
         with _threads(device_threads):
             bf16_flops, float32_flops = (_product_flops(model, workload.tokens, timer, dtype) for dtype in _DTYPES)
             device_bytes = _device_bytes_per_s(timer)
-            gather_bytes = _gather_bytes_per_s(model, workload, timer)
+            gather_bytes = _gather_bytes_per_s(model, workload, timer, device_bytes)
         with _threads(1):
             d2h, h2d = (_copy_bytes_per_s(timer, down=down, pinned=True) for down in (True, False))
             pageable = _copy_bytes_per_s(timer, down=False, pinned=False)
@@ -106,6 +102,7 @@ def _rates(model: ModelShape, workload: Workload, timer: _Timer, device_threads:
         device_bf16_flops=bf16_flops,
         device_float32_flops=float32_flops,
         device_bytes_per_s=device_bytes,
+        activation_bytes_per_s=device_bytes,
         gather_bytes_per_s=gather_bytes,
         d2h_bytes_per_s=d2h,
         h2d_bytes_per_s=h2d,
@@ -125,8 +122,7 @@ _DTYPES = (torch.bfloat16, torch.float32)
 
 def _product_flops(model: ModelShape, tokens: int, timer: _Timer, dtype: torch.dtype) -> float:
     """Operations a second of X Wᵀ in the shape of the linear that takes most of the model's products."""
-    linears = [linear for layer in model.layers for linear in layer.linears]
-    linear = max(set(linears), key=lambda linear: (linears.count(linear) * linear.numel, linear.rows))
+    linear = _common_linear(model)
     input_TN = torch.randn(tokens, linear.columns, device=timer.device).to(dtype)
     weight_MN = torch.randn(linear.rows, linear.columns, device=timer.device).to(dtype)
     return 2.0 * tokens * linear.numel / timer.seconds(lambda: input_TN @ weight_MN.t())
@@ -139,19 +135,23 @@ def _device_bytes_per_s(timer: _Timer) -> float:
     return 3.0 * left.nbytes / timer.seconds(lambda: torch.add(left, right, out=total))
 
 
-def _gather_bytes_per_s(model: ModelShape, workload: Workload, timer: _Timer) -> float:
-    """What a projection does: rows of a table of (hidden, T) gathered and added up."""
-    device, nnz_per_row = timer.device, workload.nnz_per_row
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    table_NT = torch.randn(model.hidden_size, workload.tokens, device=device).to(dtype)
-    num_rows = model.hidden_size * nnz_per_row
-    rows = torch.randint(model.hidden_size, (num_rows,), device=device)
-    starts = torch.arange(0, num_rows, 2 * nnz_per_row, device=device)
-    weights = torch.ones(num_rows, device=device, dtype=dtype)
-    gathered = num_rows * table_NT[0].nbytes
-    return gathered / timer.seconds(
-        lambda: embedding_bag(rows, table_NT, starts, mode="sum", per_sample_weights=weights)
-    )
+def _common_linear(model: ModelShape) -> LinearShape:
+    linears = [linear for layer in model.layers for linear in layer.linears]
+    return max(set(linears), key=lambda linear: (linears.count(linear) * linear.numel, linear.rows))
+
+
+def _gather_bytes_per_s(model: ModelShape, workload: Workload, timer: _Timer, device_bytes_per_s: float) -> float:
+    """Of (X Q)ᵀ as a run makes it, in its type; what it moves in order besides, at that rate, is taken off."""
+    linear, device = _common_linear(model), timer.device
+    dtype = torch.bfloat16 if workload.bf16 else torch.float32
+    dim = subspace_dim_for((linear.rows, linear.columns), workload.subspace_dim)
+    nnz_per_row = min(workload.nnz_per_row, dim)
+    generator = torch.Generator().manual_seed(0)
+    projector = SparseProjector.random((linear.rows, linear.columns), dim, nnz_per_row, generator).to(device, dtype)
+    input_TN = torch.randn(workload.tokens, linear.columns, device=device).to(dtype)
+    taken_s = timer.seconds(lambda: projector.project_input(input_TN))
+    work = projection_work(workload, linear.columns, dim)
+    return work.gathered_bytes / max(taken_s - work.moved_bytes / device_bytes_per_s, _LEAST_SHARE * taken_s)
 
 
 def _copy_bytes_per_s(timer: _Timer, *, down: bool, pinned: bool) -> float:
@@ -183,14 +183,14 @@ def _copy_pair(device: torch.device, *, pinned: bool) -> tuple[torch.Tensor, tor
 
 def _adamw_bytes_per_s(timer: _Timer) -> float:
     """The update as a shard makes it, by the bytes that the cost model counts for an element."""
-    grad, delta = torch.ones(_ELEMENTS), torch.empty(_ELEMENTS)
-    state, hyper = AdamWState.zeros(_ELEMENTS), AdamWHyper()
+    grad, delta = torch.ones(_STATE_ELEMENTS), torch.empty(_STATE_ELEMENTS)
+    state, hyper = AdamWState.zeros(_STATE_ELEMENTS), AdamWHyper()
 
     def update() -> None:
         torch.dot(grad, grad)
         adamw_delta_(delta, grad, state, learning_rate=1e-4, hyper=hyper)
 
-    return ADAMW_BYTES * _ELEMENTS / timer.seconds(update)
+    return ADAMW_BYTES * _STATE_ELEMENTS / timer.seconds(update)
 
 
 def _square_flops(timer: _Timer) -> float:

@@ -41,7 +41,7 @@ from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.throttle import Throttle, emulating
-from lsp_ray.schedule.ops import GradientReady
+from lsp_ray.schedule.ops import DeltaDue, GradientReady
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,14 +67,14 @@ class DeviceSide:
 
     Args:
         job: The run.
-        on_gradients: Told, on any thread, that a unit's payload is ready to be sent.
+        tell: Told, on any thread, that a unit's payload is ready to be sent or a delta is to be added.
     """
 
     worker: DeviceWorker
 
-    def __init__(self, job: Job, on_gradients: Callable[[GradientReady], None]) -> None:
+    def __init__(self, job: Job, tell: Callable[[GradientReady | DeltaDue], None]) -> None:
         self._job = job
-        self._on_gradients = on_gradients
+        self._tell = tell
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
         self.progress = ""
         self._is_set_up = False
@@ -114,20 +114,25 @@ class DeviceSide:
             learning_rates=job.learning_rates,
             weight_decay=config.weight_decay,
             seed=config.seed,
-            on_gradients=self._on_gradients,
+            on_gradients=self._tell,
+            on_due=self._tell if job.delta_room is not None else None,
             local_shard=self._local_shard,
             refitter=self._refitter,
             judge=Judge(units, max_grad_norm=config.max_grad_norm, skips=config.on_nonfinite == "skip"),
             measured_step=job.measured_step,
             staleness=job.staleness,
-            link=throttle.link(),
         )
+        self.keep_to(throttle)
         if job.saved is not None:
             self._restore(job.saved)
         self._is_set_up = True
         self._micro_batches = job.micro_batches.read_ahead(job.num_steps - job.first_step, first_step=job.first_step)
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(unfitted=unfitted, num_pageable=len(pageable), throttle=throttle)
+
+    def keep_to(self, throttle: Throttle) -> None:
+        """Between two steps: slow the link down to this from now on."""
+        self.worker.slow_down(throttle.link())
 
     def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
         """By unit: every projector, on the host, with the first payload element of its matrix."""
@@ -143,6 +148,10 @@ class DeviceSide:
     def run_step(self, step: int, host_slots: Sequence[torch.Tensor] = ()) -> StepReport:
         """Run the next optimizer update; `step` must be the one after the last."""
         return self.worker.run_step(step, next(self._micro_batches), host_slots)
+
+    def drain(self) -> None:
+        """See `DeviceWorker.drain`."""
+        self.worker.drain()
 
     def evaluate(self) -> dict[str, float]:
         """Scores on the held-out examples, by name; what a task is measured by, its mean `loss` first."""

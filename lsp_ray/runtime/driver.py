@@ -9,12 +9,12 @@ from lsp_ray.device.step_report import StepReport
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.layer_times import LayerTimes
 from lsp_ray.runtime.ledger import ClosedStep, Ledger, OpReport
-from lsp_ray.schedule.ops import CostsMeasured, Event, GradientReady, Op, OpDone, StepJudged
+from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepJudged
 from lsp_ray.schedule.policy import Policy
 
 STEPS_AHEAD = 2  # steps submitted at once: the device goes from one to the next without waiting for the driver
 
-Completion = GradientReady | StepReport | OpReport
+Completion = GradientReady | DeltaDue | StepReport | OpReport
 
 
 class Workers(Protocol):
@@ -22,6 +22,10 @@ class Workers(Protocol):
 
     def start_step(self, step: int) -> None:
         """Let the device run `step` after those started before; returns at once."""
+        ...
+
+    def drain(self) -> None:
+        """Let the device, after the steps started, add deltas that no forward may come to add; returns at once."""
         ...
 
     def launch(self, op: Op, grad_scale: float = 1.0) -> None:
@@ -67,6 +71,7 @@ class Driver:
         self._on_step = on_step
         self._first_step = first_step
         self._num_started = first_step
+        self._num_drained = first_step
         self._num_run = first_step
         self._event_log = event_log
         self._grad_scales: dict[int, float] = {}  # of steps that are judged and not closed
@@ -86,9 +91,16 @@ class Driver:
                 self._tell_costs()
 
     def _start_steps(self, end: int, should_stop: Callable[[], bool]) -> None:
-        while self._num_started < min(end, self._num_run + STEPS_AHEAD) and not should_stop():
+        is_over = should_stop()
+        while not is_over and self._num_started < min(end, self._num_run + STEPS_AHEAD):
             self._workers.start_step(self._num_started)
             self._num_started += 1
+            is_over = should_stop()
+        if self._policy.room is None or self._num_drained == self._num_started:
+            return
+        if is_over or self._num_started == end:  # the room is for deltas that a forward comes to: now none does
+            self._workers.drain()
+            self._num_drained = self._num_started
 
     def _handle(self, completion: Completion) -> None:
         match completion:
@@ -103,7 +115,7 @@ class Driver:
                 self.ledger.add_op(completion)
                 self.times.add_op(span)
                 self._decide(OpDone(op=Op(stream=span.stream, step=span.step, layer=span.layer)))
-            case GradientReady():
+            case GradientReady() | DeltaDue():
                 self._decide(completion)
 
     def _tell_costs(self) -> None:

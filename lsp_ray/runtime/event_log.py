@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.ops import (
     Action,
     CostsMeasured,
+    DeltaDue,
     Event,
     GradientReady,
     Launch,
@@ -24,9 +26,8 @@ from lsp_ray.trace import WorkStream
 
 MAX_STEPS = 100  # enough to see and to replay what a policy does; a run of days must not fill the disk with it
 
-_Row = list[
-    Any
-]  # a stream's name or "gradient", step, layer; "judged", step, whether it stands; "costs", step, each layer's seconds
+# a stream's name, "gradient" or "due", step, layer; "judged", step, whether it stands; "costs", step, layers' seconds
+_Row = list[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +46,22 @@ class EventLog:
         policy: Name in POLICIES.
         shard_of_layer: As the policy has it.
         speculates: As the policy has it.
+        room: As the policy has it.
     """
 
-    def __init__(self, file: TextIO, policy: str, shard_of_layer: Sequence[int], *, speculates: bool = False) -> None:
+    def __init__(
+        self,
+        file: TextIO,
+        policy: str,
+        shard_of_layer: Sequence[int],
+        *,
+        speculates: bool = False,
+        room: DeltaRoom | None = None,
+    ) -> None:
         self._file = file
         self._is_full = False
-        self._write({"policy": policy, "shard_of_layer": list(shard_of_layer), "speculates": speculates})
+        header = {"policy": policy, "shard_of_layer": list(shard_of_layer), "speculates": speculates}
+        self._write(header | {"room": None if room is None else asdict(room)})
 
     def write(self, event: Event, actions: Sequence[Action]) -> None:
         """Append one decision, up to the first event of step MAX_STEPS: what follows would have no beginning."""
@@ -67,7 +78,12 @@ def read_event_log(path: Path) -> tuple[Policy, Iterator[Decision]]:
     """Return a fresh policy like the one that wrote the log, and the decisions to compare it with."""
     lines = path.read_text(encoding="utf-8").splitlines()
     header = json.loads(lines[0])
-    policy = POLICIES[header["policy"]](header["shard_of_layer"], speculates=header["speculates"])
+    room = header["room"]
+    policy = POLICIES[header["policy"]](
+        header["shard_of_layer"],
+        speculates=header["speculates"],
+        room=None if room is None else DeltaRoom(sizes=tuple(room["sizes"]), num_bytes=room["num_bytes"]),
+    )
     return policy, (_decision(json.loads(line)) for line in lines[1:])
 
 
@@ -80,6 +96,8 @@ def _event(row: _Row) -> Event:
     match kind:
         case "gradient":
             return GradientReady(step=step, layer=subject)
+        case "due":
+            return DeltaDue(step=step, layer=subject)
         case "judged":
             return StepJudged(step=step, stands=subject)
         case "costs":
@@ -91,6 +109,8 @@ def _event_row(event: Event) -> _Row:
     match event:
         case GradientReady():
             return ["gradient", event.step, event.layer]
+        case DeltaDue():
+            return ["due", event.step, event.layer]
         case CostsMeasured():
             return ["costs", event.step, [asdict(layer) for layer in event.layers]]
         case StepJudged():

@@ -15,7 +15,8 @@ from lsp_ray.runtime.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
 from lsp_ray.runtime.shard_actor import OpenPair, SlotPair
-from lsp_ray.schedule.ops import GradientReady
+from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.schedule.ops import DeltaDue, GradientReady
 
 CONCURRENCY_GROUPS = {"d2h": 1, "h2d": 1, "events": 1}  # beside the default group of one thread, which computes
 
@@ -29,8 +30,8 @@ class GpuActor:
     """
 
     def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
-        self._gradients: queue.SimpleQueue[GradientReady] = queue.SimpleQueue()
-        self._side = DeviceSide(job, self._gradients.put)
+        self._news: queue.SimpleQueue[GradientReady | DeltaDue] = queue.SimpleQueue()
+        self._side = DeviceSide(job, self._news.put)
         self._slots: list[OpenPair] = [pair.open() for pair in pairs]
         self._host_payloads = [slot.payload for pair in self._slots for slot in (pair.down, pair.up)]
 
@@ -41,6 +42,10 @@ class GpuActor:
         """See `DeviceSide.setup`."""
         return self._side.setup(self._host_payloads)
 
+    def keep_to(self, throttle: Throttle) -> None:
+        """See `DeviceSide.keep_to`."""
+        self._side.keep_to(throttle)
+
     def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
         """See `DeviceSide.projectors`."""
         return self._side.projectors()
@@ -48,6 +53,10 @@ class GpuActor:
     def run_step(self, step: int) -> StepReport:
         """See `DeviceSide.run_step`."""
         return self._side.run_step(step, self._host_payloads)
+
+    def drain(self) -> None:
+        """See `DeviceWorker.drain`."""
+        self._side.drain()
 
     def evaluate(self) -> dict[str, float]:
         """See `DeviceSide.evaluate`."""
@@ -84,13 +93,13 @@ class GpuActor:
         return OpReport(span=self._side.worker.prefetch(step, unit, payload), size_bytes=payload.nbytes)
 
     @ray.method(concurrency_group="events")
-    def next_gradients(self, timeout_s: float) -> list[GradientReady]:
-        """Wait for completed gradients and return all there are; none after `timeout_s`."""
-        items: list[GradientReady] = []
+    def next_news(self, timeout_s: float) -> list[GradientReady | DeltaDue]:
+        """Wait for completed gradients and deltas that are due and return all there are; none after `timeout_s`."""
+        items: list[GradientReady | DeltaDue] = []
         with suppress(queue.Empty):
-            items.append(self._gradients.get(timeout=timeout_s))
+            items.append(self._news.get(timeout=timeout_s))
             while True:
-                items.append(self._gradients.get_nowait())
+                items.append(self._news.get_nowait())
         return items
 
     @ray.method(concurrency_group="events")

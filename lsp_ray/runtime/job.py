@@ -33,6 +33,7 @@ from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
 from lsp_ray.runtime.metrics_file import METRICS, read_metrics
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
+from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.store import store_bytes
 
@@ -43,9 +44,10 @@ SAMPLE_TOKENS = 48
 class Job:
     """A validated run. Goes to the GPU actor as it is.
 
-    `payload_sizes` are float32 elements a unit, empty where nothing leaves the device; `sample_inputs` are
-    a held-out prompt's (a classifier's: a whole example's) model inputs, shown with the answer before and after;
-    `questions` are answered in evaluations. `saved` is the checkpoint to go on from, see `resumed`.
+    `payload_sizes` are float32 elements a unit, empty where nothing leaves the device; `delta_room` is for what comes
+    up, None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a
+    classifier's: a whole example's) model inputs, shown with the answer before and after; `questions` are answered in
+    evaluations. `saved` is the checkpoint to go on from, see `resumed`.
     """
 
     config: RunConfig
@@ -58,6 +60,7 @@ class Job:
     micro_batches: MicroBatches
     learning_rates: tuple[float, ...]
     payload_sizes: tuple[int, ...]
+    delta_room: DeltaRoom | None
     subspace_dims: dict[str, int]
     layout: Layout
     sample_inputs: dict[str, list[int]]
@@ -187,6 +190,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         micro_batches=micro_batches,
         learning_rates=learning_rates(config, micro_batches.num_steps),
         payload_sizes=tuple(payload_sizes),
+        delta_room=delta_room([4 * size for size in payload_sizes], [4 * size for size in full_payload_sizes(layers)]),
         subspace_dims=dims,
         layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
         sample_inputs=sample_inputs,

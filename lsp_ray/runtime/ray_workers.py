@@ -20,11 +20,12 @@ from lsp_ray.runtime.gpu_actor import CONCURRENCY_GROUPS, GpuActor
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
 from lsp_ray.runtime.shard_pool import START_TIMEOUT_S, ShardPool, new_pair
+from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import Span, WorkStream
 
 COMPLETION_TIMEOUT_S = 900.0  # only a hang lasts so long: a dead actor shows at once
-POLL_S = 1.0  # of the long poll for gradients, and of the progress of long calls
+POLL_S = 1.0  # of the long poll for news, and of the progress of long calls
 
 
 class RayWorkers:
@@ -69,6 +70,12 @@ class RayWorkers:
             self._shards.set_up(report.throttle, self._gpu.projectors.remote() if self._job.whitens else None)
         return report
 
+    def keep_to(self, throttle: Throttle) -> None:
+        """Between two steps: slow link and shards down to this from now on."""
+        answer(self._gpu.keep_to.remote(throttle), "gpu: throttle")
+        if self._shards is not None:
+            self._shards.keep_to(throttle)
+
     def evaluate(self) -> dict[str, float]:
         """See `DeviceSide.evaluate`."""
         scores: dict[str, float] = answer(self._gpu.evaluate.remote(), "gpu: evaluation")
@@ -103,8 +110,12 @@ class RayWorkers:
     def start_step(self, step: int) -> None:
         """See `Workers`."""
         if step == self._job.first_step and self._shards:
-            self._poll_gradients()
+            self._poll_news()
         self._pending[self._gpu.run_step.remote(step)] = f"gpu: step {step}"
+
+    def drain(self) -> None:
+        """See `Workers`."""
+        self._pending[self._gpu.drain.remote()] = "gpu: the last deltas"
 
     def launch(self, op: Op, grad_scale: float = 1.0) -> None:
         """See `Workers`."""
@@ -144,6 +155,9 @@ class RayWorkers:
             self._revive(self._updates[ref].op, error)
             return []
         del self._pending[ref]
+        return self._completions(ref, result)
+
+    def _completions(self, ref: ray.ObjectRef[Any], result: object) -> list[Completion]:
         match result:
             case OpReport():
                 if result.span.stream is WorkStream.D2H:
@@ -155,8 +169,10 @@ class RayWorkers:
                 update = self._updates.pop(ref)
                 self._shard_pool.updated(update.op, update.reprojections)
                 return [OpReport(span=result)]
-            case list():  # gradients, or none for a while
-                self._poll_gradients()
+            case None:  # drained
+                return []
+            case list():  # gradients and deltas that are due, or none for a while
+                self._poll_news()
                 return result
         raise AssertionError(f"an actor answered {result!r}")
 
@@ -188,8 +204,8 @@ class RayWorkers:
         for update in owed.values():
             self._update(update)
 
-    def _poll_gradients(self) -> None:
-        self._pending[self._gpu.next_gradients.remote(POLL_S)] = "gpu: next gradients"
+    def _poll_news(self) -> None:
+        self._pending[self._gpu.next_news.remote(POLL_S)] = "gpu: news"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

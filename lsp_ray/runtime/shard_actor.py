@@ -111,12 +111,16 @@ class ShardActor:
             projectors: By unit, of all units: those that training began with; None where nothing is whitened.
             changed: By unit and first payload element: what came in their place since.
         """
-        self._bucket = throttle.shard(num_shards)
+        self.keep_to(throttle, num_shards)
         if projectors is None:
             return
         for unit in self._pairs:
             now = [(first, changed.get((unit, first), projector)) for first, projector in projectors[unit]]
             whiten(self._shard, unit, now)
+
+    def keep_to(self, throttle: Throttle, num_shards: int) -> None:
+        """Between two steps: keep to this shard's part of the throttle from now on."""
+        self._bucket = throttle.shard(num_shards)
 
     def load(self, saved: SavedRun) -> None:
         """Take the moments of a checkpoint."""

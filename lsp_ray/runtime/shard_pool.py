@@ -56,6 +56,11 @@ class ShardPool:
             self._all([shard.load.remote(self._job.saved) for shard in self._shards], "loading its state")
         self._all([self._prepared(index) for index in range(len(self._shards))], "set-up")
 
+    def keep_to(self, throttle: Throttle) -> None:
+        """Between two steps: let the shards keep to this from now on, also those that come in a dead one's place."""
+        self._throttle = throttle
+        self._all([shard.keep_to.remote(throttle, len(self._shards)) for shard in self._shards], "throttle")
+
     def update(self, op: Op, reprojections: Sequence[Reprojection], grad_scale: float) -> ray.ObjectRef[Any]:
         """Let the unit's shard make its update, with gradients times `grad_scale`."""
         shard = self._shards[self.index_of(op)]

@@ -23,6 +23,7 @@ from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
 from lsp_ray.runtime.saved_run import reading
 from lsp_ray.runtime.slots import new_slot
+from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import Span, WorkStream
 
@@ -55,8 +56,7 @@ class ThreadWorkers:
     def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`; progress is not told."""
         report = self._compute.submit(self.side.setup, self._host_payloads).result()
-        num_shards = self._job.layout.num_shards
-        self._buckets = [report.throttle.shard(num_shards) for _ in range(num_shards)]
+        self.keep_to(report.throttle)
         if self._job.whitens:
             projectors = self.side.projectors()
             for unit, index in enumerate(self._job.layout.shard_of_unit):
@@ -66,6 +66,12 @@ class ThreadWorkers:
                 for shard in self._shards:
                     load_moments(self._job.saved.moments, shard.states, num_updates=self._job.saved.step)
         return report
+
+    def keep_to(self, throttle: Throttle) -> None:
+        """Between two steps: slow link and shards down to this from now on."""
+        self._compute.submit(self.side.keep_to, throttle).result()
+        num_shards = self._job.layout.num_shards
+        self._buckets = [throttle.shard(num_shards) for _ in range(num_shards)]
 
     def evaluate(self) -> dict[str, float]:
         """See `DeviceSide.evaluate`."""
@@ -93,6 +99,10 @@ class ThreadWorkers:
     def start_step(self, step: int) -> None:
         """See `Workers`."""
         self._report(self._compute.submit(self.side.run_step, step, self._host_payloads))
+
+    def drain(self) -> None:
+        """See `Workers`."""
+        self._report(self._compute.submit(self.side.drain))
 
     def launch(self, op: Op, grad_scale: float = 1.0) -> None:
         """See `Workers`."""
@@ -156,9 +166,9 @@ class ThreadWorkers:
         else:
             self._before[op.layer] = op.step, state.clone()
 
-    def _report(self, future: Future[StepReport] | Future[OpReport]) -> None:
-        def put(done: Future[StepReport] | Future[OpReport]) -> None:
-            if not done.cancelled():
-                self._completions.put(done.exception() or done.result())
+    def _report(self, future: Future[StepReport] | Future[OpReport] | Future[None]) -> None:
+        def put(done: Future[StepReport] | Future[OpReport] | Future[None]) -> None:
+            if not done.cancelled() and (news := done.exception() or done.result()) is not None:
+                self._completions.put(news)
 
         future.add_done_callback(put)

@@ -186,11 +186,13 @@ class Training:
 
             driver = Driver(
                 self._workers,
-                POLICIES[job.config.policy](shard_of_unit, speculates=job.speculates),
+                POLICIES[job.config.policy](shard_of_unit, speculates=job.speculates, room=job.delta_room),
                 job.learning_rates,
                 on_step=on_step,
                 first_step=job.first_step,
-                event_log=EventLog(events, job.config.policy, shard_of_unit, speculates=job.speculates),
+                event_log=EventLog(
+                    events, job.config.policy, shard_of_unit, speculates=job.speculates, room=job.delta_room
+                ),
             )
             yield driver, log
 

@@ -28,6 +28,14 @@ class GradientReady:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaDue:
+    """The device has come to where it adds the delta of `step` to `layer`; only told to who bounds what waits there."""
+
+    step: int
+    layer: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpDone:
     """An operation that was launched has finished."""
 
@@ -64,7 +72,7 @@ class StepJudged:
     stands: bool
 
 
-Event = GradientReady | OpDone | CostsMeasured | StepJudged
+Event = GradientReady | DeltaDue | OpDone | CostsMeasured | StepJudged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,18 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lsp_ray.schedule.ops import Action, CostsMeasured, Event, GradientReady, Launch, Op, OpDone, StepJudged
+from lsp_ray.schedule.delta_room import DeltaRoom
+from lsp_ray.schedule.ops import (
+    Action,
+    CostsMeasured,
+    DeltaDue,
+    Event,
+    GradientReady,
+    Launch,
+    Op,
+    OpDone,
+    StepJudged,
+)
 from lsp_ray.schedule.transition import transition_layer
 from lsp_ray.trace import WorkStream
 
@@ -30,6 +41,7 @@ class Policy(ABC):
             more would take decisions too early.
         speculates: Whether updates are launched before their step is judged. Their deltas then go up only after that,
             and the updates are launched a second time where the step does not stand.
+        room: For deltas on the device; None does not bound them.
 
     Attributes:
         staleness: Steps by which a delta is late on purpose: that of step t is added before the forward of step
@@ -38,8 +50,17 @@ class Policy(ABC):
 
     staleness: ClassVar[int] = 0
 
-    def __init__(self, shard_of_layer: Sequence[int], *, depth: int = 2, speculates: bool = False) -> None:
+    def __init__(
+        self,
+        shard_of_layer: Sequence[int],
+        *,
+        depth: int = 2,
+        speculates: bool = False,
+        room: DeltaRoom | None = None,
+    ) -> None:
         self.speculates = speculates
+        self.room = room
+        self._due: tuple[int, int] | None = None  # step and layer of the furthest delta that the device has come to
         self.num_layers = len(shard_of_layer)
         self._shard_of_layer = tuple(shard_of_layer)
         self._depth = depth
@@ -55,9 +76,12 @@ class Policy(ABC):
         """Return the operations to launch now that `event` happened."""
         match event:
             case GradientReady(step=step, layer=layer):
+                self._due = self._due or (step, 0)
                 ops = [Op(stream=stream, step=step, layer=layer) for stream in _WAY]
                 self._to_do.update(ops)
                 self._enqueue(ops[0])
+            case DeltaDue(step=step, layer=layer):
+                self._due = max(self._due or (step, layer), (step, layer))
             case OpDone(op=op):
                 self._complete(op)
             case CostsMeasured():
@@ -117,7 +141,7 @@ class Policy(ABC):
     def _take(self, lane: Lane) -> list[Op]:
         queue = self._ready[lane]
         in_order = sorted(
-            (position for position, op in enumerate(queue) if self._finds_slot(op) and self.admits(op)),
+            (position for position, op in enumerate(queue) if self._may_start(op)),
             key=lambda position: self.urgency(queue[position], position),
         )
         taken = in_order[: self._depth - self._in_flight[lane]]
@@ -127,6 +151,17 @@ class Policy(ABC):
             self._early.update({op: False for op in ops if op.step > self._last_judged})
         self._ready[lane] = [op for position, op in enumerate(queue) if position not in taken]
         return ops
+
+    def _may_start(self, op: Op) -> bool:
+        return self._finds_slot(op) and self._finds_room(op) and self.admits(op)
+
+    def _finds_room(self, op: Op) -> bool:
+        """Whether the device may hold the delta, if `op` brings one up."""
+        if self.room is None or op.stream is not WorkStream.H2D:
+            return True
+        assert self._due is not None, "a gradient was there before its delta"
+        delta = op.step, op.layer
+        return delta <= self._due or self.room.holds(self._due, delta)
 
     def _finds_slot(self, op: Op) -> bool:
         """Whether the slot that `op` writes has been read: a layer has one for each direction, whatever the step."""
@@ -170,9 +205,10 @@ class Layerwise(Policy):
         *,
         depth: int = 2,
         speculates: bool = False,
+        room: DeltaRoom | None = None,
         transition_layer: int | None = None,
     ) -> None:
-        super().__init__(shard_of_layer, depth=depth, speculates=speculates)
+        super().__init__(shard_of_layer, depth=depth, speculates=speculates, room=room)
         self._learns = transition_layer is None
         self.transition_layer = self.num_layers // 2 if transition_layer is None else transition_layer
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lsp_ray.sim.costs import LayerCosts, StepCosts
 from lsp_ray.sim.device_work import (
     ADAMW_BYTES,
+    SHARD_BYTES,
     DeviceWork,
     apply_work,
     backward_work,
@@ -60,6 +61,7 @@ class CostModel:
         return (
             work.flops / flops_per_s
             + work.moved_bytes / machine.device_bytes_per_s
+            + work.activation_bytes / machine.activation_bytes_per_s
             + work.gathered_bytes / machine.gather_bytes_per_s
         )
 
@@ -75,5 +77,6 @@ class CostModel:
         dims = map(work.dim_of, layer.linears) if work.whiten else ()
         whitening = sum(8.0 * dim**3 for dim in dims if dim is not None)
         share = 1 if work.shard_by == "slice" else work.num_shards
-        adam_s = ADAMW_BYTES * work.payload_numel(layer) / bytes_per_s
+        element_bytes = ADAMW_BYTES if work.plain_updates else SHARD_BYTES
+        adam_s = element_bytes * work.payload_numel(layer) / bytes_per_s
         return share * (adam_s + whitening / (threads * machine.core_float32_flops))

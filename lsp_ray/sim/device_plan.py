@@ -21,7 +21,9 @@ class DeviceTask:
     announces: GradientReady | None = None
 
 
-def device_tasks(costs: StepCosts, num_steps: int, *, offloads: bool, staleness: int) -> Iterator[DeviceTask]:
+def device_tasks(
+    costs: StepCosts, num_steps: int, *, offloads: bool, staleness: int, drains: bool = False
+) -> Iterator[DeviceTask]:
     """Yield every task: forward from shallow to deep, backward from deep to shallow, then the device's own updates.
 
     A delta is applied before the first forward that reads it, gradients are announced in the last micro-batch.
@@ -31,6 +33,7 @@ def device_tasks(costs: StepCosts, num_steps: int, *, offloads: bool, staleness:
         num_steps: Optimizer updates.
         offloads: Whether shards make the updates.
         staleness: Steps by which deltas are late on purpose.
+        drains: Whether what is still to be applied is so, after the last step, as step `num_steps`.
     """
     for step in range(num_steps):
         delta_step = step - 1 - staleness
@@ -42,6 +45,9 @@ def device_tasks(costs: StepCosts, num_steps: int, *, offloads: bool, staleness:
         if not offloads:
             for layer, cost in enumerate(costs.layers):
                 yield DeviceTask(step=step, layer=layer, seconds=cost.update_s)
+    for step in range(max(0, num_steps - 1 - staleness), num_steps if drains else 0):
+        for layer, cost in enumerate(costs.layers):
+            yield DeviceTask(step=num_steps, layer=layer, seconds=cost.apply_s, awaits=_delta(step, layer))
 
 
 def _forward(costs: StepCosts, step: int, delta_step: int | None) -> Iterator[DeviceTask]:

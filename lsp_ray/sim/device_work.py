@@ -17,21 +17,28 @@ from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 from lsp_ray.sim.workload import Workload
 
 ADAMW_BYTES = 28  # for an element: gradient, both moments and parameter read, all but the gradient written, 4 each
+SHARD_BYTES = ADAMW_BYTES + 16  # a shard copies both moments first, to go back to if it is lost
+_ROUNDING_BYTES = 44  # for an element of bfloat16: to float32 6, delta 12 and noise 12 added, masked 8, back 6
 _LOGIT_BYTES = 24  # for a logit: to float32, its softmax, both gradients, back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceWork:
-    """Operations of matrix products, bytes read and written in order, bytes of rows gathered in any order."""
+    """Operations of matrix products, and bytes.
+
+    Read and written in order; of activations, where small operators come with them; of rows gathered in any order.
+    """
 
     flops: float = 0.0
     moved_bytes: float = 0.0
+    activation_bytes: float = 0.0
     gathered_bytes: float = 0.0
 
     def __add__(self, other: DeviceWork) -> DeviceWork:
         return DeviceWork(
             flops=self.flops + other.flops,
             moved_bytes=self.moved_bytes + other.moved_bytes,
+            activation_bytes=self.activation_bytes + other.activation_bytes,
             gathered_bytes=self.gathered_bytes + other.gathered_bytes,
         )
 
@@ -41,12 +48,12 @@ def forward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> De
     tokens = workload.tokens
     work = DeviceWork(
         flops=sum(2.0 * tokens * linear.numel for linear in layer.linears) + _attention_flops(model, workload, layer),
-        moved_bytes=2.0 * tokens * activation_bytes(model, workload, layer),
+        activation_bytes=2.0 * tokens * activation_bytes(model, workload, layer),
     )
     if workload.full_gradient:
         return work
     for linear in layer.linears:
-        work += _projection(workload, linear.columns, workload.dim_of(linear))
+        work += projection_work(workload, linear.columns, workload.dim_of(linear))
     return work
 
 
@@ -56,7 +63,7 @@ def backward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> D
     work = DeviceWork(
         flops=sum(2.0 * tokens * linear.numel for linear in layer.linears)
         + 2.0 * _attention_flops(model, workload, layer),
-        moved_bytes=4.0 * tokens * activation_bytes(model, workload, layer),
+        activation_bytes=4.0 * tokens * activation_bytes(model, workload, layer),
     )
     for linear in layer.linears:
         work += _weight_gradient(workload, linear)
@@ -74,8 +81,8 @@ def loss_work(model: ModelShape, workload: Workload) -> DeviceWork:
 
 
 def apply_work(workload: Workload, layer: LayerShape) -> DeviceWork:
-    """W ← W + P δ Qᵀ: two gathers in float32, the delta written and read, the weight read and written."""
-    add_bytes = 4 + 2 * workload.element_bytes
+    """W ← W + P δ Qᵀ: two gathers in float32, the delta written, and added."""
+    add_bytes = _add_bytes(workload)
     work = DeviceWork(moved_bytes=float(add_bytes * layer.raw_numel))
     for linear in layer.linears:
         dim = workload.dim_of(linear)
@@ -92,17 +99,30 @@ def apply_work(workload: Workload, layer: LayerShape) -> DeviceWork:
 
 def device_update_work(workload: Workload, layer: LayerShape) -> DeviceWork:
     """AdamW on the device, with the gradient made float32 before it and the delta added after it."""
-    return DeviceWork(moved_bytes=float((ADAMW_BYTES + 8 + 3 * workload.element_bytes) * layer.numel))
+    element_bytes = ADAMW_BYTES + _take_bytes(workload) + _add_bytes(workload)
+    return DeviceWork(moved_bytes=float(element_bytes * layer.numel))
+
+
+def _take_bytes(workload: Workload) -> int:
+    """Of an element of a full gradient: made float32, then put into the payload."""
+    return workload.element_bytes + (4 if workload.plain_updates else 12)
+
+
+def _add_bytes(workload: Workload) -> int:
+    """Of an element: delta and weight read, weight written; see `device.rounding` for bfloat16."""
+    return _ROUNDING_BYTES if workload.bf16 and not workload.plain_updates else 4 + 2 * workload.element_bytes
 
 
 def _weight_gradient(workload: Workload, linear: LinearShape) -> DeviceWork:
     """G = dYᵀX, 2·T·M·N; or (dY P)ᵀ(X Q), 2·T·D² and a gather; or, as in the paper, the former and then PᵀGQ."""
     dim = workload.dim_of(linear)
     full = DeviceWork(flops=2.0 * workload.tokens * linear.numel)
+    if dim is None and (workload.method == "native" or workload.plain_updates):
+        return full  # what native does with it belongs to its update
     if dim is None:
-        return full
+        return full + DeviceWork(moved_bytes=float(_take_bytes(workload) * linear.numel))
     if not workload.full_gradient:
-        return _projection(workload, linear.rows, dim) + DeviceWork(flops=2.0 * workload.tokens * dim * dim)
+        return projection_work(workload, linear.rows, dim) + DeviceWork(flops=2.0 * workload.tokens * dim * dim)
     element, half = workload.element_bytes, dim * linear.columns
     return full + DeviceWork(
         moved_bytes=float(element * (3 * half + dim * dim)),
@@ -110,7 +130,7 @@ def _weight_gradient(workload: Workload, linear: LinearShape) -> DeviceWork:
     )
 
 
-def _projection(workload: Workload, width: int, dim: int | None) -> DeviceWork:
+def projection_work(workload: Workload, width: int, dim: int | None) -> DeviceWork:
     """(X Q)ᵀ or (dY P)ᵀ: the (T, F) matrix transposed, F·R rows of T gathered, (D, T) written."""
     if dim is None:
         return DeviceWork()

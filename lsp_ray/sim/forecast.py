@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lsp_ray.config import PolicyName
+from lsp_ray.schedule.delta_room import delta_room
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.hardware_profile import HardwareProfile
@@ -59,7 +60,9 @@ def simulate(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
     """Run a few steps; shards own layers in turn, or all of every layer's slices."""
     num_lanes = 1 if workload.shard_by == "slice" else workload.num_shards
     owners = [layer % num_lanes for layer in range(len(model.layers))]
-    decides = None if policy is None or workload.method == "native" else POLICIES[policy](owners)
+    sizes = [workload.payload_bytes(layer) for layer in model.layers]
+    room = delta_room(sizes, [workload.payload_element_bytes * layer.numel for layer in model.layers])
+    decides = None if policy is None or workload.method == "native" else POLICIES[policy](owners, room=room)
     costs = CostModel(model=model, workload=workload, hardware=hardware).step()
     return Simulator(costs, decides, owners).run()
 

@@ -24,6 +24,7 @@ class HardwareProfile:
         device_bf16_flops: Operations a second of large bfloat16 (or float16) matrix products on the device.
         device_float32_flops: The same in float32.
         device_bytes_per_s: The device's own memory, reads and writes together.
+        activation_bytes_per_s: What blocks write and read of activations, with what small operators take beside it.
         gather_bytes_per_s: Rows of a matrix gathered and summed (embedding_bag), on the device.
         d2h_bytes_per_s: Copies from the device into page-locked memory.
         h2d_bytes_per_s: Copies from page-locked memory to the device.
@@ -43,6 +44,7 @@ class HardwareProfile:
     device_bf16_flops: float
     device_float32_flops: float
     device_bytes_per_s: float
+    activation_bytes_per_s: float
     gather_bytes_per_s: float
     d2h_bytes_per_s: float
     h2d_bytes_per_s: float

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.schedule.ops import CostsMeasured, Event, Op, OpDone
+from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, Op, OpDone
 from lsp_ray.schedule.policy import Lane, Policy
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask, device_tasks
@@ -98,7 +98,10 @@ class Simulator:
         self._costs, self._policy, self._shard_of_layer = costs, policy, shard_of_layer
         self._num_steps = num_steps
         staleness = policy.staleness if policy is not None else 0
-        self._tasks = device_tasks(costs, num_steps, offloads=policy is not None, staleness=staleness)
+        self._is_bounded = policy is not None and policy.room is not None
+        self._tasks = device_tasks(
+            costs, num_steps, offloads=policy is not None, staleness=staleness, drains=self._is_bounded
+        )
         self._queue: EventQueue[_Happening] = EventQueue()
         self._lanes: dict[Lane, _LaneState] = {}
         self._up: set[Op] = set()  # deltas on the device that no forward has asked for
@@ -146,6 +149,9 @@ class Simulator:
         task = next(self._tasks, None)
         if task is None:
             return
+        if self._is_bounded and task.awaits is not None:
+            due = DeltaDue(step=task.awaits.step, layer=task.awaits.layer)
+            self._queue.push(self._now_s + self._costs.hop_s, due)
         if task.awaits is not None and task.awaits not in self._up:
             self._blocked, self._blocked_since_s = task, self._now_s
         else:

@@ -38,6 +38,7 @@ class Workload:
         pinned: Whether slots are page-locked.
         speculates: Whether updates may have to be made again once their step is judged, as with clipping.
         payload_element_bytes: 4 here; the paper sends 2.
+        plain_updates: Whether deltas are added without rounding and shards keep nothing to go back to, as in the paper.
         full_gradient: Whether the (M, N) gradient is formed before it is compressed, as in the paper (lsp).
     """
 
@@ -59,6 +60,7 @@ class Workload:
     speculates: bool = False
     payload_element_bytes: int = 4
     full_gradient: bool = False
+    plain_updates: bool = False
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "seq_length", "num_micro_batches", "subspace_dim", "nnz_per_row")
