@@ -65,8 +65,9 @@ class TraceFile:
         rows = [GPU_ROW, WAIT_ROW]
         if shard_of_layer:
             rows += [D2H_ROW, *(f"CPU shard {index}" for index in range(max(shard_of_layer) + 1)), H2D_ROW]
-        self._row_ids = {row: index for index, row in enumerate(rows)}
-        named = [_meta("process_name", 0, "lsp_ray")]
+        # not from 0: Perfetto takes a process's thread 0 for its first one, and two rows would become one
+        self._row_ids = {row: index for index, row in enumerate(rows, start=1)}
+        named = [_meta("process_name", 1, "lsp_ray")]
         for row, index in self._row_ids.items():
             named += [
                 _meta("thread_name", index, row),
@@ -89,7 +90,7 @@ class TraceFile:
 
     def _events(self, timeline: Timeline) -> Iterator[dict[str, Any]]:
         name = f"step {timeline.step + 1}"  # as metrics.jsonl counts
-        step = {"name": name, "cat": "step", "id": 1, "pid": _PID, "tid": 0, "args": {"step": timeline.step}}
+        step = {"name": name, "cat": "step", "id": 1, "pid": _PID, "tid": 1, "args": {"step": timeline.step}}
         yield {**step, "ph": "b", "ts": self._us(timeline.start_s)}
         yield {**step, "ph": "e", "ts": self._us(timeline.end_s)}
         for compute in timeline.compute:

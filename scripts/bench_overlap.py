@@ -5,7 +5,8 @@
 
 SmolLM2-135M, one micro-batch of 4 × 128 tokens over and over, one device thread, one shard. All workers stay up and run
 short blocks of steps in turn, round after round, so that a machine that drifts does so for all alike. The simulator is
-given a block without any throttle and predicts the block after it; of that it knows the throttle alone.
+given a block without any throttle and predicts the block beside it, of which it knows the throttle alone; the mean of
+what it says from the block before and from the one after counts.
 Writes docs/benchmarks/overlap.md.
 """
 
@@ -18,8 +19,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
@@ -48,10 +50,10 @@ from scripts.sim_paper import paper_figures
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Blocks of every setting, one a round; with those that are predicted, the free blocks right before them."""
+    """Blocks of every setting, one a round; with those that are predicted, the free blocks right before and after."""
 
     blocks: dict[Setting, list[Block]] = field(default_factory=lambda: defaultdict(list))
-    free: dict[Setting, list[Block]] = field(default_factory=lambda: defaultdict(list))
+    free: dict[Setting, list[tuple[Block, Block]]] = field(default_factory=lambda: defaultdict(list))
     planned_s: dict[Setting, float] = field(default_factory=dict)
 
     def step_s(self, setting: Setting) -> float:
@@ -130,8 +132,8 @@ def measured(predicted: Sequence[Setting], *, num_rounds: int, num_steps: int) -
             _run_round(machine, predicted, num_steps, found)
         errors = {
             setting.name: median(
-                machine.prediction_s(setting, free) / block.step_s - 1.0
-                for free, block in zip(found.free[setting], found.blocks[setting], strict=True)
+                fmean(machine.prediction_s(setting, free) for free in around) / block.step_s - 1.0
+                for around, block in zip(found.free[setting], found.blocks[setting], strict=True)
             )
             for setting in predicted
         }
@@ -141,9 +143,13 @@ def measured(predicted: Sequence[Setting], *, num_rounds: int, num_steps: int) -
 def _run_round(machine: Machine, predicted: Sequence[Setting], num_steps: int, found: Found) -> None:
     for setting in COMPARED:
         found.blocks[setting].append(machine.run(setting, num_steps))
-    for setting in predicted:
-        found.free[setting].append(machine.run(setting.free, num_steps))
-        found.blocks[setting].append(machine.run(setting, num_steps))
+    for free, settings in groupby(predicted, key=lambda setting: setting.free):
+        before = machine.run(free, num_steps)
+        for setting in settings:
+            found.blocks[setting].append(machine.run(setting, num_steps))
+            after = machine.run(free, num_steps)
+            found.free[setting].append((before, after))
+            before = after
 
 
 def figures_of(found: Found, errors: dict[str, float]) -> dict[str, Any]:

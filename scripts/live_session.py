@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -72,6 +73,10 @@ class LiveSession:
             waits_s=tuple(metrics.exposed_s for metrics in counted),
             layers=driver.times.medians() if self.payload_sizes else (),
         )
+
+    def save(self, folder: Path) -> None:
+        """Write the model, every delta added."""
+        self._workers.save(folder)
 
     def close(self) -> None:
         """End the workers."""

@@ -79,15 +79,15 @@ THREADS = replace(LSP, on_ray=False)
 EMULATED_LSP, EMULATED_ZERO = (replace(setting, emulate=PAPER_MACHINE) for setting in (LSP, ZERO))
 COMPARED = (LSP, NATIVE, THREADS, ZERO)
 PREDICTED_QUICK = (
-    EMULATED_LSP,
     EMULATED_ZERO,
+    EMULATED_LSP,
     replace(LSP, policy="sequential", link_gbps=0.05),
     replace(LSP, link_gbps=0.03),
 )
-PREDICTED = (
+PREDICTED = (  # those that need the same free blocks stand together
+    *(replace(ZERO, policy=policy, link_gbps=0.5) for policy in ("sequential", "layerwise_fcfs", "layerwise")),
     *PREDICTED_QUICK,
     *(replace(LSP, policy=policy, link_gbps=0.05) for policy in ("layerwise_fcfs", "earliest_deadline", "delayed")),
     replace(LSP, dim=128, link_gbps=0.01),
     replace(LSP, dim=128, policy="sequential", link_gbps=0.02),
-    *(replace(ZERO, policy=policy, link_gbps=0.5) for policy in ("sequential", "layerwise_fcfs", "layerwise")),
 )

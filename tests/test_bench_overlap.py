@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ def test_at_least_ten_settings_are_predicted_over_policies_links_and_subspaces()
     for field in ("policy", "link_gbps", "dim", "method"):
         assert len({getattr(setting, field) for setting in PREDICTED}) > 1
     assert all(setting.free != setting for setting in PREDICTED)
+    free = [key for key, _ in groupby(PREDICTED, key=lambda setting: setting.free)]
+    assert len(free) == len(set(free))
 
 
 def test_a_setting_is_compared_with_one_of_the_same_round() -> None:
@@ -75,7 +78,7 @@ def test_blocks_in_any_order_and_behind_any_throttle_are_the_steps_of_one_run(tm
         slow = session.run("sequential", Throttle(link_gbps=1e-3), 1)
         fast = session.run("layerwise", Throttle(), 2)
         (tmp_path / "blocks").mkdir()
-        session._workers.save(tmp_path / "blocks")
+        session.save(tmp_path / "blocks")
     finally:
         session.close()
     assert (len(slow.step_times_s), len(fast.step_times_s)) == (1, 2)

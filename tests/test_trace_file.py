@@ -68,6 +68,7 @@ def test_every_event_has_what_the_trace_event_format_asks_for(tmp_path: Path) ->
         assert event["ph"] != "X" or (event["dur"] > 0 and event["cat"])
         assert event["ph"] not in "be" or event["id"] == 1
     named = {event["tid"] for event in events if event["name"] == "thread_name"}
+    assert 0 not in named  # Perfetto would show it in the row of another
     assert {event["tid"] for event in events} <= named
 
 
