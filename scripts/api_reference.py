@@ -27,7 +27,7 @@ SECTIONS = {
     "Projectors": "projection.sparse_projector.SparseProjector projection.bias.Bias",
     "Errors": "errors.LspRayError errors.ConfigError errors.CheckpointError errors.StoppedError errors.DeadlineError "
     "errors.WorkerLostError errors.StaleSlotError errors.NonFiniteLossError errors.NonFiniteGradientError "
-    "errors.OutOfDeviceMemoryError",
+    "errors.OutOfDeviceMemoryError errors.TrackerError",
 }
 BAR = "\\|"
 HEAD = """# API reference

@@ -79,6 +79,7 @@ def test_a_run_goes_from_options_to_a_checkpoint(
     assert config["runtime"]["num_shards"] == json.loads((out / "summary.json").read_text())["num_shards"]
     assert config["runtime"].pop("link_gbps") is None  # emulation decides it
     assert config.pop("report_port") is None
+    assert config.pop("lr_scheduler_kwargs") is None
     assert None not in (*config.values(), *config["runtime"].values())
     assert "output_dir" not in config
 
