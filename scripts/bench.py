@@ -121,6 +121,8 @@ class Bench:
 def main() -> None:
     """Measure and write."""
     options = _options()
+    if not options.quick:
+        options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         pairs = Path(scratch) / "docstring_pairs.jsonl"
         write_pairs(pairs, stdlib_pairs())

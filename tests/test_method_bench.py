@@ -140,6 +140,14 @@ def test_a_bench_goes_on_from_its_file_and_measures_nothing_twice(tmp_path: Path
         assert line in text
 
 
+def test_a_line_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "methods.jsonl"
+    put(Readings(path), setting("mood", "lsp"), outcome(1.0, 0.5))
+    path.write_text(path.read_text() + path.read_text()[:40])
+    with pytest.raises(SystemExit, match=r"methods\.jsonl: line 2 is no reading"):
+        Readings(path)
+
+
 def test_a_peer_that_does_another_job_is_found_by_its_first_loss() -> None:
     readings = Readings(None)
     for name, loss in {"native": 3.0, "hf_full": 3.005, "hf_lora": 3.02}.items():

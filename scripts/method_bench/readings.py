@@ -40,8 +40,11 @@ class Readings:
         self.circumstances: set[tuple[str, str, str]] = set()
         """Days, processors and commands."""
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                self._take(json.loads(line))
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                try:
+                    self._take(json.loads(line))
+                except (ValueError, LookupError, TypeError) as error:
+                    raise SystemExit(f"{path}: line {number} is no reading; remove it to measure it again") from error
 
     @property
     def scored(self) -> dict[Setting, Outcome]:
