@@ -31,7 +31,8 @@ class Killer(Recorder):
     """Kills an actor's process after some steps.
 
     Args:
-        actor_after: By number of steps seen: the class of the actor to kill then.
+        actor_after: By number of a step: the class of the actor to kill once that is closed for the first time, so that
+            a run that starts again makes a step further than before between two kills.
         seed: Of which one, and of how much later: at most as long as the shortest step so far took, so that the run
             is not over before.
     """
@@ -41,9 +42,11 @@ class Killer(Recorder):
     def __init__(self, actor_after: Mapping[int, str], seed: int = 0) -> None:
         super().__init__()
         self.killed: list[str] = []
+        self.killed_s: list[float] = []
         self._actor_after = actor_after
         self._random = random.Random(seed)
         self._due: list[str] = []
+        self._furthest = 0
         self._last_step = time.monotonic()
         self._shortest_s = 0.1
 
@@ -52,9 +55,10 @@ class Killer(Recorder):
         now = time.monotonic()
         self._shortest_s = min(self._shortest_s, now - self._last_step)
         self._last_step = now
-        if len(self.steps) in self._actor_after:
-            self._due.append(self._actor_after[len(self.steps)])
+        if metrics.step > self._furthest and metrics.step in self._actor_after:
+            self._due.append(self._actor_after[metrics.step])
             self._kill_in(self._random.uniform(0.0, self._shortest_s))
+        self._furthest = max(self._furthest, metrics.step)
 
     def _kill_in(self, delay_s: float) -> None:
         timer = threading.Timer(delay_s, self._kill)
@@ -66,5 +70,6 @@ class Killer(Recorder):
         if not found:  # killed before, and its replacement is not there yet
             self._kill_in(0.05)
             return
+        self.killed_s.append(time.monotonic())
         os.kill(self._random.choice(found).pid, self.signal)
         self.killed.append(self._due.pop(0))

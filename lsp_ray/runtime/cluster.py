@@ -88,6 +88,7 @@ def _wanted(token_path: Path) -> dict[str, str]:
         "RAY_worker_niceness": "0",  # Ray's default of 15 starves the actors beside other programs
         "RAY_preallocate_plasma_memory": "1",  # no page faults in the first steps
         "RAY_preload_python_modules": "torch",  # workers have it imported before an actor asks for one
+        "RAY_task_events_max_num_task_in_gcs": "1000",  # the dashboard's list; Ray's 100,000 take hundreds of MB
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; silences its warning
     }
