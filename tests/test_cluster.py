@@ -60,7 +60,7 @@ def seen() -> dict[str, Any]:
         with suppress(OSError):  # taken by somebody else is taken as well
             taken.bind(("127.0.0.1", DASHBOARD_PORT))
             taken.listen()
-        ended = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=110, check=False)
+        ended = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=280, check=False)
     assert ended.returncode == 0, ended.stderr
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return found
