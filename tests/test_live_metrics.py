@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import math
 import re
 import time
 import urllib.request
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -38,15 +39,16 @@ def scraped() -> dict[str, float]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_prometheus_reads_the_last_step_and_the_sums() -> None:
+def test_prometheus_reads_the_last_step_and_the_sums_and_no_loss_of_a_skipped_step() -> None:
     recorder = Recorder()
     live = LiveMetrics(recorder)
-    for number in (2, 3):
-        live.step(step(number))
+    live.step(step(2))
+    live.step(replace(step(3), loss=math.nan, grad_norm=math.inf))
     live.note("a note")
     live.phase("a phase")
     assert (len(recorder.steps), recorder.notes, recorder.phases) == (2, ["a note"], ["a phase"])
     expected: dict[str, float] = dict.fromkeys(GAUGES, 3.0)
+    expected |= {"loss": 2.0, "grad_norm": 2.0}
     expected |= {f"{name}_total": 5.0 for name in COUNTERS}
     expected |= {"steps_total": 2.0, "bias_relative": 0.5, "layer_bias_relative.3": 0.25}
     deadline_s = time.monotonic() + 60

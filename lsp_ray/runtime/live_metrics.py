@@ -5,6 +5,8 @@ Ray puts `ray_` before the names and `_total` after those of counters.
 
 from __future__ import annotations
 
+import math
+
 from ray.util.metrics import Counter, Gauge
 
 from lsp_ray.runtime.training import Listener
@@ -63,7 +65,8 @@ class LiveMetrics:
         self._listener.step(metrics)
         self._steps.inc()
         for name, gauge in self._gauges.items():
-            gauge.set(getattr(metrics, name))
+            if math.isfinite(getattr(metrics, name)):  # one NaN, and Ray exports no gauge at all any more
+                gauge.set(getattr(metrics, name))
         for name, counter in self._counters.items():
             if getattr(metrics, name):  # Ray refuses to add nothing
                 counter.inc(getattr(metrics, name))
