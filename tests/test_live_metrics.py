@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import math
 import re
 import time
 import urllib.request
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -37,12 +38,14 @@ def scraped() -> dict[str, float]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_prometheus_reads_the_last_step_and_the_sums() -> None:
-    for number in (2, 3):
-        LiveMetrics().step(step(number))  # another one, as after the loss of an actor
+def test_prometheus_reads_the_last_step_and_the_sums_and_no_loss_of_a_skipped_step() -> None:
+    LiveMetrics().step(step(2))
+    skipped = replace(step(3), loss=math.nan, grad_norm=math.inf)
+    LiveMetrics().step(skipped)  # another one, as after the loss of an actor
     expected: dict[str, float] = dict.fromkeys(GAUGES, 3.0)
     expected |= {f"{name}_total": 5.0 for name in COUNTERS}
     expected |= {"steps_total": 2.0, "bias_relative": 0.5, "layer_bias_relative.3": 0.25}
+    expected |= {"loss": 2.0, "grad_norm": 2.0}
     deadline_s = time.monotonic() + 60
     while (found := scraped()) != expected and time.monotonic() < deadline_s:  # Ray exports every few seconds
         time.sleep(0.5)

@@ -5,6 +5,8 @@ Ray puts `ray_` before the names and `_total` after those of counters.
 
 from __future__ import annotations
 
+import math
+
 from ray.util.metrics import Counter, Gauge
 
 from lsp_ray.trace import StepMetrics
@@ -49,8 +51,9 @@ class LiveMetrics:
         """Set the gauges to this step's values, and add to the counters."""
         self._steps.inc()
         for name, gauge in self._gauges.items():
-            if getattr(metrics, name) is not None:
-                gauge.set(getattr(metrics, name))
+            value = getattr(metrics, name)
+            if value is not None and math.isfinite(value):  # one NaN, and Ray exports no gauge at all any more
+                gauge.set(value)
         for name, counter in self._counters.items():
             if getattr(metrics, name):  # Ray refuses to add nothing
                 counter.inc(getattr(metrics, name))
