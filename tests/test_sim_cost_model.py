@@ -88,8 +88,10 @@ def test_checkpointing_adds_a_forward_to_the_backward() -> None:
 def test_native_sends_nothing_and_updates_on_the_device() -> None:
     layer = costs(work("native"), device_bytes_per_s=1.0).layers[0]
     assert (layer.d2h_s, layer.cpu_s, layer.h2d_s, layer.apply_s) == (0.0, 0.0, 0.0, 0.0)
-    # AdamW, the gradient made float32 and put into a payload, the delta rounded stochastically
+    # AdamW, the gradient made float32 and put into a payload, the delta rounded stochastically: in one pass on CPUs
     assert layer.update_s == (28 + 14 + 44) * (LINEAR.numel + 10)
+    on_cpu = costs(work("native"), device_bytes_per_s=1.0, on_gpu=False).layers[0]
+    assert on_cpu.update_s == (28 + 14 + 12) * (LINEAR.numel + 10)
     exact = costs(work("native", bf16=False), device_bytes_per_s=1.0).layers[0]
     assert exact.update_s == (28 + 16 + 12) * (LINEAR.numel + 10)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lsp_ray.device.cpu_kernels import DecompressedRows, has_kernel
 from lsp_ray.device.fits import Lesson
 from lsp_ray.device.rounding import MAX_ELEMENTS
 from lsp_ray.device.unit import Update
@@ -92,11 +93,17 @@ def add_decompressed(
 ) -> None:
     """W ← (1 − lr · decay) W + P δ Qᵀ in place, a few rows at a time: no full-size delta exists."""
     keep = 1.0 - update.learning_rate * update.weight_decay
-    table_DN = projector.spread_columns(delta_DD)
     weight_MN = weight_MN.detach()
     rows_at_once = max(1, MAX_ELEMENTS // weight_MN.shape[1])
-    for first in range(0, weight_MN.shape[0], rows_at_once):
-        rows_KN = weight_MN[first : first + rows_at_once]
+    parts = [(first, weight_MN[first : first + rows_at_once]) for first in range(0, weight_MN.shape[0], rows_at_once)]
+    if has_kernel(weight_MN):
+        rows = DecompressedRows(projector, delta_DD)
+        for first, rows_KN in parts:
+            noise = update.rounding.noise(rows_KN.numel(), step=update.step, key=key, first=first)
+            rows.add_(rows_KN, first, noise.view(rows_KN.shape), keep)
+        return
+    table_DN = projector.spread_columns(delta_DD)
+    for first, rows_KN in parts:
         delta_KN = projector.left.times(table_DN, first, rows_KN.shape[0])
         update.rounding.add_(rows_KN, delta_KN, keep=keep, step=update.step, key=key, first=first)
 

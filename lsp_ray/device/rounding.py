@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from lsp_ray.device.cpu_kernels import add_dense_, has_kernel
+
 NOISE_ELEMENTS = 1 << 21  # one block of random bits, read at a random offset: fresh bits would cost 6 times as much
 MAX_ELEMENTS = 1 << 20  # elements of a weight that are rounded at once
 _MASK_64 = (1 << 64) - 1
@@ -55,11 +57,18 @@ class Rounding:
             weight.add_(delta)
             return
         assert weight.dtype == torch.bfloat16, f"no rounding for {weight.dtype}"
+        noise = self.noise(weight.numel(), step=step, key=key, first=first)
+        if has_kernel(weight) and weight.is_contiguous():
+            add_dense_(weight.view(-1), delta.reshape(-1), noise, keep)
+            return
         exact = weight.float()
         if keep != 1.0:
             exact.mul_(keep)
         exact.add_(delta)
-        offset = mixed(self._seed, step, key, first) % (NOISE_ELEMENTS - exact.numel() + 1)
-        noise = self._noise[offset : offset + exact.numel()].view_as(exact)
-        exact.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
+        exact.view(torch.int32).add_(noise.view_as(exact)).bitwise_and_(-(1 << 16))
         weight.copy_(exact)
+
+    def noise(self, numel: int, *, step: int, key: int, first: int) -> torch.Tensor:
+        """Return flat int32 random bits, uniform in 0 … 2¹⁶ − 1, for a part of a target; see `add_`."""
+        offset = mixed(self._seed, step, key, first) % (NOISE_ELEMENTS - numel + 1)
+        return self._noise[offset : offset + numel]

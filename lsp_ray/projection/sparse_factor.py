@@ -92,6 +92,10 @@ class SparseFactor:
         weight_FR = self._value_S[slot_FR].to(table_DK.dtype)
         return embedding_bag(self._slots.column_S[slot_FR], table_DK, mode="sum", per_sample_weights=weight_FR)
 
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Row, column, block within the row and value (float32) of every slot."""
+        return self._row_S, self._slots.column_S, self._slots.block_S, self._value_S.float()
+
     def square_sum(self) -> float:
         """Square of the Frobenius norm."""
         return float(self._value_S.double().square().sum())

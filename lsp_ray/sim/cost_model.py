@@ -42,14 +42,14 @@ class CostModel:
         forward_s = self._device_s(forward_work(self.model, self.workload, layer))
         backward_s = self._device_s(backward_work(self.model, self.workload, layer))
         if self.workload.method == "native":
-            update_s = self._device_s(device_update_work(self.workload, layer))
+            update_s = self._device_s(device_update_work(self.workload, layer, on_gpu=self.hardware.on_gpu))
             return LayerCosts(forward_s=forward_s, backward_s=backward_s, update_s=update_s)
         size_bytes = self.workload.payload_bytes(layer)
         rate = 1.0 if self.workload.pinned else self.hardware.pageable_fraction
         return LayerCosts(
             forward_s=forward_s,
             backward_s=backward_s,
-            apply_s=self._device_s(apply_work(self.workload, layer)),
+            apply_s=self._device_s(apply_work(self.workload, layer, on_gpu=self.hardware.on_gpu)),
             d2h_s=size_bytes / (rate * self.hardware.d2h_bytes_per_s),
             cpu_s=self._shard_update_s(layer),
             h2d_s=size_bytes / (rate * self.hardware.h2d_bytes_per_s),

@@ -19,6 +19,7 @@ from lsp_ray.sim.workload import Workload
 ADAMW_BYTES = 28  # for an element: gradient, both moments and parameter read, all but the gradient written, 4 each
 SHARD_BYTES = ADAMW_BYTES + 16  # a shard copies both moments first, to go back to if it is lost
 _ROUNDING_BYTES = 44  # for an element of bfloat16: to float32 6, delta 12 and noise 12 added, masked 8, back 6
+_ROUNDING_KERNEL_BYTES = 12  # the same in one pass: weight, delta and noise read, weight written
 _LOGIT_BYTES = 24  # for a logit: to float32, its softmax, both gradients, back
 
 
@@ -80,9 +81,13 @@ def loss_work(model: ModelShape, workload: Workload) -> DeviceWork:
     )
 
 
-def apply_work(workload: Workload, layer: LayerShape) -> DeviceWork:
-    """W ← W + P δ Qᵀ: two gathers in float32, the delta written, and added."""
-    add_bytes = _add_bytes(workload)
+def apply_work(workload: Workload, layer: LayerShape, *, on_gpu: bool) -> DeviceWork:
+    """W ← W + P δ Qᵀ: two gathers in float32, the delta written, and added.
+
+    The CPU's kernel for bfloat16 writes and reads no delta.
+    """
+    add_bytes = _add_bytes(workload, on_gpu=on_gpu)
+    written_bytes = 4 if add_bytes != _ROUNDING_KERNEL_BYTES else -4
     work = DeviceWork(moved_bytes=float(add_bytes * layer.raw_numel))
     for linear in layer.linears:
         dim = workload.dim_of(linear)
@@ -91,15 +96,15 @@ def apply_work(workload: Workload, layer: LayerShape) -> DeviceWork:
             continue
         table = linear.columns * dim
         work += DeviceWork(
-            moved_bytes=float((4 + add_bytes) * linear.numel + 12 * table),
+            moved_bytes=float((written_bytes + add_bytes) * linear.numel + 12 * table),
             gathered_bytes=float(4 * workload.nnz_per_row * (linear.numel + table)),
         )
     return work
 
 
-def device_update_work(workload: Workload, layer: LayerShape) -> DeviceWork:
+def device_update_work(workload: Workload, layer: LayerShape, *, on_gpu: bool) -> DeviceWork:
     """AdamW on the device, with the gradient made float32 before it and the delta added after it."""
-    element_bytes = ADAMW_BYTES + _take_bytes(workload) + _add_bytes(workload)
+    element_bytes = ADAMW_BYTES + _take_bytes(workload) + _add_bytes(workload, on_gpu=on_gpu)
     return DeviceWork(moved_bytes=float(element_bytes * layer.numel))
 
 
@@ -108,9 +113,11 @@ def _take_bytes(workload: Workload) -> int:
     return workload.element_bytes + (4 if workload.plain_updates else 12)
 
 
-def _add_bytes(workload: Workload) -> int:
+def _add_bytes(workload: Workload, *, on_gpu: bool) -> int:
     """Of an element: delta and weight read, weight written; see `device.rounding` for bfloat16."""
-    return _ROUNDING_BYTES if workload.bf16 and not workload.plain_updates else 4 + 2 * workload.element_bytes
+    if workload.plain_updates or not workload.bf16:
+        return 4 + 2 * workload.element_bytes
+    return _ROUNDING_BYTES if on_gpu else _ROUNDING_KERNEL_BYTES
 
 
 def _weight_gradient(workload: Workload, linear: LinearShape) -> DeviceWork:
