@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.projection.sparse_factor import SparseFactor, random_positions, similar_positions
-from lsp_ray.projection.sparse_projector import BALANCED_GAIN, SparseProjector, subspace_dim_for
+from lsp_ray.projection.sparse_projector import BALANCED_GAIN, DENSE_DIM, SparseProjector, subspace_dim_for
 
 EXACT = 1e-13  # float64 sums of at most some hundred terms
 CPU = torch.device("cpu")
@@ -122,6 +122,20 @@ def test_products_keep_the_tables_dtype_and_its_accuracy(dtype: torch.dtype, tol
     assert (compressed_DD.dtype, decompressed_MN.dtype) == (dtype, dtype)
     assert relative_error(compressed_DD, projector.compress(grad_MN.double())) < tolerance
     assert relative_error(decompressed_MN, projector.decompress(delta_DD.double())) < tolerance
+
+
+@pytest.mark.parametrize("dim", [DENSE_DIM, DENSE_DIM + 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_gradient_is_compressed_alike_by_dense_products_and_by_gathers(
+    dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = SparseProjector.random((600, 520), dim, 4, generator).to(torch.device("cpu"), dtype)
+    grad_output_TM, input_TN = (torch.randn(30, side, generator=generator).to(dtype) for side in exact.shape)
+    grad_DD = exact.compress_outer(grad_output_TM, exact.project_input(input_TN))
+    expected_DD = exact.to(torch.device("cpu"), torch.float64).compress(grad_output_TM.double().t() @ input_TN.double())
+    assert grad_DD.shape == (dim, dim)
+    assert relative_error(grad_DD, expected_DD) < tolerance
 
 
 def test_the_table_of_a_decompression_is_contiguous() -> None:

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from lsp_ray.config import Method, PolicyName
 from lsp_ray.errors import ConfigError
+from lsp_ray.projection import sparse_projector
 from lsp_ray.sim.advice import DIM_STEP, HIDDEN, advise, largest_hidden_dim
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.costs import StepCosts
+from lsp_ray.sim.device_work import DENSE_DIM
 from lsp_ray.sim.forecast import forecast, simulate
 from lsp_ray.sim.hardware_profile import HardwareProfile, load_hardware
 from lsp_ray.sim.memory import host_memory, peak_payload_bytes
@@ -71,8 +73,16 @@ def test_products_of_plain_training_take_six_operations_a_parameter_and_token() 
 
 
 def test_a_compressed_weight_gradient_takes_two_operations_a_token_and_entry_of_the_subspace() -> None:
-    saved = costs(work("native")).layers[0].backward_s - costs(LSP).layers[0].backward_s
-    assert saved == pytest.approx(2 * 6 * (LINEAR.numel - 8 * 8))
+    native_s, lsp_s = (costs(replace(asked, bf16=False)).layers[0].backward_s for asked in (work("native"), LSP))
+    assert native_s - lsp_s == pytest.approx(2 * 6 * (LINEAR.numel - 8 * 8))
+
+
+def test_up_to_some_dimension_bfloat16_is_projected_by_dense_products() -> None:
+    native_s, lsp_s = (costs(asked).layers[0].backward_s for asked in (work("native"), LSP))
+    assert native_s - lsp_s == pytest.approx(2 * 6 * (LINEAR.numel - LINEAR.rows * 8 - 8 * 8))
+    forward_s = costs(LSP).layers[0].forward_s - costs(work("native")).layers[0].forward_s
+    assert forward_s == pytest.approx(2 * 6 * LINEAR.columns * 8)
+    assert DENSE_DIM == sparse_projector.DENSE_DIM
 
 
 def test_the_papers_full_gradient_saves_no_operation() -> None:

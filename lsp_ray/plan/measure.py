@@ -18,7 +18,7 @@ import torch
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.plan.block_pace import activation_bytes_per_s
 from lsp_ray.projection.sparse_projector import SparseProjector, subspace_dim_for
-from lsp_ray.sim.device_work import ADAMW_BYTES, projection_work
+from lsp_ray.sim.device_work import ADAMW_BYTES, gathering_work
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import LinearShape, ModelShape
 from lsp_ray.sim.workload import Workload
@@ -141,7 +141,7 @@ def _common_linear(model: ModelShape) -> LinearShape:
 
 
 def _gather_bytes_per_s(model: ModelShape, workload: Workload, timer: _Timer, device_bytes_per_s: float) -> float:
-    """Of (X Q)ᵀ as a run makes it, in its type; what it moves in order besides, at that rate, is taken off."""
+    """Of (X Q)ᵀ by gathers, in a run's type; what it moves in order besides, at that rate, is taken off."""
     linear, device = _common_linear(model), timer.device
     dtype = torch.bfloat16 if workload.bf16 else torch.float32
     dim = subspace_dim_for((linear.rows, linear.columns), workload.subspace_dim)
@@ -149,8 +149,8 @@ def _gather_bytes_per_s(model: ModelShape, workload: Workload, timer: _Timer, de
     generator = torch.Generator().manual_seed(0)
     projector = SparseProjector.random((linear.rows, linear.columns), dim, nnz_per_row, generator).to(device, dtype)
     input_TN = torch.randn(workload.tokens, linear.columns, device=device).to(dtype)
-    taken_s = timer.seconds(lambda: projector.project_input(input_TN))
-    work = projection_work(workload, linear.columns, dim)
+    taken_s = timer.seconds(lambda: projector.right.transposed_times(input_TN.t().contiguous()))
+    work = gathering_work(workload, linear.columns, dim)
     return work.gathered_bytes / max(taken_s - work.moved_bytes / device_bytes_per_s, _LEAST_SHARE * taken_s)
 
 

@@ -118,7 +118,7 @@ class SparseFactor:
         return self.with_values(self.value_FR.float() / self.scale_F.to(self.value_FR.device).unsqueeze(1))
 
     def dense(self) -> torch.Tensor:
-        """The (F, D) matrix with its zeros; only fits and measurements need it."""
+        """The (F, D) matrix with its zeros, for products that are faster so; it is not kept."""
         dense_FD = self._value_S.new_zeros(self.num_rows, self.dim)
         dense_FD[self._row_S.long(), self._slots.column_S.long()] = self._value_S
         return dense_FD

@@ -15,6 +15,9 @@ from lsp_ray.projection.sparse_factor import SparseFactor, random_positions
 # spread over all rows, an update goes less along the steepest directions: at the learning rates that are best for full
 # fine-tuning, balanced projectors train best with updates three times as large (docs/log.md)
 BALANCED_GAIN = 3.0
+# up to this D a product with P made dense, 2·D operations an element, is faster on bfloat16 matrix units (AMX, tensor
+# cores) than a transpose and R gathers, which memory bounds: 1.8 times on a CPU at (256, 4) (docs/log.md)
+DENSE_DIM = 256
 
 
 class SparseProjector:
@@ -88,12 +91,11 @@ class SparseProjector:
 
         `input_projected_DT` is `project_input`'s answer, kept from the forward.
         """
-        grad_projected_DT = self.left.transposed_times(grad_output_TM.t().contiguous())
-        return (grad_projected_DT @ input_projected_DT.t()).float()
+        return (_projected(grad_output_TM, self.left) @ input_projected_DT.t()).float()
 
     def project_input(self, input_TN: torch.Tensor) -> torch.Tensor:
         """Return (X Q)ᵀ, (D, T), in the input's dtype: all that the weight gradient needs of X."""
-        return self.right.transposed_times(input_TN.t().contiguous())
+        return _projected(input_TN, self.right)
 
     def decompress(self, delta_DD: torch.Tensor, first_row: int = 0, num_rows: int | None = None) -> torch.Tensor:
         """Return rows first_row … first_row+num_rows of P δ Qᵀ (M, N), in δ's dtype."""
@@ -106,6 +108,13 @@ class SparseProjector:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> SparseProjector:
         """The same projector on `device`, values in `dtype`."""
         return SparseProjector(self.left.to(device, dtype), self.right.to(device, dtype))
+
+
+def _projected(table_TF: torch.Tensor, factor: SparseFactor) -> torch.Tensor:
+    """Return (table · factor)ᵀ, (D, T)."""
+    if table_TF.dtype == torch.bfloat16 and factor.dim <= DENSE_DIM:
+        return (table_TF @ factor.dense().to(table_TF.dtype)).t()
+    return factor.transposed_times(table_TF.t().contiguous())
 
 
 def subspace_dim_for(shape: tuple[int, int], subspace_dim: int) -> int:

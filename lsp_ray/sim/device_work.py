@@ -20,6 +20,7 @@ ADAMW_BYTES = 28  # for an element: gradient, both moments and parameter read, a
 SHARD_BYTES = ADAMW_BYTES + 16  # a shard copies both moments first, to go back to if it is lost
 _ROUNDING_BYTES = 44  # for an element of bfloat16: to float32 6, delta 12 and noise 12 added, masked 8, back 6
 _ROUNDING_KERNEL_BYTES = 12  # the same in one pass: weight, delta and noise read, weight written
+DENSE_DIM = 256  # as in projection/sparse_projector.py: up to it bfloat16 is projected by a dense product
 _LOGIT_BYTES = 24  # for a logit: to float32, its softmax, both gradients, back
 
 
@@ -138,9 +139,18 @@ def _weight_gradient(workload: Workload, linear: LinearShape) -> DeviceWork:
 
 
 def projection_work(workload: Workload, width: int, dim: int | None) -> DeviceWork:
-    """(X Q)ᵀ or (dY P)ᵀ: the (T, F) matrix transposed, F·R rows of T gathered, (D, T) written."""
+    """(X Q)ᵀ or (dY P)ᵀ: 2·T·F·D and the factor made dense; or, where `gathering_work` is less, that."""
     if dim is None:
         return DeviceWork()
+    if not workload.bf16 or dim > DENSE_DIM:
+        return gathering_work(workload, width, dim)
+    element, tokens = workload.element_bytes, workload.tokens
+    moved = element * (2 * width * dim + tokens * (width + dim))
+    return DeviceWork(flops=2.0 * tokens * width * dim, moved_bytes=float(moved))
+
+
+def gathering_work(workload: Workload, width: int, dim: int) -> DeviceWork:
+    """The (T, F) matrix transposed, F·R rows of T gathered, (D, T) written."""
     row_bytes = workload.tokens * workload.element_bytes
     return DeviceWork(
         moved_bytes=float(row_bytes * (2 * width + dim)), gathered_bytes=float(row_bytes * width * workload.nnz_per_row)
