@@ -32,13 +32,13 @@ def threads(num: int) -> Iterator[None]:
 
 
 def noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 1 << 16, tensor.shape, dtype=torch.int32, generator=generator)
+    return torch.randint(0, 1 << 16, tensor.shape, dtype=torch.int32, generator=generator).to(torch.uint16)
 
 
 def rounded(weight: torch.Tensor, delta: torch.Tensor, noise: torch.Tensor, keep: float) -> torch.Tensor:
     """keep · weight + delta by torch's operators, one float32 operation after the other."""
     exact = weight.float() * keep + delta
-    return (exact.view(torch.int32) + noise).bitwise_and(-(1 << 16)).view(torch.float32).bfloat16()
+    return (exact.view(torch.int32) + noise.int()).bitwise_and(-(1 << 16)).view(torch.float32).bfloat16()
 
 
 def decompressed(projector: SparseProjector, delta_DD: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_a_projected_delta_is_added_as_torch_adds_it(
 def test_a_weight_that_is_not_finite_stays_what_it_is(special: float) -> None:
     weight = torch.full((1000,), special).bfloat16()
     before = weight.clone()
-    add_dense_(weight, torch.zeros(1000), torch.full((1000,), (1 << 16) - 1, dtype=torch.int32), 1.0)
+    add_dense_(weight, torch.zeros(1000), torch.full((1000,), (1 << 16) - 1, dtype=torch.uint16), 1.0)
     assert torch.equal(weight, before) or (special != special and weight.isnan().all())
 
 

@@ -37,7 +37,8 @@ class Rounding:
     def __init__(self, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(mixed(seed))
         noise = torch.randint(0, 1 << 16, (NOISE_ELEMENTS,), dtype=torch.int32, generator=generator)
-        self._noise = noise.to(device)
+        # half the bytes for the CPU's kernels; torch's operators add no uint16
+        self._noise = noise.to(device) if device.type != "cpu" else noise.to(torch.uint16)
         self._seed = seed
 
     def add_(self, weight: torch.Tensor, delta: torch.Tensor, *, keep: float, step: int, key: int, first: int) -> None:
@@ -65,10 +66,10 @@ class Rounding:
         if keep != 1.0:
             exact.mul_(keep)
         exact.add_(delta)
-        exact.view(torch.int32).add_(noise.view_as(exact)).bitwise_and_(-(1 << 16))
+        exact.view(torch.int32).add_(noise.view_as(exact).int()).bitwise_and_(-(1 << 16))
         weight.copy_(exact)
 
     def noise(self, numel: int, *, step: int, key: int, first: int) -> torch.Tensor:
-        """Return flat int32 random bits, uniform in 0 … 2¹⁶ − 1, for a part of a target; see `add_`."""
+        """Return flat random integers, uniform in 0 … 2¹⁶ − 1, for a part of a target; see `add_`. uint16 on CPUs."""
         offset = mixed(self._seed, step, key, first) % (NOISE_ELEMENTS - numel + 1)
         return self._noise[offset : offset + numel]
