@@ -28,6 +28,8 @@ SPARE_BYTES = 1e9  # of a card: CUDA's context, the allocator's gaps, a desktop
 LENGTHS = (512, 2048)
 METHODS: tuple[tuple[Method, PolicyName | None], ...] = (
     ("native", None),
+    ("galore", None),
+    ("lora", None),
     ("zero_offload", "sequential"),
     ("lsp", "layerwise"),
 )
@@ -70,7 +72,7 @@ eleven of twelve settings ([log](log.md)).
 
 Batches of 1 example in bfloat16, d = 256, r = 4, a target for every token. Of the two figures in a column the second is
 with `--gradient_checkpointing`. A card is large enough where the peak leaves {SPARE_BYTES / 1e9:.0f} GB of it free.
-GB are 10⁹ bytes; a card of 24 GB has 25.8 of them. `lora` and `galore` are not forecast.
+GB are 10⁹ bytes; a card of 24 GB has 25.8 of them. LoRA's rank is 8, GaLore's 128: their defaults.
 
 Host memory is slots, Adam's moments and processes. A larger d adds 24 d² bytes a matrix to it, and little to the
 device. Twice the examples in a micro-batch cost what twice the tokens cost; `--gradient_accumulation_steps` costs

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lsp_ray.config import LspConfig
+from lsp_ray.config import LoraConfig, LspConfig, Method
 from lsp_ray.device.memory import peak_of
+from lsp_ray.methods.lora import add_adapters
 from lsp_ray.methods.lsp import lsp_payload_sizes, lsp_units
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import find_layers
@@ -65,11 +66,13 @@ def test_a_plan_as_json_has_bytes_and_seconds_for_every_method_and_policy(
     options = ["--hardware", "a1000-laptop", "--json", "--lsp.subspace_dim", "64", "--runtime.shard_by", "slice"]
     assert main(["--model_name_or_path", str(llama_folder), *options]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert [(entry["method"], entry["policy"]) for entry in content["forecasts"]][:2] == [
+    assert [(entry["method"], entry["policy"]) for entry in content["forecasts"]][:4] == [
         ("native", None),
+        ("galore", None),
+        ("lora", None),
         ("zero_offload", "sequential"),
     ]
-    assert len(content["forecasts"]) == 11
+    assert len(content["forecasts"]) == 13
     assert {entry["subspace_dim"] for entry in content["forecasts"]} == {None, 64}
     assert all(entry["step_s"] > 0 and entry["device_bytes"]["peak"] > 0 for entry in content["forecasts"])
     assert content["advice"]["lsp.subspace_dim"] % 32 == 0
@@ -89,6 +92,7 @@ def test_a_model_that_is_too_large_is_said_not_to_fit(tmp_path: Path, capsys: py
         ([], "error: hardware must be one of a1000-laptop, "),
         (["--hardware", "rtx3060", "--measure"], "error: hardware must be one of a1000-laptop, "),
         (["--hardware", "rtx3060", "--max_seq_length", "0"], "error: max_seq_length must be at least 1, got 0"),
+        (["--hardware", "rtx3060", "--lora.r", "0"], "error: lora.r must be at least 1, got 0"),
         (["--hardware", "rtx3060", "--lsp.subspace_dim", "0"], "error: lsp.subspace_dim must be at least 1, got 0"),
         (["--hardware", "rtx3060", "--horse_power", "3"], "error: options must be those that --help lists, "),
     ],
@@ -121,21 +125,24 @@ def test_payloads_are_those_of_a_run(family: Family, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("num_targets", [4 * 63, 100])
-@pytest.mark.parametrize("method", ["native", "lsp"])
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("method", ["native", "lsp", "lora"])
 def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_hold(
-    llama_folder: Path, tmp_path: Path, method: str, num_targets: int, checkpointing: bool
+    llama_folder: Path, tmp_path: Path, method: Method, bf16: bool, num_targets: int, checkpointing: bool
 ) -> None:
     config = LlamaConfig.from_pretrained(llama_folder)
     is_padded = num_targets < 4 * 63  # such a batch has masked prompts, too, and heads that share keys
     config.num_key_value_heads = 1 if is_padded else 4
     config.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     layers = find_layers(model)
     model.enable_input_require_grads()  # as when layers before the first block are trained
     if method == "lsp":
         lsp_units(layers, LspConfig(subspace_dim=64), seed=0)
+    if method == "lora":
+        add_adapters(model, layers, LoraConfig(), task="causal_lm", seed=0)
     ids_BS = torch.zeros(4, 64, dtype=torch.int64)
     labels_BS, mask_BS = ids_BS.clone(), torch.ones_like(ids_BS)
     if is_padded:
@@ -147,7 +154,8 @@ def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_
         before = live.live_bytes
         summed_loss(model, batch).backward()
     work = Workload(
-        method="lsp" if method == "lsp" else "native",
+        method=method,
+        bf16=bf16,
         batch_size=4,
         seq_length=128,
         typical_length=64,

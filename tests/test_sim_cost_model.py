@@ -106,6 +106,28 @@ def test_native_sends_nothing_and_updates_on_the_device() -> None:
     assert exact.update_s == (28 + 16 + 12) * (LINEAR.numel + 10)
 
 
+def test_lora_makes_no_weight_gradient_and_updates_its_adapters_alone() -> None:
+    layer, native = (costs(replace(work(method), lora_rank=2)).layers[0] for method in ("lora", "native"))
+    adapters = 2 * (LINEAR.rows + LINEAR.columns)
+    assert layer.forward_s - native.forward_s == pytest.approx(2 * 6 * adapters)
+    assert native.backward_s - layer.backward_s == pytest.approx(2 * 6 * (LINEAR.numel - 2 * adapters))
+    slow = costs(replace(work("lora"), lora_rank=2), device_bytes_per_s=1.0).layers[0]
+    assert slow.update_s == (28 + 16 + 12) * adapters
+    assert (slow.d2h_s, slow.cpu_s, slow.h2d_s, slow.apply_s) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_galore_keeps_moments_of_its_rank_and_singular_vectors_on_the_device() -> None:
+    galore = replace(work("galore"), galore_rank=4)
+    parts, native = (forecast(MODEL, asked, UNIT, None).device for asked in (galore, work("native")))
+    assert parts.optimizer_state == 2 * 8 * (4 * LINEAR.rows + 10)
+    assert parts.projectors == 2 * 4 * 4 * LINEAR.columns
+    assert (parts.weights, parts.gradients) == (native.weights, native.gradients)
+    whole = forecast(MODEL, replace(galore, galore_rank=LINEAR.columns), UNIT, None).device
+    assert (whole.optimizer_state, whole.projectors) == (native.optimizer_state, 0)
+    update_s = costs(galore, device_bytes_per_s=1e30).layers[0].update_s
+    assert update_s == pytest.approx(4 * 4 * LINEAR.numel)
+
+
 def test_what_is_saved_of_products_is_counted_at_the_rate_of_products_and_activations_are_the_same_for_all() -> None:
     slow = {"device_bf16_flops": 1e30, "activation_bytes_per_s": 1.0}
     native, zero = (costs(work(method), **slow).layers[0].backward_s for method in ("native", "zero_offload"))

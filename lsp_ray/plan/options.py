@@ -23,6 +23,22 @@ class PlanLspConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanLoraConfig:
+    """Low-rank adapters (method lora)."""
+
+    r: int = 8
+    """Rank of the adapters beside every linear."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanGaloreConfig:
+    """Gradients projected onto their leading singular vectors (method galore)."""
+
+    rank: int = 128
+    """Dimensions that a gradient's shorter side is projected onto."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanRuntimeConfig:
     """Shards and their memory."""
 
@@ -65,6 +81,8 @@ class PlanConfig:
     json: bool = False
     """Print JSON in place of tables."""
     lsp: PlanLspConfig = field(default_factory=PlanLspConfig)
+    lora: PlanLoraConfig = field(default_factory=PlanLoraConfig)
+    galore: PlanGaloreConfig = field(default_factory=PlanGaloreConfig)
     runtime: PlanRuntimeConfig = field(default_factory=PlanRuntimeConfig)
 
     def __post_init__(self) -> None:
@@ -76,6 +94,8 @@ class PlanConfig:
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "lsp.subspace_dim": self.lsp.subspace_dim,
             "lsp.nnz_per_row": self.lsp.nnz_per_row,
+            "lora.r": self.lora.r,
+            "galore.rank": self.galore.rank,
             "runtime.num_shards": self.runtime.num_shards,
             "runtime.shard_threads": self.runtime.shard_threads,
         }

@@ -51,7 +51,7 @@ class Plan:
 
 
 def make_plan(model: ModelShape, work: Workload, hardware: HardwareProfile, *, auto_dim: bool) -> Plan:
-    """Forecast native, and zero_offload and lsp under every policy.
+    """Forecast every method, and those that send something under every policy.
 
     Args:
         model: What is trained.
@@ -64,11 +64,12 @@ def make_plan(model: ModelShape, work: Workload, hardware: HardwareProfile, *, a
     """
     if auto_dim:
         work = replace(work, subspace_dim=largest_hidden_dim(model, work, hardware))
-    methods: tuple[Method, ...] = ("native", "zero_offload", "lsp")
+    methods: tuple[Method, ...] = ("native", "galore", "lora", "zero_offload", "lsp")
+    works = [replace(work, method=method) for method in methods]
     forecasts = [
-        forecast(model, replace(work, method=method), hardware, policy)
-        for method in methods
-        for policy in ((None,) if method == "native" else get_args(PolicyName))
+        forecast(model, each, hardware, policy)
+        for each in works
+        for policy in ((None,) if each.stays_on_device else get_args(PolicyName))
     ]
     return Plan(model=model, hardware=hardware, forecasts=tuple(forecasts), advice=advise(model, work, hardware))
 
@@ -91,6 +92,8 @@ def workload_of(
         gradient_checkpointing=config.gradient_checkpointing,
         subspace_dim=256 if dim == "auto" else dim,
         nnz_per_row=config.lsp.nnz_per_row,
+        lora_rank=config.lora.r,
+        galore_rank=config.galore.rank,
         whiten=config.lsp.whiten,
         num_shards=shares.num_shards,
         shard_threads=shares.shard_threads,

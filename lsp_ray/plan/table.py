@@ -83,7 +83,12 @@ def _misfits(forecasts: tuple[Forecast, ...]) -> list[str]:
 
 def _method(entry: Forecast) -> str:
     work = entry.workload
-    return f"lsp ({work.subspace_dim}, {work.nnz_per_row})" if work.method == "lsp" else work.method
+    options = {
+        "lsp": f" ({work.subspace_dim}, {work.nnz_per_row})",
+        "lora": f" (r = {work.lora_rank})",
+        "galore": f" (rank {work.galore_rank})",
+    }
+    return work.method + options.get(work.method, "")
 
 
 def _seconds(value_s: float) -> str:

@@ -15,18 +15,26 @@ def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -
     - the answer of the activation function, as wide as the widest linear, and of attention;
     - keys and values once more for all heads where heads share them, as transformers does for a padded batch;
     - both norms: their input in float32 and what they scale;
-    - the linears' inputs (both norms' answers, attention's, the widest), or (X Q)ᵀ of each in their place.
+    - the linears' inputs (both norms' answers, attention's, the widest), or (X Q)ᵀ of each in their place; with
+      bfloat16 each of LoRA's adapters keeps its input in float32 for itself, as PEFT does, and X A of R columns.
+
+    Norms that are frozen (lora) keep nothing of what they scale but for the linears.
     """
     if not layer.is_block or not layer.linears:
         return 0.0
     hidden, element = model.hidden_size, workload.element_bytes
     given_out = sum(linear.rows for linear in layer.linears) - 2 * hidden
     widest = max(max(linear.rows, linear.columns) for linear in layer.linears)
-    inputs = 2 * hidden + model.attention_width + widest
+    inputs = float(2 * hidden + model.attention_width + widest)
+    norms = 2 * hidden * (4 + element)
+    if workload.method == "lora":
+        norms = 2 * hidden * 4
+        if workload.bf16:
+            inputs = 4 / element * sum(linear.columns for linear in layer.linears)
+        inputs += 4 / element * workload.lora_rank * len(layer.linears)
     dims = [workload.dim_of(linear) for linear in layer.linears]
     projected = sum(dim for dim in dims if dim is not None)
     if projected and not workload.full_gradient:
         inputs = projected
     repeated = 2 * model.attention_width if model.key_value_width < model.attention_width else 0
-    norms = 2 * hidden * (4 + element)
     return float(element * (given_out + widest + model.attention_width + repeated + inputs) + norms)

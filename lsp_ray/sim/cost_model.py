@@ -41,7 +41,7 @@ class CostModel:
     def _layer(self, layer: LayerShape) -> LayerCosts:
         forward_s = self._device_s(forward_work(self.model, self.workload, layer))
         backward_s = self._device_s(backward_work(self.model, self.workload, layer))
-        if self.workload.method == "native":
+        if self.workload.stays_on_device:
             update_s = self._device_s(device_update_work(self.workload, layer, on_gpu=self.hardware.on_gpu))
             return LayerCosts(forward_s=forward_s, backward_s=backward_s, update_s=update_s)
         size_bytes = self.workload.payload_bytes(layer)

@@ -52,10 +52,11 @@ def forward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> De
         flops=sum(2.0 * tokens * linear.numel for linear in layer.linears) + _attention_flops(model, workload, layer),
         activation_bytes=2.0 * tokens * activation_bytes(model, workload, layer),
     )
-    if workload.full_gradient:
-        return work
     for linear in layer.linears:
-        work += projection_work(workload, linear.columns, workload.dim_of(linear))
+        if workload.method == "lora":
+            work += _adapter_work(workload, linear)
+        elif not workload.full_gradient:
+            work += projection_work(workload, linear.columns, workload.dim_of(linear))
     return work
 
 
@@ -104,9 +105,19 @@ def apply_work(workload: Workload, layer: LayerShape, *, on_gpu: bool) -> Device
 
 
 def device_update_work(workload: Workload, layer: LayerShape, *, on_gpu: bool) -> DeviceWork:
-    """AdamW on the device, with the gradient made float32 before it and the delta added after it."""
-    element_bytes = ADAMW_BYTES + _take_bytes(workload) + _add_bytes(workload, on_gpu=on_gpu)
-    return DeviceWork(moved_bytes=float(element_bytes * layer.numel))
+    """AdamW on the device, with the gradient made float32 before it and the delta added after it.
+
+    GaLore takes each gradient down to its K dimensions and the step up again, 2·K·M·N each; its singular value
+    decompositions, one in hundreds of steps, are not counted.
+    """
+    if workload.method == "lora":  # adapters are float32
+        return DeviceWork(moved_bytes=float((ADAMW_BYTES + 16 + 12) * workload.trained_numel(layer)))
+    moved_bytes = (_take_bytes(workload) + _add_bytes(workload, on_gpu=on_gpu)) * layer.numel
+    moved_bytes += ADAMW_BYTES * workload.state_numel(layer)
+    projected = [linear for linear in layer.linears if workload.basis_numel(linear)]
+    flops = sum(4.0 * workload.galore_rank * linear.numel for linear in projected)
+    moved_bytes += sum(16 * linear.numel for linear in projected)  # read, made again, gathered
+    return DeviceWork(flops=flops, moved_bytes=float(moved_bytes))
 
 
 def _take_bytes(workload: Workload) -> int:
@@ -123,9 +134,11 @@ def _add_bytes(workload: Workload, *, on_gpu: bool) -> int:
 
 def _weight_gradient(workload: Workload, linear: LinearShape) -> DeviceWork:
     """G = dYᵀX, 2·T·M·N; or (dY P)ᵀ(X Q), 2·T·D² and a gather; or, as in the paper, the former and then PᵀGQ."""
+    if workload.method == "lora":  # products with A and B, for their gradients and for what passes through them
+        return _adapter_work(workload, linear) + _adapter_work(workload, linear)
     dim = workload.dim_of(linear)
     full = DeviceWork(flops=2.0 * workload.tokens * linear.numel)
-    if dim is None and (workload.method == "native" or workload.plain_updates):
+    if dim is None and (workload.stays_on_device or workload.plain_updates):
         return full  # what native does with it belongs to its update
     if dim is None:
         return full + DeviceWork(moved_bytes=float(_take_bytes(workload) * linear.numel))
@@ -154,6 +167,16 @@ def gathering_work(workload: Workload, width: int, dim: int) -> DeviceWork:
     row_bytes = workload.tokens * workload.element_bytes
     return DeviceWork(
         moved_bytes=float(row_bytes * (2 * width + dim)), gathered_bytes=float(row_bytes * width * workload.nnz_per_row)
+    )
+
+
+def _adapter_work(workload: Workload, linear: LinearShape) -> DeviceWork:
+    """(X A) B, 2·T·R·(M + N) in float32; X made float32 and the answer added to the linear's."""
+    tokens, element = workload.tokens, workload.element_bytes
+    cast_bytes = (4 + element) * linear.columns if workload.bf16 else 0
+    return DeviceWork(
+        flops=2.0 * tokens * workload.lora_rank * (linear.rows + linear.columns),
+        moved_bytes=float(tokens * (cast_bytes + (8 + 2 * element) * linear.rows)),
     )
 
 

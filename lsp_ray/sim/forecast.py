@@ -62,13 +62,13 @@ def simulate(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
     owners = [layer % num_lanes for layer in range(len(model.layers))]
     sizes = [workload.payload_bytes(layer) for layer in model.layers]
     room = delta_room(sizes, [workload.payload_element_bytes * layer.numel for layer in model.layers])
-    decides = None if policy is None or workload.method == "native" else POLICIES[policy](owners, room=room)
+    decides = None if policy is None or workload.stays_on_device else POLICIES[policy](owners, room=room)
     costs = CostModel(model=model, workload=workload, hardware=hardware).step()
     return Simulator(costs, decides, owners).run()
 
 
 def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName | None) -> Forecast:
-    """Return what a step of `workload` takes; `policy` is None for native."""
+    """Return what a step of `workload` takes; `policy` is None where nothing is sent."""
     simulation = simulate(model, workload, hardware, policy)
     payloads = [workload.payload_bytes(layer) for layer in model.layers]
     buffers = peak_payload_bytes(simulation.spans, payloads)

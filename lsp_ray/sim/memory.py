@@ -21,12 +21,12 @@ class DeviceMemory:
     """Bytes on the device.
 
     Attributes:
-        weights: All of them, frozen ones as well.
-        projectors: (M + N) · R values and row numbers a matrix (lsp).
-        optimizer_state: m and v in float32 (native).
+        weights: All of them, frozen ones as well; adapters in float32 (lora).
+        projectors: (M + N) · R values and row numbers a matrix (lsp); singular vectors in float32 (galore).
+        optimizer_state: m and v in float32, where they stay on the device.
         activations: At their most, with the loss's.
         block: The largest block's in its backward.
-        gradients: Of the largest layer, for native of all.
+        gradients: Of the largest layer; of all where the update is made on the device.
         payload_buffers: Payloads and deltas that are there at one time.
     """
 
@@ -67,12 +67,10 @@ class HostMemory:
 
 def device_memory(model: ModelShape, workload: Workload, payload_buffers: float) -> DeviceMemory:
     """Return the device's memory; `payload_buffers` comes from `peak_payload_bytes`."""
-    native = workload.method == "native"
+    on_device, is_lora = workload.stays_on_device, workload.method == "lora"
     element = workload.element_bytes
-    gradients = [
-        sum(_gradient_bytes(workload, linear) for linear in layer.linears) + element * layer.raw_numel
-        for layer in model.layers
-    ]
+    trained = [workload.trained_numel(layer) for layer in model.layers]
+    gradients = [_layer_gradient_bytes(workload, layer) for layer in model.layers]
     kept = [activation_bytes(model, workload, layer) for layer in model.layers]
     block = workload.tokens * max(
         bytes_kept + _compressing_bytes(workload, layer) for layer, bytes_kept in zip(model.layers, kept, strict=True)
@@ -84,19 +82,19 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
     else:
         activations = workload.tokens * sum(kept) + loss
     return DeviceMemory(
-        weights=float(element * model.num_parameters),
+        weights=float(element * model.num_parameters + (4 * sum(trained) if is_lora else 0)),
         projectors=sum(_projector_bytes(workload, linear) for layer in model.layers for linear in layer.linears),
-        optimizer_state=8.0 * model.num_trained if native else 0.0,
+        optimizer_state=8.0 * sum(map(workload.state_numel, model.layers)) if on_device else 0.0,
         activations=activations,
         block=block,
-        gradients=float(sum(gradients)) if native else float(max(gradients)),
-        payload_buffers=8.0 * max(layer.numel for layer in model.layers) if native else payload_buffers,
+        gradients=float(sum(gradients)) if on_device else float(max(gradients)),
+        payload_buffers=_update_bytes(workload) * max(trained) if on_device else payload_buffers,
     )
 
 
 def host_memory(model: ModelShape, workload: Workload) -> HostMemory:
     """Return the host's memory beside what the device needs where the host computes."""
-    sizes = [] if workload.method == "native" else [workload.payload_numel(layer) for layer in model.layers]
+    sizes = [] if workload.stays_on_device else [workload.payload_numel(layer) for layer in model.layers]
     store = store_bytes(sizes, balanced(sizes, workload.num_shards), speculates=workload.speculates)
     if not sizes:
         return HostMemory(object_store=store, whitening=0, processes=2 * _PROCESS_BYTES)
@@ -142,11 +140,24 @@ def _read(run: Span, brought: Span) -> bool:
 def _compressing_bytes(workload: Workload, layer: LayerShape) -> float:
     """Bytes a token while a compression works: output gradients of the widest and its partner, and one transposed.
 
-    Plain autograd frees activations as it makes such gradients; there they do not add to the peak.
+    LoRA's adapters hold two of the widest in float32: the output's gradient and the input's. Plain autograd frees
+    activations as it makes such gradients; there they do not add to the peak.
     """
-    if workload.method != "lsp" or not layer.is_block:
+    copies_bytes = {"lsp": 3.0 * workload.element_bytes, "lora": 8.0}.get(workload.method, 0.0)
+    if not layer.is_block:
         return 0.0
-    return 3.0 * workload.element_bytes * max(max(linear.rows, linear.columns) for linear in layer.linears)
+    return copies_bytes * max(max(linear.rows, linear.columns) for linear in layer.linears)
+
+
+def _update_bytes(workload: Workload) -> float:
+    """Of an element while its layer is updated on the device: gradient and delta in float32; parts of a delta first."""
+    return 12.0 if workload.method == "galore" else 8.0
+
+
+def _layer_gradient_bytes(workload: Workload, layer: LayerShape) -> int:
+    if workload.method == "lora":
+        return 4 * workload.trained_numel(layer)
+    return sum(_gradient_bytes(workload, linear) for linear in layer.linears) + workload.element_bytes * layer.raw_numel
 
 
 def _gradient_bytes(workload: Workload, linear: LinearShape) -> int:
@@ -159,7 +170,7 @@ def _gradient_bytes(workload: Workload, linear: LinearShape) -> int:
 def _projector_bytes(workload: Workload, linear: LinearShape) -> float:
     """Paper, Section 3: O((M + N)·R) for both; a value and a row number each, whatever D is."""
     if workload.dim_of(linear) is None:
-        return 0.0
+        return 4.0 * workload.basis_numel(linear)
     return float(
         sum(
             side * workload.nnz_per_row * (workload.element_bytes + (2 if side <= _INT16_ROWS else 4))

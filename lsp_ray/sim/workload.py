@@ -31,6 +31,8 @@ class Workload:
         gradient_checkpointing: Whether the backward runs each block's forward again.
         subspace_dim: D asked for (lsp).
         nnz_per_row: R (lsp).
+        lora_rank: Of the adapters (lora).
+        galore_rank: Dimensions that a gradient's shorter side is projected onto (galore).
         whiten: Whether shards take Adam's step in whitened coordinates (lsp).
         num_shards: Optimizer shards.
         shard_threads: Threads of each.
@@ -52,6 +54,8 @@ class Workload:
     gradient_checkpointing: bool = False
     subspace_dim: int = 256
     nnz_per_row: int = 4
+    lora_rank: int = 8
+    galore_rank: int = 128
     whiten: bool = True
     num_shards: int = 1
     shard_threads: int = 1
@@ -64,7 +68,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "seq_length", "num_micro_batches", "subspace_dim", "nnz_per_row")
-        for name in (*counts, "num_shards", "shard_threads", "payload_element_bytes"):
+        for name in (*counts, "lora_rank", "galore_rank", "num_shards", "shard_threads", "payload_element_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"workload.{name}", "be at least 1", getattr(self, name))
 
@@ -98,6 +102,31 @@ class Workload:
         """Of a weight or an activation."""
         return 2 if self.bf16 else 4
 
+    @property
+    def stays_on_device(self) -> bool:
+        """Whether gradients, optimizer state and deltas never leave the device."""
+        return self.method in ("native", "lora", "galore")
+
+    def trained_numel(self, layer: LayerShape) -> int:
+        """Elements of a layer that get a gradient and a delta on the device: all of them, or its adapters'."""
+        if self.method != "lora":
+            return layer.numel
+        return sum(self.lora_rank * (linear.rows + linear.columns) for linear in layer.linears)
+
+    def state_numel(self, layer: LayerShape) -> int:
+        """Elements of m, and of v, on the device."""
+        if self.method != "galore":
+            return self.trained_numel(layer)
+        sides = [(linear.small_side, linear.numel) for linear in layer.linears]
+        return layer.raw_numel + sum(
+            self.galore_rank * numel // small if small > self.galore_rank else numel for small, numel in sides
+        )
+
+    def basis_numel(self, linear: LinearShape) -> int:
+        """Elements of a linear's singular vectors (galore)."""
+        is_projected = self.method == "galore" and linear.small_side > self.galore_rank
+        return self.galore_rank * linear.small_side if is_projected else 0
+
     def dim_of(self, linear: LinearShape) -> int | None:
         """D of a linear, at most half of its smaller side; None where it is not projected."""
         if self.method != "lsp" or linear.small_side < MIN_SIDE_PER_NNZ * self.nnz_per_row:
@@ -106,7 +135,7 @@ class Workload:
 
     def payload_numel(self, layer: LayerShape) -> int:
         """Elements that a layer sends in each direction."""
-        if self.method == "native":
+        if self.stays_on_device:
             return 0
         dims = [(linear, self.dim_of(linear)) for linear in layer.linears]
         return layer.raw_numel + sum(linear.numel if dim is None else dim * dim for linear, dim in dims)
