@@ -106,13 +106,14 @@ def _row_form(factor: SparseFactor) -> tuple[NDArray[np.int32], NDArray[np.float
 
 def _in_threads(work: Callable[[slice], object], num: int, least: int) -> None:
     """Give `work` the parts of 0 … num, `least` or more each, side by side in as many threads as torch's operators."""
-    parts = max(1, min(torch.get_num_threads(), num // least))
+    num_threads = torch.get_num_threads()
+    parts = max(1, min(num_threads, num // least))
     bounds = [num * part // parts // least * least for part in range(parts)] + [num]
     slices = [slice(*pair) for pair in pairwise(bounds)]
     if parts == 1:
         work(slices[0])
         return
-    for _ in _pool(parts).map(work, slices):
+    for _ in _pool(num_threads).map(work, slices):
         pass
 
 
