@@ -25,6 +25,7 @@ from scripts.bench import Bench
 from scripts.method_bench import bars, page
 from scripts.method_bench.memory import TOLERANCE, bytes_by_part, equal_ranks, kept_bytes, shapes_in
 from scripts.method_bench.ours import Outcome, Setting
+from scripts.method_bench.plot import draw
 from scripts.method_bench.readings import Readings, Timed
 from scripts.method_bench.tasks import METHODS, Task, options_of, tasks, write_pairs
 from tests.tiny import tiny_model
@@ -54,6 +55,17 @@ def test_the_time_to_the_same_eval_loss_counts_seconds_not_steps() -> None:
     zero = outcome(4.0, 3.0, 2.0, step_s=10.0)
     assert bars.time_to_same_loss(outcome(4.0, 3.0, 2.5, 2.0, 1.0, step_s=2.0), zero) == pytest.approx(6.0 / 20.0)
     assert bars.time_to_same_loss(outcome(4.0, 3.0, 2.5), zero) == math.inf
+
+
+@pytest.mark.parametrize(("plain", "emulated"), [(True, True), (True, False), (False, True)])
+def test_panels_without_a_curve_are_left_out(tmp_path: Path, plain: bool, emulated: bool) -> None:
+    curves = {"lsp": outcome(4.0, 3.0, 2.0)}
+    widths = []
+    for name, ours, slowed in (("some", curves if plain else {}, curves if emulated else {}), ("all", curves, curves)):
+        assert draw(ours, slowed, "text", tmp_path / f"{name}.png")  # a warning would be an error here
+        header = (tmp_path / f"{name}.png").read_bytes()[16:20]
+        widths.append(int.from_bytes(header, "big"))
+    assert round(3 * widths[0] / widths[1]) == 2 * plain + emulated
 
 
 def test_the_rate_that_is_best_on_the_first_seed_counts_and_so_do_the_longest_runs_alone() -> None:

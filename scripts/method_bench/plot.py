@@ -12,16 +12,20 @@ Curves = Mapping[str, Outcome]
 
 
 def draw(plain: Curves, emulated: Curves, title: str, path: Path) -> bool:
-    """Write a PNG of two panels, and of a third for the emulated runs; returns False where matplotlib is missing."""
+    """Write a PNG of two panels, and of a third for the emulated runs, without those that would be empty.
+
+    Returns False where matplotlib is missing.
+    """
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ModuleNotFoundError:
         return False
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    panels = [("steps", 0, plain), ("seconds of training", 1, plain)]
+    panels = [("steps", 0, plain), ("seconds of training", 1, plain)] if plain else []
     panels += [("seconds, emulated", 1, emulated)] if emulated else []
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), sharey=True)
+    figure, rows = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), sharey=True, squeeze=False)
+    (axes,) = rows
     for axis, (label, column, curves) in zip(axes, panels, strict=True):
         for name, outcome in curves.items():
             points = outcome.eval_curve
