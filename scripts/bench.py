@@ -186,11 +186,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--timed_steps", type=int, default=12, help="of the runs that are timed")
     parser.add_argument("--rounds", type=int, default=2, help="of the runs that are timed; 0 times none")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of methods.md and methods.jsonl")
-    return parser.parse_args()
+    options = parser.parse_args()
+    for method in options.methods:
+        if method not in METHODS:
+            parser.error(f"--methods must be some of {', '.join(METHODS)}, got {method!r}")
+    return options
 
 
 def _words(text: str) -> list[str]:
-    return text.split(",")
+    return text.split(",") if text else []
 
 
 def _numbers(text: str) -> list[float]:
