@@ -60,6 +60,7 @@ class CostModel:
         flops_per_s = machine.device_bf16_flops if self.workload.bf16 else machine.device_float32_flops
         return (
             work.flops / flops_per_s
+            + work.float32_flops / machine.device_float32_flops
             + work.moved_bytes / machine.device_bytes_per_s
             + work.activation_bytes / machine.activation_bytes_per_s
             + work.gathered_bytes / machine.gather_bytes_per_s

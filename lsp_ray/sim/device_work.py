@@ -10,7 +10,7 @@ masks. A sparse factor with R non-zeros in each of F rows, times a table of widt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lsp_ray.sim.activations import activation_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
@@ -26,12 +26,13 @@ _LOGIT_BYTES = 24  # for a logit: to float32, its softmax, both gradients, back
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceWork:
-    """Operations of matrix products, and bytes.
+    """Operations of matrix products, in the run's type and in float32 whatever that is, and bytes.
 
     Read and written in order; of activations, where small operators come with them; of rows gathered in any order.
     """
 
     flops: float = 0.0
+    float32_flops: float = 0.0
     moved_bytes: float = 0.0
     activation_bytes: float = 0.0
     gathered_bytes: float = 0.0
@@ -39,6 +40,7 @@ class DeviceWork:
     def __add__(self, other: DeviceWork) -> DeviceWork:
         return DeviceWork(
             flops=self.flops + other.flops,
+            float32_flops=self.float32_flops + other.float32_flops,
             moved_bytes=self.moved_bytes + other.moved_bytes,
             activation_bytes=self.activation_bytes + other.activation_bytes,
             gathered_bytes=self.gathered_bytes + other.gathered_bytes,
@@ -50,7 +52,7 @@ def forward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> De
     tokens = workload.tokens
     work = DeviceWork(
         flops=sum(2.0 * tokens * linear.numel for linear in layer.linears) + _attention_flops(model, workload, layer),
-        activation_bytes=2.0 * tokens * activation_bytes(model, workload, layer),
+        activation_bytes=2.0 * tokens * _passed_bytes(model, workload, layer),
     )
     for linear in layer.linears:
         if workload.method == "lora":
@@ -66,7 +68,7 @@ def backward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> D
     work = DeviceWork(
         flops=sum(2.0 * tokens * linear.numel for linear in layer.linears)
         + 2.0 * _attention_flops(model, workload, layer),
-        activation_bytes=4.0 * tokens * activation_bytes(model, workload, layer),
+        activation_bytes=4.0 * tokens * _passed_bytes(model, workload, layer),
     )
     for linear in layer.linears:
         work += _weight_gradient(workload, linear)
@@ -117,7 +119,7 @@ def device_update_work(workload: Workload, layer: LayerShape, *, on_gpu: bool) -
     projected = [linear for linear in layer.linears if workload.basis_numel(linear)]
     flops = sum(4.0 * workload.galore_rank * linear.numel for linear in projected)
     moved_bytes += sum(16 * linear.numel for linear in projected)  # read, made again, gathered
-    return DeviceWork(flops=flops, moved_bytes=float(moved_bytes))
+    return DeviceWork(float32_flops=flops, moved_bytes=float(moved_bytes))
 
 
 def _take_bytes(workload: Workload) -> int:
@@ -170,12 +172,18 @@ def gathering_work(workload: Workload, width: int, dim: int) -> DeviceWork:
     )
 
 
+def _passed_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
+    """Of a token's activations that a block writes and reads again; what LoRA's adapters add is in `_adapter_work`."""
+    plain = replace(workload, method="native") if workload.method == "lora" else workload
+    return activation_bytes(model, plain, layer)
+
+
 def _adapter_work(workload: Workload, linear: LinearShape) -> DeviceWork:
     """(X A) B, 2·T·R·(M + N) in float32; X made float32 and the answer added to the linear's."""
     tokens, element = workload.tokens, workload.element_bytes
     cast_bytes = (4 + element) * linear.columns if workload.bf16 else 0
     return DeviceWork(
-        flops=2.0 * tokens * workload.lora_rank * (linear.rows + linear.columns),
+        float32_flops=2.0 * tokens * workload.lora_rank * (linear.rows + linear.columns),
         moved_bytes=float(tokens * (cast_bytes + (8 + 2 * element) * linear.rows)),
     )
 
