@@ -30,7 +30,8 @@ from scripts.method_bench.readings import Readings, Timed
 from scripts.method_bench.tasks import METHODS, SCORED, Task, options_of, tasks, write_pairs
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
-NUM_EVALS = 10  # between a run's steps
+NUM_EVALS = 5  # between a run's steps
+NUM_TIMED_EVALS, NUM_TIMED_SAMPLES = 10, 64  # where the time to a loss is judged: more of them, on fewer examples
 MORE_STEPS = 1.5  # of LSP where time counts: its steps are cheaper, and it may spend some of that on more of them
 SAME_LOSS = 1e-2
 QUICK_TASK, QUICK_STEPS, QUICK_EVAL = "docstring-pairs", 12, 128  # scored with --quick, for the accuracy
@@ -97,11 +98,12 @@ class Bench:
             task = self._found[setting.task]
             shapes = task.shapes if setting.emulate is None else None
             own = options_of(setting.method, rate_factor=setting.rate_factor, shapes=shapes)
-            options = {**task.options, **own, "--eval_steps": str(max(1, setting.num_steps // NUM_EVALS))}
+            num_evals = NUM_EVALS if setting.emulate is None else NUM_TIMED_EVALS
+            options = {**task.options, **own, "--eval_steps": str(max(1, setting.num_steps // num_evals))}
             if num_eval is not None:
                 options |= {"--max_eval_samples": str(num_eval), "--eval_steps": "0"}
             if setting.emulate is not None:
-                options |= {"--max_eval_answers": "0"}
+                options |= {"--max_eval_answers": "0", "--max_eval_samples": str(NUM_TIMED_SAMPLES)}
             return ours.run(setting, options)
 
         outcome = self._readings.of(setting, measure)

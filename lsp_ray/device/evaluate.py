@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from lsp_ray.models.loss import Batch, num_targets, summed_loss
+from lsp_ray.models.loss import Batch, label_loss, num_targets, summed_loss
 
 ANSWERS_AT_ONCE = 8  # prompts that are continued together
 _LARGEST_EXPONENT = 700.0  # a loss above it has a perplexity that no float holds
@@ -41,10 +41,10 @@ def class_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, 
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef  # a second to import, unused elsewhere
 
-    predicted, expected = _answers(model, batches)
+    loss, predicted, expected = _answers(model, batches)
     average = "binary" if max((1, *predicted, *expected)) == 1 else "macro"
     return {
-        "loss": mean_loss(model, batches),
+        "loss": loss,
         "accuracy": float(accuracy_score(expected, predicted)),
         "f1": float(f1_score(expected, predicted, average=average, zero_division=0.0)),
         "matthews": float(matthews_corrcoef(expected, predicted)),
@@ -55,9 +55,8 @@ def number_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str,
     """A regression's mean squared error and Pearson's correlation, as scipy has it; 0 where one side is constant."""
     from scipy.stats import pearsonr
 
-    predicted, expected = _answers(model, batches)
+    loss, predicted, expected = _answers(model, batches)
     varies = len({*predicted}) > 1 and len({*expected}) > 1
-    loss = mean_loss(model, batches)
     return {"loss": loss, "pearson": float(pearsonr(expected, predicted).statistic) if varies else 0.0}
 
 
@@ -80,16 +79,26 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_t
 def predict(model: PreTrainedModel, inputs: Batch) -> list[float]:
     """A classifier's most likely label of every row; where the model has one output alone, that number."""
     with _evaluating(model):
-        logits_BC = model(**_on_device_of(model, inputs)).logits
+        return _most_likely(model(**_on_device_of(model, inputs)).logits)
+
+
+def _answers(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[float, list[float], list[float]]:
+    """The mean loss, what the model says of every row, and what the data says, in one pass."""
+    total, predicted, expected = 0.0, list[float](), list[float]()
+    with _evaluating(model):
+        for batch in batches:
+            inputs = _on_device_of(model, batch)
+            labels = inputs.pop("labels")
+            logits_BC = model(**inputs).logits
+            total += float(label_loss(logits_BC, labels))
+            predicted += _most_likely(logits_BC)
+            expected += labels.reshape(-1).tolist()
+    return total / max(len(expected), 1), predicted, expected
+
+
+def _most_likely(logits_BC: torch.Tensor) -> list[float]:
     answers_B: torch.Tensor = logits_BC[:, 0].float() if logits_BC.shape[1] == 1 else logits_BC.argmax(dim=-1)
     return list(answers_B.tolist())
-
-
-def _answers(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[list[float], list[float]]:
-    """What the model says of every row, and what the data says."""
-    inputs = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
-    predicted = [answer for part in inputs for answer in predict(model, part)]
-    return predicted, [label for batch in batches for label in batch["labels"].reshape(-1).tolist()]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int | Sequence[int]) -> dict[str, torch.Tensor]:

@@ -37,10 +37,8 @@ def summed_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """
     labels = batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    if labels.is_floating_point():
-        return mse_loss(model(**inputs).logits.float().reshape(labels.shape), labels.float(), reduction="sum")
-    if labels.ndim == 1:
-        return cross_entropy(model(**inputs).logits.float(), labels, reduction="sum")
+    if labels.is_floating_point() or labels.ndim == 1:
+        return label_loss(model(**inputs).logits, labels)
     targets_BS = torch.full_like(labels, IGNORED)
     targets_BS[:, :-1] = labels[:, 1:]
     keep_BS = targets_BS != IGNORED
@@ -48,6 +46,13 @@ def summed_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     with _only_positions(head, keep_BS):
         logits_KV = model(**inputs, use_cache=False).logits
     return cross_entropy(logits_KV.float(), targets_BS[keep_BS], reduction="sum")
+
+
+def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same of a classifier's (B, C) logits and B labels; where labels are floats, of its only output."""
+    if labels.is_floating_point():
+        return mse_loss(logits.float().reshape(labels.shape), labels.float(), reduction="sum")
+    return cross_entropy(logits.float(), labels, reduction="sum")
 
 
 @contextmanager

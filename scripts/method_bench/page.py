@@ -24,9 +24,9 @@ Table = Sequence[Sequence[str]]
 
 _HOW = (
     "bfloat16, 4 × at most 128 tokens (gsm8k 256, encoders 16 × at most 128) and one thread that computes; `lsp` and "
-    "`zero_offload` have one more for their shard, in the place of a workstation's CPU. Every run is a process of its "
-    "own, through the command line or the front door that its users have. Start-up is in no second: loading, and for "
-    "`lsp` learning its projectors."
+    "`zero_offload` have one more for their shard, in the place of a workstation's CPU, and the peers one in all. "
+    "Every run is a process of its own, through the command line or the front door that its users have. Start-up is in "
+    "no second: loading, and for `lsp` learning its projectors."
 )
 _STEPS = (
     "Timed in turn, in rounds, with each method's default ranks; peers have the same model, batches in the same order "
@@ -38,7 +38,11 @@ _MEMORY = (
     "Gradients come and go: `lsp` and `zero_offload` send theirs off layer by layer, `native` and `galore` hold all of "
     "them at the end of the backward. Peaks above are measured and hold them too."
 )
-_SCORES = "Means over seeds ± standard deviation, at the rate that was best on the first seed where several were run."
+_SCORES = (
+    "Means over seeds ± standard deviation, at the rate that was best on the first seed where several were run. Runs "
+    "as another machine have default ranks, fewer eval examples, and `lsp` half as many steps again as `zero_offload`: "
+    "they are for the time to the same loss alone."
+)
 
 
 def step_seconds(timed: Mapping[Timed, Outcome]) -> dict[str, list[float]]:
