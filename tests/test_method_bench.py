@@ -94,6 +94,17 @@ def test_the_rate_that_is_best_on_the_first_seed_counts_and_so_do_the_longest_ru
     assert page.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
+def test_of_rates_run_with_as_many_seeds_the_one_that_is_best_on_average_counts() -> None:
+    outcomes = {
+        setting("mood", "native", seed=1): outcome(1.0, 0.5),
+        setting("mood", "native", seed=2): outcome(1.0, 0.5),
+        setting("mood", "native", seed=1, rate_factor=2.0): outcome(1.0, 0.4),  # best on the first seed
+        setting("mood", "native", seed=2, rate_factor=2.0): outcome(1.0, 0.9),
+        setting("mood", "native", seed=1, rate_factor=4.0): outcome(1.0, 0.1),  # on one seed alone
+    }
+    assert {chosen.rate_factor for chosen in bars.chosen(outcomes)["mood"]["native"]} == {1.0}
+
+
 def test_bars_say_what_was_reached_what_was_missed_and_what_was_not_measured() -> None:
     emulated = {"emulate": bars.EMULATED}
     outcomes = {

@@ -14,7 +14,7 @@ EMULATED = "rtx4090-threadripper"
 MOST_TIME, MOST_STEP, MOST_BEHIND, ENOUGH_TASKS, NUM_TASKS = 0.5, 0.9, 0.01, 3, 4
 
 Groups = Mapping[str, Mapping[str, Sequence[Outcome]]]
-"""By task and name of the setting: a run for every seed, at the rate that was best on the first."""
+"""By task and name of the setting: a run for every seed, at the best rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Bar:
 
 
 def grouped(outcomes: Mapping[Setting, Outcome]) -> Groups:
-    """Runs that differ in their seed alone, of the learning rate that was best on the first seed."""
+    """Runs that differ in their seed alone, of the best learning rate that was run with as many seeds."""
     return {
         task: {name: [outcomes[setting] for setting in group] for name, group in names.items()}
         for task, names in chosen(outcomes).items()
@@ -55,11 +55,16 @@ def chosen(outcomes: Mapping[Setting, Outcome]) -> dict[str, dict[str, list[Sett
 
 
 def at_best_rate(group: Sequence[Setting], outcomes: Mapping[Setting, Outcome]) -> list[Setting]:
-    """Of settings that differ in seed and rate: those of the rate whose eval loss on the first seed is lowest."""
-    first = min(setting.seed for setting in group)
-    tried = [setting for setting in group if setting.seed == first]
-    best = min(tried, key=lambda setting: outcomes[setting].scores["loss"])
-    return [setting for setting in group if setting.rate_factor == best.rate_factor]
+    """Of settings that differ in seed and rate: those of one rate, which has the most seeds.
+
+    Among several such rates it is that of the lowest mean eval loss: one seed says little of a rate that is too high.
+    """
+    runs_at: dict[float, list[Setting]] = {}
+    for setting in group:
+        runs_at.setdefault(setting.rate_factor, []).append(setting)
+    most = max(map(len, runs_at.values()))
+    tried = [runs for runs in runs_at.values() if len(runs) == most]
+    return min(tried, key=lambda runs: mean_score([outcomes[setting] for setting in runs], "loss"))
 
 
 def all_bars(step_s: Mapping[str, float], peers: Sequence[str], groups: Groups, found: Mapping[str, Task]) -> list[Bar]:

@@ -39,9 +39,10 @@ _MEMORY = (
     "them at the end of the backward. Peaks above are measured and hold them too."
 )
 _SCORES = (
-    "Means over seeds ± standard deviation, at the rate that was best on the first seed where several were run. Runs "
-    "as another machine have default ranks, fewer eval examples, and `lsp` half as many steps again as `zero_offload`: "
-    "they are for the time to the same loss alone."
+    "Means over seeds ± standard deviation, at the rate of the lowest mean eval loss among those with the most seeds: "
+    "the first seed is run at several rates, the others at its best one. Runs as another machine have default ranks, "
+    "fewer eval examples, and `lsp` half as many steps again as `zero_offload`: they are for the time to the same loss "
+    "alone."
 )
 
 
@@ -162,11 +163,11 @@ def _bars_table(bars: Sequence[Bar]) -> Table:
 def _head(readings: Readings) -> str:
     told = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
     days, processors, commands = (sorted(values) for values in zip(*readings.circumstances, strict=True))
-    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    how = "; ".join(f"`{command}`" for command in dict.fromkeys(commands))
+    when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    how = "\n".join(f"- `{command}`" for command in dict.fromkeys(commands))
     where = "; ".join(dict.fromkeys(processors))
-    circumstances = f"{how}, {when}, {where}, Python {platform.python_version()}, {told}."
-    return f"# Methods and peers\n\n{circumstances}\n\n{_HOW}"
+    circumstances = f"{when}, {where}, Python {platform.python_version()}, {told}. Made with"
+    return f"# Methods and peers\n\n{circumstances}\n\n{how}\n\n{_HOW}"
 
 
 def _plots(outcomes: Mapping[Setting, Outcome], path: Path) -> str:
