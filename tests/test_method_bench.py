@@ -134,6 +134,16 @@ def test_bars_say_what_was_reached_what_was_missed_and_what_was_not_measured() -
     assert weak[2] == "mood: LSP's accuracy is 11.1% worse than that of lora (0.8 against 0.9)."
 
 
+def test_a_run_without_its_tasks_score_is_shown_by_its_perplexity() -> None:
+    answers = replace(TEXT, score="answer_accuracy")
+    readings = Readings(None)
+    put(readings, setting("text", "lsp"), outcome(3.0, 2.0, perplexity=7.4, answer_accuracy=0.25))
+    put(readings, setting("text", "lsp", emulate=bars.EMULATED), outcome(3.0, 2.0, perplexity=7.4))  # answers nothing
+    assert page.figures(readings, {"text": answers})["accuracy"] == {"text": {"lsp": 0.25}}
+    scores = {row[1]: row[6] for row in page.scores_table(readings.scored, {"text": answers})[1:]}
+    assert scores == {"lsp": "answer_accuracy 0.25", f"lsp, as {bars.EMULATED}": "perplexity 7.4"}
+
+
 @pytest.mark.parametrize(("num_won", "verdict"), [(3, "reached"), (2, "missed")])
 def test_lsp_must_be_as_good_as_both_on_three_tasks_of_four(num_won: int, verdict: str) -> None:
     rivals = {"lora": [outcome(3.0, 2.0)], "galore": [outcome(3.0, 2.1)]}

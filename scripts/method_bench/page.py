@@ -62,9 +62,9 @@ def figures(readings: Readings, found: Mapping[str, Task], *, judged: bool = Tru
         if "docstrings" not in groups:
             losses.setdefault("docstrings", {})[key.name] = outcome.scores["loss"]
     accuracy = {
-        task: {name: mean_score(runs, found[task].score) for name, runs in names.items()}
+        task: {name: mean_score(runs, score) for name, runs in names.items() if score in runs[0].scores}
         for task, names in groups.items()
-        if task in found and "accuracy" in found[task].score
+        if task in found and "accuracy" in (score := found[task].score)
     }
     medians = {name: median(times_s) for name, times_s in step_seconds(readings.timed).items()}
     bars = [{**asdict(bar), "verdict": bar.verdict} for bar in _bars(readings, found)] if judged else []
@@ -121,6 +121,8 @@ def scores_table(outcomes: Mapping[Setting, Outcome], found: Mapping[str, Task])
         for name, settings in names.items():
             runs = [outcomes[setting] for setting in settings]
             score = found[task].score if task in found else "loss"
+            if score not in runs[0].scores:  # emulated runs answer nothing
+                score = "perplexity"
             losses, scores = ([run.scores[key] for run in runs] for key in ("loss", score))
             learning_rate = f"{rate_of(settings[0].method) * settings[0].rate_factor:g}"
             made = [str(settings[0].num_steps), str(len(runs)), learning_rate]
