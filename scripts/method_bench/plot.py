@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from scripts.method_bench.bars import EMULATED
 from scripts.method_bench.ours import Outcome
 
 Curves = Mapping[str, Outcome]
@@ -26,10 +27,14 @@ def draw(plain: Curves, emulated: Curves, title: str, path: Path) -> bool:
     panels += [("seconds, emulated", 1, emulated)] if emulated else []
     figure, rows = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), sharey=True, squeeze=False)
     (axes,) = rows
+    colours: dict[str, str] = {}  # a method's is the same in every panel
     for axis, (label, column, curves) in zip(axes, panels, strict=True):
         for name, outcome in curves.items():
+            colour = colours.setdefault(name.removesuffix(f", as {EMULATED}"), f"C{len(colours)}")
             points = outcome.eval_curve
-            axis.plot([point[column] for point in points], [point[2] for point in points], ".-", label=name)
+            axis.plot(
+                [point[column] for point in points], [point[2] for point in points], ".-", color=colour, label=name
+            )
         axis.set_xlabel(label)
         axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("eval loss")
