@@ -68,7 +68,7 @@ def test_panels_without_a_curve_are_left_out(tmp_path: Path, plain: bool, emulat
     assert round(3 * widths[0] / widths[1]) == 2 * plain + emulated
 
 
-def test_the_rate_that_is_best_on_the_first_seed_counts_and_so_do_the_longest_runs_alone() -> None:
+def test_the_rate_with_the_most_seeds_counts_and_so_do_the_longest_runs_alone() -> None:
     outcomes = {
         setting("mood", "lsp", seed=1): outcome(1.0, 0.5, accuracy=0.7),
         setting("mood", "lsp", seed=1, rate_factor=2.0): outcome(1.0, 0.4, accuracy=0.9),
