@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear
+from lsp_ray.methods.projected_matrix import ProjectedMatrix
 from lsp_ray.projection.bias import bias_of, grad_square_sum
 from lsp_ray.projection.sparse_projector import SparseProjector
 
@@ -67,16 +68,58 @@ def test_a_gradient_that_is_zero_or_not_finite_has_no_bias(value: float) -> None
     assert bias_of(projector, projector.compress(grad_MN), float(grad_MN.square().sum())) is None
 
 
+def balanced(projector: SparseProjector, seed: int) -> tuple[SparseProjector, torch.Tensor, torch.Tensor]:
+    """S P̂ and Z Q̂ for these P̂ and Q̂; S and Z as diagonal matrices."""
+    scales = [torch.rand(rows, generator=torch.Generator().manual_seed(seed)) + 0.1 for rows in projector.shape]
+    factors = (projector.left.scaled(scales[0]), projector.right.scaled(scales[1]))
+    return SparseProjector(*factors), scales[0].double().diag(), scales[1].double().diag()
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10_000), whitened=st.booleans())
+def test_a_balanced_projector_is_judged_by_what_it_was_fitted_to(seed: int, whitened: bool) -> None:
+    unscaled, grad_MN = random_projector(seed), normal(48, 32, seed=seed)
+    projector, left_MM, right_NN = balanced(unscaled, seed)
+    fitted_MN = left_MM @ grad_MN.double() @ right_NN
+    square_sum = float(fitted_MN.square().sum())
+    expected = bias_of(unscaled, unscaled.compress(fitted_MN.float()), square_sum, whitened=whitened)
+    found = bias_of(projector, projector.compress(grad_MN), square_sum, whitened=whitened)
+    assert found is not None
+    assert expected is not None
+    assert (found.raw, found.relative) == pytest.approx((expected.raw, expected.relative), rel=1e-3)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_a_matrix_of_the_drop_in_optimizer_is_judged_alike(whiten: bool) -> None:
+    projector, left_MM, right_NN = balanced(random_projector(2), 2)
+    grad_MN = normal(48, 32, seed=3)
+    compressed_DD, square_sum = projector.compress(grad_MN), float((left_MM @ grad_MN.double() @ right_NN).norm() ** 2)
+    expected = bias_of(projector, compressed_DD, square_sum, whitened=whiten)
+    matrix = ProjectedMatrix.fresh(projector, torch.device("cpu"), whiten=whiten)
+    assert expected is not None
+    assert matrix.relative_bias(grad_MN, compressed_DD) == pytest.approx(expected.relative, rel=1e-5)
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 10_000), tokens=st.integers(1, 40))
 def test_a_gradients_norm_needs_no_gradient(seed: int, tokens: int) -> None:
     grad_output_TM, input_TN = normal(tokens, 48, seed=seed), normal(tokens, 32, seed=seed + 1)
-    expected = float((grad_output_TM.t().double() @ input_TN.double()).square().sum())
-    assert float(grad_square_sum(grad_output_TM, input_TN)) == pytest.approx(expected, rel=1e-5)
+    grad_MN = grad_output_TM.t().double() @ input_TN.double()
+    plain = random_projector(seed)
+    assert float(grad_square_sum(plain, grad_output_TM, input_TN)) == pytest.approx(
+        float(grad_MN.square().sum()), rel=1e-5
+    )
+    projector, left_MM, right_NN = balanced(plain, seed)
+    expected = float((left_MM @ grad_MN @ right_NN).square().sum())
+    assert float(grad_square_sum(projector, grad_output_TM, input_TN)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_probe_sees_the_bias_of_the_gradient_that_trains_and_changes_nothing() -> None:
+@pytest.mark.parametrize("is_balanced", [False, True])
+def test_a_probe_sees_the_bias_of_the_gradient_that_trains_and_changes_nothing(is_balanced: bool) -> None:
     projector, linear = random_projector(1), torch.nn.Linear(32, 48, bias=False)
+    left_MM, right_NN = torch.eye(48).double(), torch.eye(32).double()
+    if is_balanced:
+        projector, left_MM, right_NN = balanced(projector, 1)
     module = ProjectedLinear(linear, transposed=False, projector=projector)
     module.probe = BiasProbe()
     assert module.probe.read(projector) is None
@@ -85,7 +128,8 @@ def test_a_probe_sees_the_bias_of_the_gradient_that_trains_and_changes_nothing()
     observed = module.leaf.grad
     seen = module.probe.read(projector)
     grad_MN = grad_output_TM.t() @ input_TN
-    expected = bias_of(projector, projector.compress(grad_MN), float(grad_MN.square().sum()))
+    square_sum = float((left_MM @ grad_MN.double() @ right_NN).square().sum())
+    expected = bias_of(projector, projector.compress(grad_MN), square_sum)
     assert seen is not None
     assert expected is not None
     assert seen.relative == pytest.approx(expected.relative, rel=1e-4)

@@ -114,9 +114,15 @@ class BiasProbe:
     def __init__(self) -> None:
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def see(self, compressed_DD: torch.Tensor, grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> None:
+    def see(
+        self,
+        projector: SparseProjector,
+        compressed_DD: torch.Tensor,
+        grad_output_TM: torch.Tensor,
+        input_TN: torch.Tensor,
+    ) -> None:
         """Note one micro-batch's g and the norm of its gradient; nothing is synchronised yet."""
-        self._parts = compressed_DD, grad_square_sum(grad_output_TM, input_TN)
+        self._parts = compressed_DD, grad_square_sum(projector, grad_output_TM, input_TN)
 
     def read(self, projector: SparseProjector, *, whitened: bool = False) -> Bias | None:
         """The bias of what was seen last; None if nothing was, or if it was zero or not finite."""
@@ -158,5 +164,5 @@ class _Projected(torch.autograd.Function):
         if ctx.lesson is not None:
             ctx.lesson.add(grad_output_TM, input_TN)
         if ctx.probe is not None:
-            ctx.probe.see(grad_DD, grad_output_TM, input_TN)
+            ctx.probe.see(ctx.projector, grad_DD, grad_output_TM, input_TN)
         return grad_input, None, grad_bias_M, grad_DD, None

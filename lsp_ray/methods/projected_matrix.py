@@ -79,7 +79,9 @@ class ProjectedMatrix:
 
     def relative_bias(self, grad_MN: torch.Tensor, compressed_DD: torch.Tensor) -> float | None:
         """Share of a gradient that P and Q lose, at its best scalar; None for one that is zero or not finite."""
-        square_sum = float(torch.linalg.vector_norm(grad_MN, dtype=torch.float32)) ** 2
+        left, right = self.projector.left, self.projector.right
+        scaled_NM = left.scale_columns(right.scale_columns(grad_MN).t())
+        square_sum = float(torch.linalg.vector_norm(scaled_NM, dtype=torch.float32)) ** 2
         bias = bias_of(self.projector, compressed_DD, square_sum, whitened=self._whitening is not None)
         return None if bias is None else bias.relative
 

@@ -4,6 +4,9 @@ With G = dYᵀX, g = PᵀGQ and A = PPᵀGQQᵀ (paper, Definition 2: the bias i
 
     <A, G> = ‖g‖²      <A, A> = <PᵀP g QᵀQ, g>      <G, G> = Σ (dY dYᵀ) ∘ (X Xᵀ)
 
+A balanced projector (P = S P̂, Q = Z Q̂) is judged by what it was fitted to and what Adam sees of it: S G Z, P̂ and Q̂ in
+the place of G, P and Q; g is the same.
+
 Legend: T tokens, M rows (out), N columns (in), D subspace, C tokens of a chunk.
 """
 
@@ -40,15 +43,16 @@ class Bias:
 def bias_of(
     projector: SparseProjector, compressed_DD: torch.Tensor, grad_square_sum: float, *, whitened: bool = False
 ) -> Bias | None:
-    """Bias of a gradient, given its compressed form and ‖G‖²; None for a gradient that is zero or not finite.
+    """Bias of a gradient, given its compressed form and ‖S G Z‖²; None for a gradient that is zero or not finite.
 
+    S and Z are the factors' scales, one where they have none: `grad_square_sum` sees to it.
     Whitened, P and Q stand for the orthonormal bases of their columns: A is then an orthogonal projection of G, and
     <A, G> = <A, A> = <(PᵀP)⁻¹ g (QᵀQ)⁻¹, g>.
     """
     compressed_DD = compressed_DD.double()
     if not torch.isfinite(compressed_DD).all():
         return None
-    left_DD, right_DD = projector.left.gram().double(), projector.right.gram().double()
+    left_DD, right_DD = (factor.unscaled.gram().double() for factor in (projector.left, projector.right))
     if whitened:
         solved_DD = torch.linalg.solve(_damped(left_DD), compressed_DD)
         along = kept = float((torch.linalg.solve(_damped(right_DD), solved_DD.t()).t() * compressed_DD).sum())
@@ -68,8 +72,10 @@ def _damped(gram_DD: torch.Tensor) -> torch.Tensor:
     return damped_DD
 
 
-def grad_square_sum(grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> torch.Tensor:
-    """Return ‖dYᵀX‖², a float32 scalar, without forming dYᵀX."""
+def grad_square_sum(projector: SparseProjector, grad_output_TM: torch.Tensor, input_TN: torch.Tensor) -> torch.Tensor:
+    """Return ‖S dYᵀX Z‖², a float32 scalar, without forming dYᵀX."""
+    grad_output_TM = projector.left.scale_columns(grad_output_TM)
+    input_TN = projector.right.scale_columns(input_TN)
     tokens_at_once = max(1, CHUNK_ELEMENTS // input_TN.shape[0])
     total = torch.zeros((), device=input_TN.device)
     pairs = zip(grad_output_TM.split(tokens_at_once), input_TN.split(tokens_at_once), strict=True)

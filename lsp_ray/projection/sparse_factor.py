@@ -117,6 +117,12 @@ class SparseFactor:
             return self
         return self.with_values(self.value_FR.float() / self.scale_F.to(self.value_FR.device).unsqueeze(1))
 
+    def scale_columns(self, table_KF: torch.Tensor) -> torch.Tensor:
+        """Return the (K, F) table that the unscaled factor must see to give what this one gives for `table_KF`."""
+        if self.scale_F is None:
+            return table_KF
+        return table_KF * self.scale_F.to(table_KF)
+
     def dense(self) -> torch.Tensor:
         """The (F, D) matrix with its zeros, for products that are faster so; it is not kept."""
         dense_FD = self._value_S.new_zeros(self.num_rows, self.dim)
