@@ -32,6 +32,7 @@ from scripts.method_bench.tasks import METHODS, SCORED, Task, options_of, tasks,
 OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 NUM_EVALS = 5  # between a run's steps
 NUM_TIMED_EVALS, NUM_TIMED_SAMPLES = 10, 64  # where the time to a loss is judged: more of them, on fewer examples
+EMULATED_STEPS = 40  # of zero_offload, where the time to its last loss is judged
 MORE_STEPS = 1.5  # of LSP where time counts: its steps are cheaper, and it may spend some of that on more of them
 SAME_LOSS = 1e-2
 QUICK_TASK, QUICK_STEPS, QUICK_EVAL = "docstring-pairs", 12, 128  # scored with --quick, for the accuracy
@@ -73,10 +74,11 @@ class Bench:
                 (best,) = at_best_rate(tried, self._readings.scored)
                 self._scored(_at(setting, best.rate_factor), num_eval)
 
-    def score_emulated(self, num_steps: int, names: Sequence[str]) -> None:
+    def score_emulated(self, names: Sequence[str]) -> None:
         """The offloading methods as the paper's machine, on the language tasks, with their default ranks."""
+        num_steps = {"lsp": round(MORE_STEPS * EMULATED_STEPS), "zero_offload": EMULATED_STEPS}
         for task in (self._found[name] for name in names if self._found[name].kind == "causal_lm"):
-            for method, steps in {"lsp": round(MORE_STEPS * num_steps), "zero_offload": num_steps}.items():
+            for method, steps in num_steps.items():
                 self._scored(Setting(task=task.name, method=method, num_steps=steps, emulate=EMULATED), None)
 
     def _timed(self, key: Timed, num_eval: int) -> Outcome:
@@ -99,7 +101,8 @@ class Bench:
             shapes = task.shapes if setting.emulate is None else None
             own = options_of(setting.method, rate_factor=setting.rate_factor, shapes=shapes)
             num_evals = NUM_EVALS if setting.emulate is None else NUM_TIMED_EVALS
-            options = {**task.options, **own, "--eval_steps": str(max(1, setting.num_steps // num_evals))}
+            options = {**task.options, **own, **task.warmup(setting.num_steps)}
+            options |= {"--eval_steps": str(max(1, setting.num_steps // num_evals))}
             if num_eval is not None:
                 options |= {"--max_eval_samples": str(num_eval), "--eval_steps": "0"}
             if setting.emulate is not None:
@@ -160,10 +163,17 @@ def _full(bench: Bench, options: argparse.Namespace, found: dict[str, Task]) -> 
         peers.build_cpu_adam()
     bench.time_steps(num_steps=options.timed_steps, rounds=options.rounds, num_eval=64)
     names = [name for name in options.tasks if name in found] if options.tasks else list(found)
-    bench.score_emulated(options.steps, names)
+    bench.score_emulated(names)
     points = product(names, options.methods, map(int, options.seeds), options.policies, options.links)
     settings = [
-        Setting(task=task, method=method, num_steps=options.steps, seed=seed, policy=policy, link_gbps=link)
+        Setting(
+            task=task,
+            method=method,
+            num_steps=options.steps or found[task].num_steps,
+            seed=seed,
+            policy=policy,
+            link_gbps=link,
+        )
         for task, method, seed, policy, link in points
     ]
     bench.score(settings, options.rate_factors)
@@ -184,7 +194,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--links", type=_numbers, default=[None], help="link_gbps, by commas; default: as it is")
     parser.add_argument("--seeds", type=_words, default=["42"])
     parser.add_argument("--rate_factors", type=_numbers, default=[1.0], help="of the learning rates; the best counts")
-    parser.add_argument("--steps", type=int, default=200, help="of the runs that are scored")
+    parser.add_argument("--steps", type=int, help="of the runs that are scored; default: each task's own")
     parser.add_argument("--timed_steps", type=int, default=12, help="of the runs that are timed")
     parser.add_argument("--rounds", type=int, default=2, help="of the runs that are timed; 0 times none")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of methods.md and methods.jsonl")

@@ -30,8 +30,8 @@ from scripts.method_bench.readings import Readings, Timed
 from scripts.method_bench.tasks import METHODS, Task, options_of, tasks, write_pairs
 from tests.tiny import tiny_model
 
-TEXT = Task(name="text", model="m", kind="causal_lm", score="perplexity", options={})
-MOOD = Task(name="mood", model="m", kind="sequence_classification", score="accuracy", options={})
+TEXT = Task(name="text", model="m", kind="causal_lm", score="perplexity", num_steps=4, options={})
+MOOD = Task(name="mood", model="m", kind="sequence_classification", score="accuracy", num_steps=4, options={})
 FOUND = {"text": TEXT, "mood": MOOD}
 
 
@@ -229,6 +229,9 @@ def test_the_ranks_keep_equal_bytes_and_every_tasks_options_exist() -> None:
     found = tasks(Path("data"), Path("pairs.jsonl"))
     assert set(found) == {"docstrings", "docstring-pairs", "gsm8k", "sst2"}
     every = {name: value for task in found.values() for name, value in task.options.items()}
+    assert found["sst2"].warmup(57) == {"--warmup_steps": "5"}
+    assert not found["gsm8k"].warmup(57)
+    every |= found["sst2"].warmup(57)
     for method in METHODS:
         options = {**every, **options_of(method, rate_factor=0.5, shapes=shapes), "--method": method}
         assert isinstance(_parse([word for pair in options.items() for word in pair]), RunConfig)

@@ -40,9 +40,9 @@ _MEMORY = (
 )
 _SCORES = (
     "Means over seeds ± standard deviation, at the rate of the lowest mean eval loss among those with the most seeds: "
-    "the first seed is run at several rates, the others at its best one. Runs as another machine have default ranks, "
-    "fewer eval examples, and `lsp` half as many steps again as `zero_offload`: they are for the time to the same loss "
-    "alone."
+    "the first seed is run at several rates, the others at its best one. Encoders warm up for a tenth of their steps: "
+    "their heads start at random. Runs as another machine have default ranks, fewer eval examples, and `lsp` half as "
+    "many steps again as `zero_offload`: they are for the time to the same loss alone."
 )
 
 
