@@ -159,9 +159,10 @@ def _quick(bench: Bench) -> None:
 
 
 def _full(bench: Bench, options: argparse.Namespace, found: dict[str, Task]) -> None:
-    if options.rounds and peers.is_there("deepspeed"):
-        peers.build_cpu_adam()
-    bench.time_steps(num_steps=options.timed_steps, rounds=options.rounds, num_eval=64)
+    if options.rounds:
+        if peers.is_there("deepspeed"):
+            peers.build_cpu_adam()
+        bench.time_steps(num_steps=options.timed_steps, rounds=options.rounds, num_eval=64)
     names = [name for name in options.tasks if name in found] if options.tasks else list(found)
     bench.score_emulated(names)
     points = product(names, options.methods, map(int, options.seeds), options.policies, options.links)
