@@ -68,6 +68,27 @@ def test_panels_without_a_curve_are_left_out(tmp_path: Path, plain: bool, emulat
     assert round(3 * widths[0] / widths[1]) == 2 * plain + emulated
 
 
+def test_seconds_on_another_processor_are_not_shown_beside_those_of_lsp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "methods.jsonl"
+    for method in ("lsp", "native", "lora"):
+        put(Readings(path), setting("text", method), outcome(4.0, 3.0, 2.0))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["processor"] = "another"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn: list[list[str]] = []
+
+    def record(*_: Any, elsewhere: list[str]) -> bool:
+        drawn.append(elsewhere)
+        return True
+
+    monkeypatch.setattr(page, "draw", record)
+    page.write_page(Readings(path), {}, tmp_path / "methods.md")
+    assert drawn == [["lora"]]
+    assert "\nlora: on another processor, so without seconds.\n" in (tmp_path / "methods.md").read_text()
+
+
 def test_the_rate_with_the_most_seeds_counts_and_so_do_the_longest_runs_alone() -> None:
     outcomes = {
         setting("mood", "lsp", seed=1): outcome(1.0, 0.5, accuracy=0.7),

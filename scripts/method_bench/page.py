@@ -86,7 +86,7 @@ def write_page(readings: Readings, found: Mapping[str, Task], path: Path) -> Non
         "Seconds a step": f"{_STEPS}\n\n{markdown(steps_table(readings.timed))}",
         "Scores at equal bytes on the device": f"{_SCORES}\n\n{markdown(scores_table(readings.scored, found))}",
         "Bytes on the device": f"{_MEMORY}\n\n{markdown(memory_table(found))}",
-        "Eval loss against steps and seconds": _plots(readings.scored, path),
+        "Eval loss against steps and seconds": _plots(readings, path),
     }
     parts = [_head(readings), *(f"## {title}\n\n{text}" for title, text in sections.items())]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -172,15 +172,21 @@ def _head(readings: Readings) -> str:
     return f"# Methods and peers\n\n{circumstances}\n\n{how}\n\n{_HOW}"
 
 
-def _plots(outcomes: Mapping[Setting, Outcome], path: Path) -> str:
+def _plots(readings: Readings, path: Path) -> str:
     lines = []
-    for task, names in chosen(outcomes).items():
-        curves = {name: outcomes[group[0]] for name, group in names.items()}
-        emulated = {name for name, group in names.items() if group[0].emulate is not None}
+    for task, names in chosen(readings.scored).items():
+        settings = {name: group[0] for name, group in names.items()}
+        curves = {name: readings.scored[setting] for name, setting in settings.items()}
+        emulated = {name for name, setting in settings.items() if setting.emulate is not None}
         plain, slowed = ({n: c for n, c in curves.items() if (n in emulated) is side} for side in (False, True))
+        processors = {name: readings.processors[settings[name]] for name in plain}
+        judged = processors.get("lsp", next(iter(processors.values()), ""))
+        elsewhere = [name for name, processor in processors.items() if processor != judged]
         file = path.with_name(f"{path.stem}-{task}.png")
-        if draw(plain, slowed, task, file):
+        if draw(plain, slowed, task, file, elsewhere=elsewhere):
             lines.append(f"![{task}]({file.name})")
+            if elsewhere:
+                lines.append(f"{', '.join(elsewhere)}: on another processor, so without seconds.")
     return "\n\n".join(lines) or "No plots: matplotlib is not installed, or nothing was scored."
 
 

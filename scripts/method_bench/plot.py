@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from scripts.method_bench.bars import EMULATED
@@ -12,10 +12,11 @@ from scripts.method_bench.ours import Outcome
 Curves = Mapping[str, Outcome]
 
 
-def draw(plain: Curves, emulated: Curves, title: str, path: Path) -> bool:
+def draw(plain: Curves, emulated: Curves, title: str, path: Path, *, elsewhere: Collection[str] = ()) -> bool:
     """Write a PNG of two panels, and of a third for the emulated runs, without those that would be empty.
 
-    Returns False where matplotlib is missing.
+    Plain runs whose names are in `elsewhere` have seconds that the others' cannot be compared with: steps alone show
+    them. Returns False where matplotlib is missing.
     """
     try:
         matplotlib = importlib.import_module("matplotlib")
@@ -23,7 +24,8 @@ def draw(plain: Curves, emulated: Curves, title: str, path: Path) -> bool:
         return False
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    panels = [("steps", 0, plain), ("seconds of training", 1, plain)] if plain else []
+    comparable = {name: outcome for name, outcome in plain.items() if name not in elsewhere}
+    panels = [("steps", 0, plain), ("seconds of training", 1, comparable)] if plain else []
     panels += [("seconds, emulated", 1, emulated)] if emulated else []
     figure, rows = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), sharey=True, squeeze=False)
     (axes,) = rows

@@ -39,6 +39,7 @@ class Readings:
         self._outcomes: dict[Setting | Timed, Outcome] = {}
         self.circumstances: set[tuple[str, str, str]] = set()
         """Days, processors and commands."""
+        self.processors: dict[Setting | Timed, str] = {}
         if path is not None and path.exists():
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
                 try:
@@ -73,7 +74,8 @@ class Readings:
         read = dict(row["outcome"])
         read["eval_losses"] = tuple((step, loss) for step, loss in read["eval_losses"])
         read |= {name: tuple(read[name]) for name in ("step_s", "losses")}
-        self._outcomes[_KINDS[row["kind"]](**row["key"])] = Outcome(**read)
+        key = _KINDS[row["kind"]](**row["key"])
+        self._outcomes[key], self.processors[key] = Outcome(**read), row["processor"]
         self.circumstances.add((row["day"], row["processor"], row["command"]))
 
 
