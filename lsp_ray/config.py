@@ -181,7 +181,7 @@ class RunConfig:
     gradient_accumulation_steps: int = 1
     """Micro-batches in an optimizer update."""
     learning_rate: float = 1e-4
-    """Peak learning rate; full fine-tuning's carries over to lsp, for a classifier about a quarter of it."""
+    """Peak learning rate; full fine-tuning's carries over to lsp, for a classifier at most a quarter of it."""
     lr_scheduler_type: SchedulerType = "linear"
     """Shape of the learning rate over the steps, as in transformers.get_scheduler."""
     lr_scheduler_kwargs: dict[str, Any] | None = None

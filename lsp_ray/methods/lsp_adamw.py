@@ -47,7 +47,7 @@ class LSPAdamW(Optimizer):
     Args:
         params: Parameters or groups, as any optimizer takes them, float32 or bfloat16; matrices (M, N) in groups with a
             `subspace_dim`. A group may have options of its own.
-        lr: Learning rate; full fine-tuning's carries over, for a classifier about a quarter of it.
+        lr: Learning rate; full fine-tuning's carries over, for a classifier at most a quarter of it.
         betas: AdamW's.
         eps: AdamW's.
         weight_decay: Decoupled weight decay.
