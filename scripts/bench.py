@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Methods against each other and against their peers: seconds a step, eval loss and accuracy, loss against seconds.
 
-    python scripts/bench.py --quick --json figures.json                 # steps of all, peers included; under 10 minutes
+    python scripts/bench.py --quick --json figures.json                 # steps of all, peers included; 9 to 11 minutes
     python scripts/bench.py --data_dir ../shared/data --seeds 1,2,3     # every task; hours
 
-Peers want `pip install -e .[bench]`; one that is not there is left out, and said so. Every run's figures go into
-methods.jsonl in --out, and after each methods.md and the plots beside it are written anew: the same command goes on
-where it was interrupted, another one adds to what is there. With --quick nothing is kept or read.
+Peers want the extra `bench` (commands in the README); one that is not there is left out, and said so. Every run's
+figures go into methods.jsonl in --out, and after each methods.md and the plots beside it are written anew: the same
+command goes on where it was interrupted, another one adds to what is there. With --quick nothing is kept or read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Bench:
         """Run every method and every peer in turn, in rounds."""
         there = [peer for peer in peers.PEERS if peers.is_there(peer)]
         for peer in set(peers.PEERS) - set(there):
-            _say(f"{peer}: left out, as {peers.PEERS[peer]} is not installed (pip install -e .[bench])")
+            _say(f"{peer}: left out, as {peers.PEERS[peer]} is not installed (the README has the commands)")
         for number, name in product(range(rounds), [*METHODS, *there]):
             outcome = self._timed(Timed(name=name, round=number, num_steps=num_steps), num_eval)
             _say(f"round {number + 1}: {name}: {median(outcome.step_s[page.SKIPPED_STEPS :]):.2f} s a step")

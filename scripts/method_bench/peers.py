@@ -29,7 +29,7 @@ _METHOD_OF = {"hf_full": "native", "hf_lora": "lora", "hf_galore": "galore", "de
 
 
 def is_there(peer: str) -> bool:
-    """Whether what the peer needs is installed (`pip install -e .[bench]`)."""
+    """Whether what the peer needs is installed (the extra `bench`)."""
     return importlib.util.find_spec(PEERS[peer]) is not None
 
 
