@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lsp_ray.device import cpu_kernels
-from lsp_ray.device.cpu_kernels import DecompressedRows, add_dense_
+from lsp_ray.device.cpu_kernels import add_decompressed_, add_dense_
+from lsp_ray.device.noise import NOISE_ELEMENTS, Noise, noise_block
 from lsp_ray.device.rounding import Rounding
 from lsp_ray.projection.sparse_projector import SparseProjector
 
@@ -31,14 +32,16 @@ def threads(num: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def noise_like(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 1 << 16, tensor.shape, dtype=torch.int32, generator=generator).to(torch.uint16)
+BLOCK = noise_block(torch.Generator().manual_seed(0), torch.device("cpu"))
+STARTS = st.one_of(st.integers(0, NOISE_ELEMENTS - 1), st.integers(NOISE_ELEMENTS - 3000, NOISE_ELEMENTS - 1))
 
 
-def rounded(weight: torch.Tensor, delta: torch.Tensor, noise: torch.Tensor, keep: float) -> torch.Tensor:
-    """keep · weight + delta by torch's operators, one float32 operation after the other."""
+def rounded(weight: torch.Tensor, delta: torch.Tensor, noise: Noise, keep: float, *, first: int = 0) -> torch.Tensor:
+    """keep · weight + delta by torch's operators, one float32 operation after the other; the noise goes round."""
     exact = weight.float() * keep + delta
-    return (exact.view(torch.int32) + noise.int()).bitwise_and(-(1 << 16)).view(torch.float32).bfloat16()
+    at = (noise.start + first + torch.arange(weight.numel())) % NOISE_ELEMENTS
+    drawn = noise.block.to(torch.int32)[at].view(weight.shape)
+    return (exact.view(torch.int32) + drawn).bitwise_and(-(1 << 16)).view(torch.float32).bfloat16()
 
 
 def decompressed(projector: SparseProjector, delta_DD: torch.Tensor) -> torch.Tensor:
@@ -58,15 +61,16 @@ def summed(index_FR: torch.Tensor, value_FR: torch.Tensor, table_DK: torch.Tenso
     num=st.integers(1, 5000),
     keep=st.sampled_from([1.0, 0.999, 0.5, 0.0]),
     num_threads=st.sampled_from([1, 3]),
+    start=STARTS,
     seed=st.integers(0, 99),
 )
-def test_a_full_delta_is_added_as_torch_adds_it(num: int, keep: float, num_threads: int, seed: int) -> None:
+def test_a_full_delta_is_added_as_torch_adds_it(num: int, keep: float, num_threads: int, start: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight, delta = torch.randn(num, generator=generator).bfloat16(), torch.randn(num, generator=generator) * 1e-2
-    noise = noise_like(weight, generator)
-    expected = rounded(weight, delta, noise, keep)
+    noise = Noise(block=BLOCK, start=start)
+    expected = rounded(weight, delta, noise, keep, first=5)
     with threads(num_threads):
-        add_dense_(weight, delta, noise, keep)
+        add_dense_(weight, delta, noise, keep, first=5)
     assert torch.equal(weight, expected)
 
 
@@ -76,10 +80,11 @@ def test_a_full_delta_is_added_as_torch_adds_it(num: int, keep: float, num_threa
     dim=st.integers(6, 12),
     is_transposed=st.booleans(),
     num_threads=st.sampled_from([1, 3]),
+    start=STARTS,
     seed=st.integers(0, 99),
 )
 def test_a_projected_delta_is_added_as_torch_adds_it(
-    shape: tuple[int, int], nnz: int, dim: int, is_transposed: bool, num_threads: int, seed: int
+    shape: tuple[int, int], nnz: int, dim: int, is_transposed: bool, num_threads: int, start: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     projector = SparseProjector.random(shape, dim, nnz, generator).to(torch.device("cpu"), torch.bfloat16)
@@ -87,13 +92,10 @@ def test_a_projected_delta_is_added_as_torch_adds_it(
     weight_MN = torch.randn(shape, generator=generator).bfloat16()
     if is_transposed:
         weight_MN = weight_MN.t().contiguous().t()
-    noise_MN = noise_like(weight_MN, generator)
-    expected_MN = rounded(weight_MN, decompressed(projector, delta_DD), noise_MN, 0.999)
-    first = shape[0] // 3
+    noise = Noise(block=BLOCK, start=start)
+    expected_MN = rounded(weight_MN, decompressed(projector, delta_DD), noise, 0.999)
     with threads(num_threads):
-        rows = DecompressedRows(projector, delta_DD)
-        for part in (slice(first), slice(first, None)):
-            rows.add_(weight_MN[part], part.start or 0, noise_MN[part], 0.999)
+        add_decompressed_(weight_MN, projector, delta_DD, noise, 0.999)
     assert torch.equal(weight_MN, expected_MN)
 
 
@@ -101,7 +103,7 @@ def test_a_projected_delta_is_added_as_torch_adds_it(
 def test_a_weight_that_is_not_finite_stays_what_it_is(special: float) -> None:
     weight = torch.full((1000,), special).bfloat16()
     before = weight.clone()
-    add_dense_(weight, torch.zeros(1000), torch.full((1000,), (1 << 16) - 1, dtype=torch.uint16), 1.0)
+    add_dense_(weight, torch.zeros(1000), Noise(block=torch.full_like(BLOCK, (1 << 16) - 1), start=0), 1.0)
     assert torch.equal(weight, before) or (special != special and weight.isnan().all())
 
 
@@ -124,9 +126,9 @@ def test_where_numba_is_missing_torchs_operators_give_the_same_bits(monkeypatch:
     rounding, generator = Rounding(3, torch.device("cpu")), torch.Generator().manual_seed(0)
     weight, delta = torch.randn(3000, generator=generator).bfloat16(), torch.randn(3000, generator=generator)
     with_kernel, without = weight.clone(), weight.clone()
-    rounding.add_(with_kernel, delta, keep=0.9, step=1, key=2, first=0)
+    rounding.add_(with_kernel, delta, keep=0.9, step=1, key=2)
     monkeypatch.setattr(cpu_kernels, "numba", None)
     assert not cpu_kernels.has_kernel(weight)
-    rounding.add_(without, delta, keep=0.9, step=1, key=2, first=0)
+    rounding.add_(without, delta, keep=0.9, step=1, key=2)
     assert torch.equal(with_kernel, without)
     assert not torch.equal(without, weight)

@@ -95,7 +95,9 @@ class LosesTheLastToken(SparseProjector):
 class RoundsDown(Rounding):
     """Truncates, as an addition without noise would."""
 
-    def add_(self, weight: torch.Tensor, delta: torch.Tensor, *, keep: float, step: int, key: int, first: int) -> None:
+    def add_(
+        self, weight: torch.Tensor, delta: torch.Tensor, *, keep: float, step: int, key: int, first: int = 0
+    ) -> None:
         exact = weight.float() + delta
         exact.view(torch.int32).bitwise_and_(-(1 << 16))
         weight.copy_(exact)

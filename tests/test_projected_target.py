@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lsp_ray.device.noise import MAX_ELEMENTS
 from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
-from lsp_ray.device.rounding import MAX_ELEMENTS, Rounding
+from lsp_ray.device.rounding import Rounding
 from lsp_ray.device.unit import Update
 from lsp_ray.projection.sparse_projector import SparseProjector
 from tests.linears import (

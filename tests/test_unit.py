@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lsp_ray.device.rounding import MAX_ELEMENTS, Rounding
+from lsp_ray.device.noise import MAX_ELEMENTS
+from lsp_ray.device.rounding import Rounding
 from lsp_ray.device.unit import RawTarget, Unit, Update
 
 STEP = 4

@@ -50,6 +50,7 @@ def fit_projectors(
             module.lesson = fit.lesson(module.projector.shape, module.projector.dim, generator)
         _backward_all(model, [module for _, module in linears], batches)
         keys = range(done, done + len(group))
+        _load_linalg(next(model.parameters()).device)
         with _single_threaded(), ThreadPoolExecutor(num_threads) as executor:
             is_fitted = executor.map(_fit, [module for _, module in group], repeat(seed), keys)
             for (name, _), was_fitted in zip(group, is_fitted, strict=True):
@@ -59,6 +60,11 @@ def fit_projectors(
                 if on_fitted is not None:
                     on_fitted(done, len(linears))
     return unfitted
+
+
+def _load_linalg(device: torch.device) -> None:
+    """Let torch load its solvers: on CUDA it fails where the first call comes from several threads (pytorch#90613)."""
+    torch.linalg.cholesky(torch.eye(1, device=device))
 
 
 @contextmanager

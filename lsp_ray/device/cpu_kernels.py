@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lsp_ray.device.noise import NOISE_ELEMENTS, Noise
 from lsp_ray.projection.sparse_factor import SparseFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
 
@@ -38,56 +39,53 @@ def has_kernel(weight: torch.Tensor) -> bool:
     return numba is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
-def add_dense_(weight_K: torch.Tensor, delta_K: torch.Tensor, noise_K: torch.Tensor, keep: float) -> None:
+def add_dense_(weight_K: torch.Tensor, delta_K: torch.Tensor, noise: Noise, keep: float, first: int = 0) -> None:
     """weight ← keep · weight + delta in bfloat16, rounded by the noise; all flat and contiguous.
 
     Args:
         weight_K: bfloat16.
         delta_K: float32.
-        noise_K: uint16.
+        noise: Of the target.
         keep: Factor of the weight.
+        first: Position of the weight's first element within the target.
     """
-    arrays = _bits(weight_K), delta_K.numpy(), noise_K.numpy()
-    _in_threads(lambda part: _add_dense(*(array[part] for array in arrays), np.float32(keep)), weight_K.numel(), _TILE)
+    weight, delta, block, start = _bits(weight_K), delta_K.numpy(), noise.block.numpy(), noise.start + first
+    _in_threads(
+        lambda part: _add_dense(weight[part], delta[part], block, start + part.start, np.float32(keep)),
+        weight_K.numel(),
+        _TILE,
+    )
 
 
-class DecompressedRows:
-    """The rows of P δ Qᵀ, made where they are added.
+def add_decompressed_(
+    weight_MN: torch.Tensor, projector: SparseProjector, delta_DD: torch.Tensor, noise: Noise, keep: float
+) -> None:
+    """W ← keep · W + P δ Qᵀ in bfloat16, rounded by the noise; rows of P δ Qᵀ are made where they are added.
 
     Args:
+        weight_MN: bfloat16, of any strides.
         projector: P and Q, on the CPU.
         delta_DD: δ, float32.
+        noise: Of the target.
+        keep: Factor of W.
     """
+    num_rows, num_columns = projector.shape
+    index_MR, value_MR = _row_form(projector.left)
+    index_NR, value_NR = _row_form(projector.right)
+    transposed_DD = delta_DD.t().contiguous().numpy()
+    table_DN = np.empty((projector.dim, num_columns), np.float32)
+    _in_threads(
+        lambda part: _spread(transposed_DD, index_NR, value_NR, table_DN, part.start, part.stop),
+        num_columns,
+        _TABLE_ROWS,
+    )
+    weight, block = _bits(weight_MN), noise.block.numpy()
 
-    def __init__(self, projector: SparseProjector, delta_DD: torch.Tensor) -> None:
-        num_columns = projector.shape[1]
-        self._index_MR, self._value_MR = _row_form(projector.left)
-        index_NR, value_NR = _row_form(projector.right)
-        transposed_DD = delta_DD.t().contiguous().numpy()
-        self._table_DN = table_DN = np.empty((projector.dim, num_columns), np.float32)
-        _in_threads(
-            lambda part: _spread(transposed_DD, index_NR, value_NR, table_DN, part.start, part.stop),
-            num_columns,
-            _TABLE_ROWS,
-        )
+    def add(part: slice) -> None:
+        start = noise.start + part.start * num_columns
+        _add_sparse(weight[part], index_MR[part], value_MR[part], table_DN, block, start, np.float32(keep))
 
-    def add_(self, weight_KN: torch.Tensor, first: int, noise_KN: torch.Tensor, keep: float) -> None:
-        """W ← keep · W + P δ Qᵀ in bfloat16 for the K rows from `first` on, rounded by the noise.
-
-        Args:
-            weight_KN: bfloat16, of any strides.
-            first: Number of its first row.
-            noise_KN: uint16, contiguous.
-            keep: Factor of W.
-        """
-        num_rows = weight_KN.shape[0]
-        index_KR, value_KR = (rows[first : first + num_rows] for rows in (self._index_MR, self._value_MR))
-        weight, noise = _bits(weight_KN), noise_KN.numpy()
-
-        def add(part: slice) -> None:
-            _add_sparse(weight[part], index_KR[part], value_KR[part], self._table_DN, noise[part], np.float32(keep))
-
-        _in_threads(add, num_rows, _LEAST_ROWS)
+    _in_threads(add, num_rows, _LEAST_ROWS)
 
 
 def _bits(weight: torch.Tensor) -> NDArray[np.int16]:
@@ -99,8 +97,8 @@ def _row_form(factor: SparseFactor) -> tuple[NDArray[np.int32], NDArray[np.float
     """Column numbers and values of the factor's rows, (F, R) each."""
     shape = factor.num_rows, factor.nnz_per_row
     index_FR, value_FR = np.empty(shape, np.int32), np.empty(shape, np.float32)
-    row_S, column_S, block_S, value_S = (tensor.numpy() for tensor in factor.slots())
-    _fill_rows(row_S, column_S, block_S, value_S, index_FR, value_FR)
+    row_S, column_S, block_S, value_S = factor.slots()
+    _fill_rows(row_S.numpy(), column_S.numpy(), block_S.numpy(), value_S.float().numpy(), index_FR, value_FR)
     return index_FR, value_FR
 
 
@@ -146,22 +144,24 @@ def _add_row(weight, delta, noise, keep, exact, bits):  # type: ignore[no-untype
 
 
 @_compiled
-def _add_dense(weight, delta, noise, keep):  # type: ignore[no-untyped-def]
+def _add_dense(weight, delta, block, start, keep):  # type: ignore[no-untyped-def]
     exact = np.empty(_TILE, np.float32)
     bits = exact.view(np.int32)
     for first in range(0, weight.size, _TILE):
         end = min(first + _TILE, weight.size)
-        _add_row(weight[first:end], delta[first:end], noise[first:end], keep, exact, bits)
+        at = (start + first) % NOISE_ELEMENTS
+        _add_row(weight[first:end], delta[first:end], block[at : at + end - first], keep, exact, bits)
 
 
 @_compiled
-def _add_sparse(weight, index, value, table, noise, keep):  # type: ignore[no-untyped-def]
+def _add_sparse(weight, index, value, table, block, start, keep):  # type: ignore[no-untyped-def]
     width = weight.shape[1]
     delta, exact = np.empty(width, np.float32), np.empty(width, np.float32)
     bits = exact.view(np.int32)
     for m in range(weight.shape[0]):
         _sum_rows(index[m], value[m], table, delta)
-        _add_row(weight[m], delta, noise[m], keep, exact, bits)
+        at = (start + m * width) % NOISE_ELEMENTS
+        _add_row(weight[m], delta, block[at : at + width], keep, exact, bits)
 
 
 @_compiled

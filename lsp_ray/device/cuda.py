@@ -1,7 +1,7 @@
 """CudaBackend: one CUDA stream for each direction of the link, beside the default stream that computes.
 
-Not run on a GPU yet; scripts/gpu_check.py does that. Each choice follows PyTorch's "CUDA semantics" notes; the reason
-stands beside it. That training asks for every fence it needs is proven without a GPU (tests/test_checking_backend.py).
+Each choice follows PyTorch's "CUDA semantics" notes; the reason stands beside it. That training asks for every fence it
+needs is proven without a GPU (tests/test_checking_backend.py); scripts/gpu_check.py runs all of it on one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class CudaBackend:
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
+        # cuDNN's attention, which torch prefers on large cards, plans anew for every length of a batch: some tenths of
+        # a second, and our batches are as long as their examples
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._announcer = ThreadPoolExecutor(1, thread_name_prefix="announce")
         self._streams = {
             WorkStream.GPU: torch.cuda.default_stream(self.device),

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lsp_ray.device.cpu_kernels import DecompressedRows, has_kernel
 from lsp_ray.device.fits import Lesson
-from lsp_ray.device.rounding import MAX_ELEMENTS
+from lsp_ray.device.kernels import kernels_for
+from lsp_ray.device.noise import MAX_ELEMENTS
 from lsp_ray.device.unit import Update
 from lsp_ray.projection.bias import Bias, bias_of, grad_square_sum
 from lsp_ray.projection.sparse_projector import SparseProjector
@@ -94,18 +94,17 @@ def add_decompressed(
     """W ← (1 − lr · decay) W + P δ Qᵀ in place, a few rows at a time: no full-size delta exists."""
     keep = 1.0 - update.learning_rate * update.weight_decay
     weight_MN = weight_MN.detach()
-    rows_at_once = max(1, MAX_ELEMENTS // weight_MN.shape[1])
-    parts = [(first, weight_MN[first : first + rows_at_once]) for first in range(0, weight_MN.shape[0], rows_at_once)]
-    if has_kernel(weight_MN):
-        rows = DecompressedRows(projector, delta_DD)
-        for first, rows_KN in parts:
-            noise = update.rounding.noise(rows_KN.numel(), step=update.step, key=key, first=first)
-            rows.add_(rows_KN, first, noise.view(rows_KN.shape), keep)
+    if (kernels := kernels_for(weight_MN)) is not None:
+        noise = update.rounding.noise(step=update.step, key=key)
+        kernels.add_decompressed_(weight_MN, projector, delta_DD, noise, keep)
         return
     table_DN = projector.spread_columns(delta_DD)
-    for first, rows_KN in parts:
-        delta_KN = projector.left.times(table_DN, first, rows_KN.shape[0])
-        update.rounding.add_(rows_KN, delta_KN, keep=keep, step=update.step, key=key, first=first)
+    num_rows, num_columns = weight_MN.shape
+    rows_at_once = max(1, MAX_ELEMENTS // num_columns)
+    for row in range(0, num_rows, rows_at_once):
+        rows_KN = weight_MN[row : row + rows_at_once]
+        delta_KN = projector.left.times(table_DN, row, rows_KN.shape[0])
+        update.rounding.add_(rows_KN, delta_KN, keep=keep, step=update.step, key=key, first=row * num_columns)
 
 
 class BiasProbe:

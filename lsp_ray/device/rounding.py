@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from lsp_ray.device.cpu_kernels import add_dense_, has_kernel
+from lsp_ray.device.kernels import kernels_for
+from lsp_ray.device.noise import MAX_ELEMENTS, NOISE_ELEMENTS, Noise, noise_block
 
-NOISE_ELEMENTS = 1 << 21  # one block of random bits, read at a random offset: fresh bits would cost 6 times as much
-MAX_ELEMENTS = 1 << 20  # elements of a weight that are rounded at once
 _MASK_64 = (1 << 64) - 1
 
 
@@ -27,7 +26,7 @@ def mixed(*numbers: int) -> int:
 
 
 class Rounding:
-    """Adds deltas to weights. The bits depend on (seed, step, key, first element) alone, never on the order of calls.
+    """Adds deltas to weights. The bits depend on (seed, step, key, position) alone, never on parts or their order.
 
     Args:
         seed: The run's seed.
@@ -35,22 +34,25 @@ class Rounding:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(mixed(seed))
-        noise = torch.randint(0, 1 << 16, (NOISE_ELEMENTS,), dtype=torch.int32, generator=generator)
-        # half the bytes for the CPU's kernels; torch's operators add no uint16
-        self._noise = noise.to(device) if device.type != "cpu" else noise.to(torch.uint16)
+        self._block = noise_block(torch.Generator().manual_seed(mixed(seed)), device)
         self._seed = seed
 
-    def add_(self, weight: torch.Tensor, delta: torch.Tensor, *, keep: float, step: int, key: int, first: int) -> None:
+    def noise(self, *, step: int, key: int) -> Noise:
+        """The bits of a target in a step; see `add_`."""
+        return Noise(block=self._block, start=mixed(self._seed, step, key) % NOISE_ELEMENTS)
+
+    def add_(
+        self, weight: torch.Tensor, delta: torch.Tensor, *, keep: float, step: int, key: int, first: int = 0
+    ) -> None:
         """weight ← keep · weight + delta, in place.
 
         Args:
-            weight: float32 or bfloat16, any layout, at most MAX_ELEMENTS elements if bfloat16.
+            weight: float32 or bfloat16; of any layout, but bfloat16 of more than MAX_ELEMENTS elements is flat.
             delta: float32 of the same shape.
             keep: 1 − learning rate · weight decay.
             step: Number of the update.
             key: Number of the target within the model.
-            first: Position of this part within the target.
+            first: Position of the weight's first element within the target, where it is a part of one.
         """
         if weight.dtype == torch.float32:
             if keep != 1.0:
@@ -58,18 +60,22 @@ class Rounding:
             weight.add_(delta)
             return
         assert weight.dtype == torch.bfloat16, f"no rounding for {weight.dtype}"
-        noise = self.noise(weight.numel(), step=step, key=key, first=first)
-        if has_kernel(weight) and weight.is_contiguous():
-            add_dense_(weight.view(-1), delta.reshape(-1), noise, keep)
-            return
-        exact = weight.float()
-        if keep != 1.0:
-            exact.mul_(keep)
-        exact.add_(delta)
-        exact.view(torch.int32).add_(noise.view_as(exact).int()).bitwise_and_(-(1 << 16))
-        weight.copy_(exact)
+        noise = self.noise(step=step, key=key)
+        kernels = kernels_for(weight) if weight.is_contiguous() else None
+        if kernels is not None:
+            kernels.add_dense_(weight.view(-1), delta.reshape(-1), noise, keep, first)
+        elif weight.numel() <= MAX_ELEMENTS:
+            _add_rounded_(weight, delta, noise.part(first, weight.numel()), keep)
+        else:
+            for at in range(0, weight.numel(), MAX_ELEMENTS):  # in parts: each makes a float32 copy
+                part = weight[at : at + MAX_ELEMENTS]
+                _add_rounded_(part, delta[at : at + MAX_ELEMENTS], noise.part(first + at, part.numel()), keep)
 
-    def noise(self, numel: int, *, step: int, key: int, first: int) -> torch.Tensor:
-        """Return flat random integers, uniform in 0 … 2¹⁶ − 1, for a part of a target; see `add_`. uint16 on CPUs."""
-        offset = mixed(self._seed, step, key, first) % (NOISE_ELEMENTS - numel + 1)
-        return self._noise[offset : offset + numel]
+
+def _add_rounded_(weight: torch.Tensor, delta: torch.Tensor, noise: torch.Tensor, keep: float) -> None:
+    exact = weight.float()
+    if keep != 1.0:
+        exact.mul_(keep)
+    exact.add_(delta)
+    exact.view(torch.int32).add_(noise.view_as(exact).int()).bitwise_and_(-(1 << 16))
+    weight.copy_(exact)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from lsp_ray.device.rounding import MAX_ELEMENTS, Rounding
+from lsp_ray.device.rounding import Rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +56,7 @@ class RawTarget:
         decay = update.weight_decay if self.leaf.ndim > 1 else 0.0
         keep = 1.0 - update.learning_rate * decay
         flat = self.leaf.detach().view(-1)
-        for first in range(0, flat.numel(), MAX_ELEMENTS):
-            part = slice(first, first + MAX_ELEMENTS)
-            update.rounding.add_(flat[part], delta[part], keep=keep, step=update.step, key=key, first=first)
+        update.rounding.add_(flat, delta, keep=keep, step=update.step, key=key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lsp_ray.config import LspConfig
 from lsp_ray.device.projected_linear import add_decompressed
-from lsp_ray.device.rounding import MAX_ELEMENTS, Rounding, mixed
+from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.unit import Update
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.moments import Moments
@@ -163,9 +163,7 @@ class LSPAdamW(Optimizer):
         update = self._update(group, moments)
         flat, keep = weight.view(-1), 1.0 - update.learning_rate * update.weight_decay
         delta = moments.delta(grad, learning_rate=update.learning_rate, hyper=_hyper(group)).view(-1)
-        for first in range(0, flat.numel(), MAX_ELEMENTS):
-            part = slice(first, first + MAX_ELEMENTS)
-            update.rounding.add_(flat[part], delta[part], keep=keep, step=update.step, key=key, first=first)
+        update.rounding.add_(flat, delta, keep=keep, step=update.step, key=key)
 
     def _projected_step(self, weight: nn.Parameter, grad_MN: torch.Tensor, group: dict[str, Any], key: int) -> None:
         matrix = self._matrix(weight, grad_MN, group, key)

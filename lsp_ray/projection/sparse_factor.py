@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import embedding_bag
 
+from lsp_ray.projection.triton_kernel import runs_on, transposed_dense
+
 _INT16_BOUND = 1 << 15
 
 
@@ -93,8 +95,8 @@ class SparseFactor:
         return embedding_bag(self._slots.column_S[slot_FR], table_DK, mode="sum", per_sample_weights=weight_FR)
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Row, column, block within the row and value (float32) of every slot."""
-        return self._row_S, self._slots.column_S, self._slots.block_S, self._value_S.float()
+        """Row, column, block within the row and value of every slot."""
+        return self._row_S, self._slots.column_S, self._slots.block_S, self._value_S
 
     def square_sum(self) -> float:
         """Square of the Frobenius norm."""
@@ -128,6 +130,12 @@ class SparseFactor:
         dense_FD = self._value_S.new_zeros(self.num_rows, self.dim)
         dense_FD[self._row_S.long(), self._slots.column_S.long()] = self._value_S
         return dense_FD
+
+    def transposed_dense(self) -> torch.Tensor:
+        """The transpose (D, F) of `dense`, of any strides; on a GPU made in one launch."""
+        if runs_on(self._row_S.device):
+            return transposed_dense(self._row_S, self._slots.starts_D, self._value_S, self.num_rows)
+        return self.dense().t()
 
     def gram(self) -> torch.Tensor:
         """This factor's transpose times itself, float32 (D, D)."""

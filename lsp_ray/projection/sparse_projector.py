@@ -113,7 +113,7 @@ class SparseProjector:
 def _projected(table_TF: torch.Tensor, factor: SparseFactor) -> torch.Tensor:
     """Return (table · factor)ᵀ, (D, T)."""
     if table_TF.dtype == torch.bfloat16 and factor.dim <= DENSE_DIM:
-        return (table_TF @ factor.dense().to(table_TF.dtype)).t()
+        return (table_TF @ factor.transposed_dense().to(table_TF.dtype).t()).t()
     return factor.transposed_times(table_TF.t().contiguous())
 
 

@@ -5,15 +5,20 @@ Legend: T tokens, M rows (out), N columns (in), D subspace.
 
 from __future__ import annotations
 
+import time
 from functools import partial
+from statistics import median
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lsp_ray.config import LspConfig
-from lsp_ray.device.fits import GradientSketch
+from lsp_ray.device.calibrate import fit_projectors
+from lsp_ray.device.fits import ClosedFormFit, GradientSketch
+from lsp_ray.device.kernels import kernels_for
 from lsp_ray.device.projected_linear import ProjectedLinear, add_decompressed
 from lsp_ray.device.rounding import Rounding
 from lsp_ray.device.unit import Update
@@ -23,12 +28,16 @@ from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.projection.bias import bias_of
 from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.trace import WorkStream
 from scripts.gpu_checks.check import Bench, Check, relative_error, require
 
 DTYPES = (torch.float32, torch.bfloat16)
 NNZ_PER_ROW = 4
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a sum of products: its terms' own rounding, and some to spare
 NUM_ROUNDED = 64
+NUM_FITTING = 4
+NUM_LENGTHS = 9
+MOST_FOR_NEW = 5.0  # of the time of a known length; a plan takes a hundred times as much
 
 
 class Draw(Protocol):
@@ -58,8 +67,10 @@ def kernel_checks(bench: Bench) -> list[tuple[str, Check]]:
         *checks,
         ("stochastic rounding, to the bit", partial(rounding, bench)),
         ("AdamW on the device", partial(adamw_step, bench)),
+        ("projectors fitted side by side", partial(fitted_together, bench)),  # torch's solvers are not loaded yet
         ("fit of a projector", partial(fitted, bench)),
         ("checkpointed activations", partial(checkpointing, bench)),
+        ("attention of ever new lengths", partial(new_lengths, bench)),
     ]
 
 
@@ -121,7 +132,8 @@ def added_delta(bench: Bench, dtype: torch.dtype) -> str:
         answer_MN = weight_MN.clone().to(device)
         add_decompressed(answer_MN, delta_DD.to(device), projector.to(device), update, key=2)
         answers.append(answer_MN)
-    return relative_error(answers[0], answers[1], BOUND[dtype] / 10)
+    by = "torch's operators" if kernels_for(answers[0]) is None else "kernels"
+    return f"{relative_error(answers[0], answers[1], BOUND[dtype] / 10)}, by {by}"
 
 
 def rounding(bench: Bench, make: type[Rounding] = Rounding) -> str:
@@ -174,6 +186,17 @@ def fitted(bench: Bench) -> str:
     return figure
 
 
+def fitted_together(bench: Bench) -> str:
+    """Several threads learn projectors from a backward, as at the start of a run."""
+    model = small_llama(bench)
+    _, linears = lsp_units(find_layers(model), LspConfig(subspace_dim=16, nnz_per_row=2), seed=0)
+    unfitted = fit_projectors(
+        model, linears, [_batch(bench)], ClosedFormFit(balanced=True), seed=0, num_threads=NUM_FITTING
+    )
+    require(not unfitted, f"nothing was learned for {', '.join(unfitted)}")
+    return f"{len(linears)} matrices, {NUM_FITTING} at once"
+
+
 def checkpointing(bench: Bench) -> str:
     """Every gradient is the same whether activations are kept or computed again."""
     gradients = []
@@ -183,13 +206,30 @@ def checkpointing(bench: Bench) -> str:
         if is_checkpointed:
             model.activation_checkpointing_enable({"use_reentrant": False})
         units, _ = lsp_units(layers, LspConfig(subspace_dim=16, nnz_per_row=2), seed=0)
-        ids_BS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(2)).to(bench.device)
-        batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "labels": ids_BS}
+        batch = _batch(bench)
         (summed_loss(model, batch) / num_targets(batch)).backward()
         leaves = [target.leaf.grad for unit in units for target in unit.targets]
         gradients.append(torch.cat([leaf.reshape(-1).float() for leaf in leaves if leaf is not None]))
     require(gradients[0].shape == gradients[1].shape, "some matrices got no gradient")
     return relative_error(gradients[1], gradients[0], BOUND[torch.float32])
+
+
+def new_lengths(bench: Bench) -> str:
+    """A batch of a length that was not seen before takes no longer: no kernel is planned or compiled for it."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for length in range(33, 33 + NUM_LENGTHS):
+        for is_known in (False, True):
+            parts = (_normal(4 * length, 64, seed=part).view(1, 4, length, 64) for part in range(3))
+            query, key, value = (part.to(bench.device, torch.bfloat16).requires_grad_() for part in parts)
+            bench.backend.record(WorkStream.GPU).synchronize()
+            start_s = time.monotonic()
+            scaled_dot_product_attention(query, key, value, is_causal=True).sum().backward()
+            bench.backend.record(WorkStream.GPU).synchronize()
+            seconds[is_known].append(time.monotonic() - start_s)
+    new_s, known_s = median(seconds[False]), median(seconds[True])
+    figure = f"{1e3 * new_s:.2f} ms where it is new, {1e3 * known_s:.2f} where it is known"
+    require(not bench.on_gpu or new_s < MOST_FOR_NEW * known_s, figure)
+    return figure
 
 
 def small_llama(bench: Bench) -> PreTrainedModel:
@@ -203,6 +243,11 @@ def small_llama(bench: Bench) -> PreTrainedModel:
     model.to(bench.device)  # type: ignore[arg-type]
     model.train()
     return model
+
+
+def _batch(bench: Bench) -> dict[str, torch.Tensor]:
+    ids_BS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(2)).to(bench.device)
+    return {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS), "labels": ids_BS}
 
 
 def _drawn(bench: Bench, dtype: torch.dtype, draw: Draw) -> tuple[SparseProjector, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,34 @@
+"""Which kernels add deltas to a weight: the CPU's (Numba), the GPU's (Triton), or none (torch's operators do)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from lsp_ray.device import cpu_kernels, gpu_kernels
+from lsp_ray.device.noise import Noise
+from lsp_ray.projection.sparse_projector import SparseProjector
+
+
+class Kernels(Protocol):
+    """What both modules have; see cpu_kernels.py."""
+
+    def add_dense_(
+        self, weight_K: torch.Tensor, delta_K: torch.Tensor, noise: Noise, keep: float, first: int = 0
+    ) -> None:
+        """weight ← keep · weight + delta."""
+        ...
+
+    def add_decompressed_(
+        self, weight_MN: torch.Tensor, projector: SparseProjector, delta_DD: torch.Tensor, noise: Noise, keep: float
+    ) -> None:
+        """W ← keep · W + P δ Qᵀ."""
+        ...
+
+
+def kernels_for(weight: torch.Tensor) -> Kernels | None:
+    """Those that can add to this weight here."""
+    if cpu_kernels.has_kernel(weight):
+        return cpu_kernels
+    return gpu_kernels if gpu_kernels.has_kernel(weight) else None
