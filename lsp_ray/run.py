@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for what failed underway."""
     with StopSignal() as stop:
         try:
-            run_config(_parse(sys.argv[1:] if argv is None else argv), stop=stop)
+            run_config(parse(sys.argv[1:] if argv is None else argv), stop=stop)
         except ConfigError as error:
             return _fail(f"error: {error}", 2)
         except StoppedError as error:
@@ -45,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> RunConfig:
+def parse(argv: Sequence[str]) -> RunConfig:
+    """Return the run that a command line asks for.
+
+    Raises:
+        ConfigError: An option is unknown, or has a value that cannot work.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under each field is its help
     parser = ArgumentParser(
         prog="python -m lsp_ray.run",

@@ -26,7 +26,7 @@ from lsp_ray.data.stdlib_docstrings import stdlib_pairs
 from scripts.method_bench import ours, page, peers
 from scripts.method_bench.bars import EMULATED, at_best_rate, grouped
 from scripts.method_bench.ours import Outcome, Setting
-from scripts.method_bench.readings import Readings, Timed
+from scripts.method_bench.readings import DEFAULT_DATA, DEFAULT_LENGTH, DEFAULT_MODEL, Readings, Timed
 from scripts.method_bench.tasks import METHODS, SCORED, Task, options_of, tasks, write_pairs
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -35,6 +35,7 @@ NUM_TIMED_EVALS, NUM_TIMED_SAMPLES = 10, 64  # where the time to a loss is judge
 EMULATED_STEPS = 40  # of zero_offload, where the time to its last loss is judged
 MORE_STEPS = 1.5  # of LSP where time counts: its steps are cheaper, and it may spend some of that on more of them
 SAME_LOSS = 1e-2
+TIMED = (*METHODS, *peers.PEERS)
 QUICK_TASK, QUICK_STEPS, QUICK_EVAL = "docstring-pairs", 12, 128  # scored with --quick, for the accuracy
 
 
@@ -50,14 +51,14 @@ class Bench:
     def __init__(self, found: dict[str, Task], readings: Readings, after: Callable[[], None]) -> None:
         self._found, self._readings, self._after = found, readings, after
 
-    def time_steps(self, *, num_steps: int, rounds: int, num_eval: int) -> None:
-        """Run every method and every peer in turn, in rounds."""
-        there = [peer for peer in peers.PEERS if peers.is_there(peer)]
-        for peer in set(peers.PEERS) - set(there):
+    def time_steps(self, names: Sequence[str], like: Timed, *, rounds: int, num_eval: int) -> None:
+        """Run these methods and peers in turn, in rounds, with the model and length of `like`."""
+        missing = [name for name in names if name in peers.PEERS and not peers.is_there(name)]
+        for peer in missing:
             _say(f"{peer}: left out, as {peers.PEERS[peer]} is not installed (the README has the commands)")
-        for number, name in product(range(rounds), [*METHODS, *there]):
-            outcome = self._timed(Timed(name=name, round=number, num_steps=num_steps), num_eval)
-            _say(f"round {number + 1}: {name}: {median(outcome.step_s[page.SKIPPED_STEPS :]):.2f} s a step")
+        for number, name in product(range(rounds), [name for name in names if name not in missing]):
+            outcome = self._timed(replace(like, name=name, round=number), num_eval)
+            _say(f"round {number + 1}: {name}: {median(outcome.step_s[page.SKIPPED_STEPS :]):.3g} s a step")
         self.check_first_losses()
 
     def score(self, settings: Sequence[Setting], factors: Sequence[float], num_eval: int | None = None) -> None:
@@ -83,13 +84,13 @@ class Bench:
 
     def _timed(self, key: Timed, num_eval: int) -> Outcome:
         def measure() -> Outcome:
+            options = {"--model_name_or_path": key.model, "--dataset": key.dataset, "--max_eval_samples": str(num_eval)}
+            options |= {"--max_seq_length": str(key.max_seq_length)}
             if key.name in peers.PEERS:
-                return peers.run(key.name, num_steps=key.num_steps, seed=42, num_eval=num_eval)
-            task = self._found["docstrings"]
-            options = {**task.options, **options_of(key.name)}
+                return peers.run(key.name, num_steps=key.num_steps, options=options)
             # a step takes as long with learned projectors
-            options |= {"--max_eval_samples": str(num_eval), "--lsp.fit": "random", "--lsp.check_every": "0"}
-            return ours.run(Setting(task=task.name, method=key.name, num_steps=key.num_steps), options)
+            options |= {**options_of(key.name), "--lsp.fit": "random", "--lsp.check_every": "0"}
+            return ours.run(Setting(task=key.dataset, method=key.name, num_steps=key.num_steps), options)
 
         outcome = self._readings.of(key, measure)
         self._after()
@@ -117,10 +118,12 @@ class Bench:
 
     def check_first_losses(self) -> None:
         """No update is made before the first loss, so all must have the same one: else they do different jobs."""
-        first = {key.name: outcome.losses[0] for key, outcome in self._readings.timed.items()}
-        for name, loss in first.items():
-            if abs(loss - first["native"]) > SAME_LOSS:
-                raise SystemExit(f"{name}: its first loss is {loss:.4f}, native's {first['native']:.4f}")
+        for runs in page.benches(self._readings.timed).values():
+            first = {key.name: outcome.losses[0] for key, outcome in runs.items()}
+            usual = median(first.values())
+            for name, loss in first.items():
+                if abs(loss - usual) > SAME_LOSS:
+                    raise SystemExit(f"{name}: its first loss is {loss:.4f}, that of others {usual:.4f}")
 
 
 def main() -> None:
@@ -153,16 +156,24 @@ def main() -> None:
 
 
 def _quick(bench: Bench) -> None:
-    bench.time_steps(num_steps=6, rounds=1, num_eval=16)
+    bench.time_steps(TIMED, Timed(name="", round=0, num_steps=6), rounds=1, num_eval=16)
     settings = [Setting(task=QUICK_TASK, method=method, num_steps=QUICK_STEPS) for method in SCORED]
     bench.score(settings, [1.0], num_eval=QUICK_EVAL)
 
 
 def _full(bench: Bench, options: argparse.Namespace, found: dict[str, Task]) -> None:
     if options.rounds:
-        if peers.is_there("deepspeed"):
+        if "deepspeed" in options.timed and peers.is_there("deepspeed"):
             peers.build_cpu_adam()
-        bench.time_steps(num_steps=options.timed_steps, rounds=options.rounds, num_eval=64)
+        like = Timed(
+            name="",
+            round=0,
+            num_steps=options.timed_steps,
+            model=options.timed_model,
+            max_seq_length=options.timed_length,
+            dataset=options.timed_dataset,
+        )
+        bench.time_steps(options.timed, like, rounds=options.rounds, num_eval=64)
     names = [name for name in options.tasks if name in found] if options.tasks else list(found)
     bench.score_emulated(names)
     points = product(names, options.methods, map(int, options.seeds), options.policies, options.links)
@@ -197,12 +208,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rate_factors", type=_numbers, default=[1.0], help="of the learning rates; the best counts")
     parser.add_argument("--steps", type=int, help="of the runs that are scored; default: each task's own")
     parser.add_argument("--timed_steps", type=int, default=12, help="of the runs that are timed")
+    parser.add_argument("--timed", type=_words, default=TIMED, help=f"default: {','.join(TIMED)}")
+    parser.add_argument("--timed_model", default=DEFAULT_MODEL, help="an alias, a folder or a hub id")
+    parser.add_argument("--timed_dataset", default=DEFAULT_DATA, help="as of python -m lsp_ray.run")
+    parser.add_argument("--timed_length", type=int, default=DEFAULT_LENGTH, help="its max_seq_length")
     parser.add_argument("--rounds", type=int, default=2, help="of the runs that are timed; 0 times none")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of methods.md and methods.jsonl")
     options = parser.parse_args()
-    for method in options.methods:
-        if method not in METHODS:
-            parser.error(f"--methods must be some of {', '.join(METHODS)}, got {method!r}")
+    for field, known in (("methods", METHODS), ("timed", TIMED)):
+        for name in getattr(options, field):
+            if name not in known:
+                parser.error(f"--{field} must be some of {', '.join(known)}, got {name!r}")
     return options
 
 

@@ -25,7 +25,7 @@ NEEDS = re.compile(r"# .*\bneeds (a GPU|the hub)\b")
 TASK_FOLDER = ROOT / "examples" / "lm_eval_task"
 
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "lsp_ray.run": run_module._parse,
+    "lsp_ray.run": run_module.parse,
     "lsp_ray.plan": plan_module._parse,
     "lsp_ray.report": report_module._parser().parse_args,
     "lsp_ray.export": export._parser().parse_args,
@@ -85,7 +85,7 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "python": check_python,
     "pip": check_pip,
     "lm_eval": check_lm_eval,
-    "./scripts/demo": run_module._parse,
+    "./scripts/demo": run_module.parse,
     "./scripts/test": check_no_arguments,
     "./scripts/check": check_no_arguments,
 }

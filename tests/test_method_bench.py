@@ -20,13 +20,13 @@ from lsp_ray.methods.lsp import lsp_units
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.run import _parse
+from lsp_ray.run import parse
 from scripts.bench import Bench
 from scripts.method_bench import bars, page
 from scripts.method_bench.memory import TOLERANCE, bytes_by_part, equal_ranks, kept_bytes, shapes_in
 from scripts.method_bench.ours import Outcome, Setting
 from scripts.method_bench.plot import draw
-from scripts.method_bench.readings import Readings, Timed
+from scripts.method_bench.readings import DEFAULT_MODEL, Readings, Timed, processor
 from scripts.method_bench.tasks import METHODS, Task, options_of, tasks, write_pairs
 from tests.tiny import tiny_model
 
@@ -141,7 +141,7 @@ def test_bars_say_what_was_reached_what_was_missed_and_what_was_not_measured() -
     }
     groups = bars.grouped(outcomes)
     step_s = {"lsp": 1.0, "hf_full": 1.0, "hf_lora": 2.0}
-    time, won, behind, step = bars.all_bars(step_s, ("hf_full", "hf_lora", "deepspeed"), groups, FOUND)
+    time, won, behind, step = bars.all_bars({"here": step_s}, ("hf_full", "hf_lora", "deepspeed"), groups, FOUND)
     assert (time.value, time.verdict) == (0.25, "reached")
     assert (won.value, won.verdict) == (None, "not measured")
     assert behind.value == pytest.approx(0.005)
@@ -150,7 +150,7 @@ def test_bars_say_what_was_reached_what_was_missed_and_what_was_not_measured() -
     assert [bar.verdict for bar in bars.all_bars({}, (), {}, FOUND)] == ["not measured"] * 4
     weak = bars.weak_points([time, won, behind, step], groups, FOUND)
     assert len(weak) == 3
-    assert weak[0] == "Missed: LSP's step over that of the fastest peer: 1, wanted at most 0.9."
+    assert weak[0] == "Missed: LSP's step over that of the fastest peer: here: 1, wanted at most 0.9."
     assert weak[1] == "text: LSP's loss is 0.5% worse than that of native (2.01 against 2)."
     assert weak[2] == "mood: LSP's accuracy is 11.1% worse than that of lora (0.8 against 0.9)."
 
@@ -190,8 +190,38 @@ def test_a_bench_goes_on_from_its_file_and_measures_nothing_twice(tmp_path: Path
     assert again.circumstances == readings.circumstances
     page.write_page(again, {}, tmp_path / "methods.md")
     text = (tmp_path / "methods.md").read_text()
-    for line in ("| `deepspeed` | 1.00 | 0.00 | 0.70 GB | with torch's AdamW |", "## What does not work as well"):
+    for line in ("| `deepspeed` | 1 | 0 | 0.70 GB | with torch's AdamW |", "## What does not work as well"):
         assert line in text
+
+
+def test_steps_are_compared_with_those_of_the_same_machine_and_model_alone(tmp_path: Path) -> None:
+    path = tmp_path / "methods.jsonl"
+    steps = {("lsp", ""): 4.0, ("hf_full", ""): 5.0, ("lsp", "large"): 0.2, ("hf_full", "large"): 0.1}
+    for (name, model), step_s in steps.items():
+        key = Timed(name=name, round=0, num_steps=1, model=f"models/{model}" if model else DEFAULT_MODEL)
+        put(Readings(path), key, outcome(4.0, 3.0, step_s=step_s))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    on_gpu = [row | {"processor": "a GPU"} for row in rows[:2]]
+    for row in on_gpu:
+        row["outcome"] = row["outcome"] | {"step_s": [row["outcome"]["step_s"][0] ** 2]}
+        del row["key"]["model"], row["key"]["processor"]  # an older file has neither
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows + on_gpu))
+    readings = Readings(path)
+    here, there, large = page.benches(readings.timed)
+    assert (here, large) == (
+        f"smollm2-135m, 4 × at most 128 tokens, {processor()}",
+        here.replace("smollm2-135m", "large"),
+    )
+    assert there == "smollm2-135m, 4 × at most 128 tokens, a GPU"
+    found = page.figures(readings, {})
+    assert found["step_seconds"] == {"lsp": 4.0, "hf_full": 5.0}
+    ratios = [(bar["what"], bar["value"], bar["verdict"]) for bar in found["bars"] if "fastest peer" in bar["what"]]
+    what = "LSP's step over that of the fastest peer: "
+    assert ratios == [
+        (what + here, 0.8, "reached"),
+        (what + there, 0.64, "reached"),
+        (what + large, 2.0, "missed"),
+    ]
 
 
 def test_a_line_that_was_cut_off_is_named(tmp_path: Path) -> None:
@@ -207,7 +237,7 @@ def test_a_peer_that_does_another_job_is_found_by_its_first_loss() -> None:
     for name, loss in {"native": 3.0, "hf_full": 3.005, "hf_lora": 3.02}.items():
         first = replace(outcome(4.0, 3.0), losses=(loss,))
         put(readings, Timed(name=name, round=0, num_steps=1), first)
-    with pytest.raises(SystemExit, match=r"hf_lora: its first loss is 3\.0200, native's 3\.0000"):
+    with pytest.raises(SystemExit, match=r"hf_lora: its first loss is 3\.0200, that of others 3\.0050"):
         Bench({}, readings, lambda: None).check_first_losses()
 
 
@@ -255,7 +285,7 @@ def test_the_ranks_keep_equal_bytes_and_every_tasks_options_exist() -> None:
     every |= found["sst2"].warmup(57)
     for method in METHODS:
         options = {**every, **options_of(method, rate_factor=0.5, shapes=shapes), "--method": method}
-        assert isinstance(_parse([word for pair in options.items() for word in pair]), RunConfig)
+        assert isinstance(parse([word for pair in options.items() for word in pair]), RunConfig)
     assert options_of("lora", rate_factor=0.5) == {"--learning_rate": "0.0005"}
 
 

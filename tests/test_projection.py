@@ -6,6 +6,7 @@ Legend: M rows (out), N columns (in), D subspace, R non-zeros a row, F rows of a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.projection import sparse_projector
 from lsp_ray.projection.sparse_factor import SparseFactor, random_positions, similar_positions
-from lsp_ray.projection.sparse_projector import BALANCED_GAIN, DENSE_DIM, SparseProjector, subspace_dim_for
+from lsp_ray.projection.sparse_projector import (
+    BALANCED_GAIN,
+    DENSE_DIM,
+    SparseProjector,
+    cpu_has_matrix_unit,
+    subspace_dim_for,
+)
 
 EXACT = 1e-13  # float64 sums of at most some hundred terms
 CPU = torch.device("cpu")
@@ -125,10 +133,20 @@ def test_products_keep_the_tables_dtype_and_its_accuracy(dtype: torch.dtype, tol
 
 
 @pytest.mark.parametrize("dim", [DENSE_DIM, DENSE_DIM + 1])
+@pytest.mark.parametrize("has_matrix_unit", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_a_gradient_is_compressed_alike_by_dense_products_and_by_gathers(
-    dim: int, dtype: torch.dtype, tolerance: float
+    dim: int, has_matrix_unit: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sparse_projector, "cpu_has_matrix_unit", lambda: has_matrix_unit)
+    made_dense: list[SparseFactor] = []
+    transposed_dense = SparseFactor.transposed_dense
+
+    def noted(factor: SparseFactor) -> torch.Tensor:
+        made_dense.append(factor)
+        return transposed_dense(factor)
+
+    monkeypatch.setattr(SparseFactor, "transposed_dense", noted)
     generator = torch.Generator().manual_seed(0)
     exact = SparseProjector.random((600, 520), dim, 4, generator).to(torch.device("cpu"), dtype)
     grad_output_TM, input_TN = (torch.randn(30, side, generator=generator).to(dtype) for side in exact.shape)
@@ -136,6 +154,21 @@ def test_a_gradient_is_compressed_alike_by_dense_products_and_by_gathers(
     expected_DD = exact.to(torch.device("cpu"), torch.float64).compress(grad_output_TM.double().t() @ input_TN.double())
     assert grad_DD.shape == (dim, dim)
     assert relative_error(grad_DD, expected_DD) < tolerance
+    is_dense = has_matrix_unit and dtype == torch.bfloat16 and dim == DENSE_DIM
+    assert made_dense == ([exact.right, exact.left] if is_dense else [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_one"), [("flags : fpu avx512_bf16", False), ("flags : amx_bf16 amx_tile", True), (None, False)]
+)
+def test_linux_tells_of_a_matrix_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str | None, has_one: bool
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(flags)
+    monkeypatch.setattr(sparse_projector, "_CPUINFO", cpuinfo)
+    assert cpu_has_matrix_unit.__wrapped__() is has_one
 
 
 def test_the_table_of_a_decompression_is_contiguous() -> None:

@@ -67,8 +67,10 @@ def at_best_rate(group: Sequence[Setting], outcomes: Mapping[Setting, Outcome]) 
     return min(tried, key=lambda runs: mean_score([outcomes[setting] for setting in runs], "loss"))
 
 
-def all_bars(step_s: Mapping[str, float], peers: Sequence[str], groups: Groups, found: Mapping[str, Task]) -> list[Bar]:
-    """Every bar with what the figures say."""
+def all_bars(
+    benches: Mapping[str, Mapping[str, float]], peers: Sequence[str], groups: Groups, found: Mapping[str, Task]
+) -> list[Bar]:
+    """Every bar with what the figures say; `benches` are seconds a step by what they were timed with, and by name."""
     language = [task for task in found.values() if task.kind == "causal_lm"]
     times = [
         Bar(
@@ -82,7 +84,6 @@ def all_bars(step_s: Mapping[str, float], peers: Sequence[str], groups: Groups, 
     won = sum(all(lead(groups[name], found[name], rival) >= 0 for rival in RIVALS) for name in compared)
     full = [name for name in found if all(method in groups.get(name, {}) for method in ("lsp", "native"))]
     behind = max((-lead(groups[name], found[name], "native") for name in full), default=None)
-    fastest = min((step_s[peer] for peer in peers if peer in step_s), default=None)
     return [
         *times,
         Bar(
@@ -97,12 +98,15 @@ def all_bars(step_s: Mapping[str, float], peers: Sequence[str], groups: Groups, 
             value=behind,
             bound=MOST_BEHIND,
         ),
-        Bar(
-            what="LSP's step over that of the fastest peer",
-            value=step_s["lsp"] / fastest if fastest and "lsp" in step_s else None,
-            bound=MOST_STEP,
-        ),
+        *(_step_bar(f": {bench}", step_s, peers) for bench, step_s in benches.items()),
+        *([] if benches else [_step_bar("", {}, peers)]),
     ]
+
+
+def _step_bar(where: str, step_s: Mapping[str, float], peers: Sequence[str]) -> Bar:
+    fastest = min((step_s[peer] for peer in peers if peer in step_s), default=None)
+    value = step_s["lsp"] / fastest if fastest and "lsp" in step_s else None
+    return Bar(what=f"LSP's step over that of the fastest peer{where}", value=value, bound=MOST_STEP)
 
 
 def time_ratio(names: Mapping[str, Sequence[Outcome]]) -> float | None:

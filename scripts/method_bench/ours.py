@@ -7,19 +7,27 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
 from lsp_ray.report.run_folder import read_run
 
-_COMMON = {
-    "--bf16": "true",
-    "--save_steps": "0",
+_COMMON = {"--bf16": "true", "--save_steps": "0"}
+_CPU = {
     "--runtime.device": "cpu",
     "--runtime.device_threads": "1",
     "--runtime.num_shards": "1",
     "--runtime.shard_threads": "1",
 }
+
+
+@cache
+def gpu_name() -> str:
+    """The GPU's name; nothing where torch finds none."""
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +74,8 @@ class Outcome:
 
 
 def run(setting: Setting, options: Mapping[str, str]) -> Outcome:
-    """Run once with the task's and the method's options."""
-    asked = {**_COMMON, **options, "--method": setting.method}
+    """Run once with the task's and the method's options; on the GPU if there is one, and then with all cores."""
+    asked = {**_COMMON, **({} if gpu_name() else _CPU), **options, "--method": setting.method}
     asked |= {"--seed": str(setting.seed), "--max_steps": str(setting.num_steps)}
     own = {"policy": setting.policy, "link_gbps": setting.link_gbps, "emulate": setting.emulate}
     asked |= {f"--runtime.{name}": str(value) for name, value in own.items() if value is not None}

@@ -15,7 +15,7 @@ from scripts.method_bench.memory import PARTS, bytes_by_part, kept_bytes
 from scripts.method_bench.ours import Outcome, Setting
 from scripts.method_bench.peers import PEERS
 from scripts.method_bench.plot import draw
-from scripts.method_bench.readings import Readings, Timed
+from scripts.method_bench.readings import DEFAULT_MODEL, Readings, Timed
 from scripts.method_bench.tasks import METHODS, SCORED, Task, options_of, rate_of
 
 PACKAGES = ("lsp_ray", "torch", "transformers", "ray", "peft", "galore-torch", "deepspeed")
@@ -23,15 +23,16 @@ SKIPPED_STEPS = 2  # caches fill, GaLore decomposes, and the second step's memor
 Table = Sequence[Sequence[str]]
 
 _HOW = (
-    "bfloat16, 4 × at most 128 tokens (gsm8k 256, encoders 16 × at most 128) and one thread that computes; `lsp` and "
-    "`zero_offload` have one more for their shard, in the place of a workstation's CPU, and the peers one in all. "
-    "Every run is a process of its own, through the command line or the front door that its users have. Start-up is in "
-    "no second: loading, and for `lsp` learning its projectors."
+    "bfloat16, 4 × at most 128 tokens (gsm8k 256, encoders 16 × at most 128). Where a CPU stands for the GPU, one "
+    "thread computes; `lsp` and `zero_offload` have one more for their shard, in the place of a workstation's CPU, and "
+    "the peers one in all. Every run is a process of its own, through the command line or the front door that its "
+    "users have. Start-up is in no second: loading, and for `lsp` learning its projectors."
 )
 _STEPS = (
-    "Timed in turn, in rounds, with each method's default ranks; peers have the same model, batches in the same order "
-    "and dtype, and their first loss was checked against ours to 0.01. Their later losses are no comparison: HF's "
-    "Trainer rounds updates to the nearest bfloat16, which loses small ones; lsp_ray rounds at random."
+    "Timed in turn, in rounds, with each method's default ranks; peers have the same model, batches "
+    "in the same order, dtype and attention kernels, and their first loss was checked against ours to 0.01. Their "
+    "later losses are no comparison: HF's Trainer rounds updates to the nearest bfloat16, which loses small ones; "
+    "lsp_ray rounds at random."
 )
 _MEMORY = (
     "What is kept between steps is equal to 2 % for lsp, lora and galore: the ranks follow from the model's shapes. "
@@ -44,6 +45,19 @@ _SCORES = (
     "their heads start at random. Runs as another machine have default ranks, fewer eval examples, and `lsp` half as "
     "many steps again as `zero_offload`: they are for the time to the same loss alone."
 )
+
+
+def benches(timed: Mapping[Timed, Outcome]) -> dict[str, dict[Timed, Outcome]]:
+    """Runs that can be compared, by what they were timed with; those of the default model first."""
+    found: dict[str, dict[Timed, Outcome]] = {}
+    for key, outcome in sorted(timed.items(), key=lambda item: item[0].model != DEFAULT_MODEL):
+        found.setdefault(key.bench, {})[key] = outcome
+    return found
+
+
+def medians(timed: Mapping[Timed, Outcome]) -> dict[str, float]:
+    """Seconds a step, by method or peer."""
+    return {name: median(times_s) for name, times_s in step_seconds(timed).items()}
 
 
 def step_seconds(timed: Mapping[Timed, Outcome]) -> dict[str, list[float]]:
@@ -66,12 +80,12 @@ def figures(readings: Readings, found: Mapping[str, Task], *, judged: bool = Tru
         for task, names in groups.items()
         if task in found and "accuracy" in (score := found[task].score)
     }
-    medians = {name: median(times_s) for name, times_s in step_seconds(readings.timed).items()}
+    first = next(iter(benches(readings.timed).values()), {})
     bars = [{**asdict(bar), "verdict": bar.verdict} for bar in _bars(readings, found)] if judged else []
     for bar in bars:
         if bar["value"] == float("inf"):  # JSON has no such number
             bar["value"] = None
-    return {"step_seconds": medians, "eval_loss": losses, "accuracy": accuracy, "bars": bars}
+    return {"step_seconds": medians(first), "eval_loss": losses, "accuracy": accuracy, "bars": bars}
 
 
 def write_page(readings: Readings, found: Mapping[str, Task], path: Path) -> None:
@@ -83,7 +97,7 @@ def write_page(readings: Readings, found: Mapping[str, Task], path: Path) -> Non
         "In short": markdown(short_table(groups, found)),
         "Bars": markdown(_bars_table(bars)),
         "What does not work as well": "\n".join(f"- {line}" for line in weak),
-        "Seconds a step": f"{_STEPS}\n\n{markdown(steps_table(readings.timed))}",
+        "Seconds a step": "\n\n".join([_STEPS, *_steps_tables(readings.timed)]),
         "Scores at equal bytes on the device": f"{_SCORES}\n\n{markdown(scores_table(readings.scored, found))}",
         "Bytes on the device": f"{_MEMORY}\n\n{markdown(memory_table(found))}",
         "Eval loss against steps and seconds": _plots(readings, path),
@@ -103,6 +117,10 @@ def short_table(groups: Groups, found: Mapping[str, Task]) -> Table:
     return rows
 
 
+def _steps_tables(timed: Mapping[Timed, Outcome]) -> list[str]:
+    return [f"{bench}:\n\n{markdown(steps_table(runs))}" for bench, runs in benches(timed).items()]
+
+
 def steps_table(timed: Mapping[Timed, Outcome]) -> Table:
     """Median and middle half of the timed steps, and the peak of device memory where it is measured."""
     rows = [["", "s a step", "middle half within", "peak device memory", ""]]
@@ -110,7 +128,7 @@ def steps_table(timed: Mapping[Timed, Outcome]) -> Table:
     for name, times_s in step_seconds(timed).items():
         ordered, quarter = sorted(times_s), len(times_s) // 4
         spread = ordered[-1 - quarter] - ordered[quarter]
-        rows.append([f"`{name}`", f"{median(ordered):.2f}", f"{spread:.2f}", _gigabytes(last[name]), last[name].note])
+        rows.append([f"`{name}`", f"{median(ordered):.3g}", f"{spread:.2g}", _gigabytes(last[name]), last[name].note])
     return rows
 
 
@@ -154,8 +172,8 @@ def markdown(table: Table) -> str:
 
 
 def _bars(readings: Readings, found: Mapping[str, Task]) -> list[Bar]:
-    medians = {name: median(times_s) for name, times_s in step_seconds(readings.timed).items()}
-    return all_bars(medians, tuple(PEERS), grouped(readings.scored), found)
+    step_s = {bench: medians(runs) for bench, runs in benches(readings.timed).items()}
+    return all_bars(step_s, tuple(PEERS), grouped(readings.scored), found)
 
 
 def _bars_table(bars: Sequence[Bar]) -> Table:

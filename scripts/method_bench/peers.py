@@ -1,7 +1,7 @@
 """The peers through their own front doors: HF Trainer (full, PEFT's LoRA, GaLore) and DeepSpeed ZeRO-2 with offload.
 
-Same model, bfloat16 weights, batches in the same order, one thread, and, as in lsp_ray, frozen embeddings. A peer runs
-in a process of its own (`run`), which is this module as a script (`main`).
+Same model, bfloat16 weights, batches in the same order, one thread or the same GPU, and, as in lsp_ray, frozen
+embeddings and no cuDNN attention. A peer runs in a process of its own (`run`): this module as a script (`main`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scripts.method_bench.ours import Outcome
+from scripts.method_bench.ours import Outcome, gpu_name
 from scripts.method_bench.tasks import rate_of
 
 _MODULES = ("accelerate", "peft", "galore_torch", "deepspeed")
@@ -33,17 +32,27 @@ def is_there(peer: str) -> bool:
     return importlib.util.find_spec(PEERS[peer]) is not None
 
 
-def run(peer: str, *, num_steps: int, seed: int, num_eval: int) -> Outcome:
-    """Run a peer on the default task in a process of its own."""
+def run(peer: str, *, num_steps: int, options: Mapping[str, str]) -> Outcome:
+    """Run a peer on the default task in a process of its own.
+
+    Args:
+        peer: Its name.
+        num_steps: Of training.
+        options: Of `python -m lsp_ray.run`: those that say which model and data.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "peer.json"
-        numbers = {"--steps": num_steps, "--seed": seed, "--num_eval": num_eval}
-        words = [str(word) for pair in numbers.items() for word in pair]
-        command = [sys.executable, "-m", "scripts.method_bench.peers", peer, *words, "--out", str(out)]
+        command = [sys.executable, "-m", "scripts.method_bench.peers", peer, "--steps", str(num_steps)]
+        command += ["--options", json.dumps(dict(options)), "--out", str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=_environment())
         read = json.loads(out.read_text(encoding="utf-8"))
-    scores = {"loss": read["eval_loss"]}
-    return Outcome(step_s=tuple(read["step_s"]), losses=tuple(read["losses"]), scores=scores, note=read["note"])
+    return Outcome(
+        step_s=tuple(read["step_s"]),
+        losses=tuple(read["losses"]),
+        scores={"loss": read["eval_loss"]},
+        peak_bytes=read["peak_bytes"],
+        note=read["note"],
+    )
 
 
 def build_cpu_adam() -> None:
@@ -61,29 +70,37 @@ def has_cpu_adam() -> bool:
 
 
 def _environment() -> dict[str, str]:
-    quiet = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "DS_ACCELERATOR": "cpu"}
+    own = {"TRANSFORMERS_VERBOSITY": "error"}
+    if not gpu_name():
+        own |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     # torch looks for this environment's ninja on the path
-    return {**os.environ, **quiet, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    return {**os.environ, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 class _Bench:
     """The job that lsp_ray would run: its batches and its model."""
 
-    def __init__(self, peer: str, *, num_steps: int, seed: int, num_eval: int) -> None:
+    def __init__(self, peer: str, *, num_steps: int, options: Mapping[str, str]) -> None:
         import torch
 
-        from lsp_ray.config import GaloreConfig, LoraConfig, RunConfig, RuntimeConfig
+        from lsp_ray.config import GaloreConfig, LoraConfig
         from lsp_ray.models.layers import find_layers
         from lsp_ray.models.load import load_model
+        from lsp_ray.run import parse
         from lsp_ray.runtime.job import prepare_job
 
-        torch.set_num_threads(1)
-        config = RunConfig(max_steps=num_steps, seed=seed, max_eval_samples=num_eval, bf16=True, method="native")
-        self.job = prepare_job(replace(config, runtime=RuntimeConfig(device="cpu")), lambda _line: None)
+        if gpu_name():
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, see CudaBackend
+        else:
+            torch.set_num_threads(1)
+        asked = {**options, "--max_steps": str(num_steps), "--bf16": "true", "--method": "native"}
+        asked |= {} if gpu_name() else {"--runtime.device": "cpu"}
+        self.job = prepare_job(parse([word for pair in asked.items() for word in pair]), lambda _line: None)
         self.peer = peer
         self.note = ""
         self.lora, self.galore = LoraConfig(), GaloreConfig()
         self.learning_rate = rate_of(_METHOD_OF[peer])
+        seed = self.job.config.seed
         self.model = load_model(self.job.model_folder, dtype=torch.bfloat16, task=self.job.task, seed=seed)
         find_layers(self.model)  # freezes the embeddings
         self.model.train()
@@ -119,6 +136,7 @@ def _hf(bench: _Bench, folder: str) -> tuple[list[float], list[float]]:
             self._start_s = time.monotonic()
 
         def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            _finish()
             self.step_s.append(time.monotonic() - self._start_s)
 
     options: dict[str, Any] = {"optim": "adamw_torch_fused"}
@@ -148,7 +166,7 @@ def _hf(bench: _Bench, folder: str) -> tuple[list[float], list[float]]:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
+        use_cpu=not gpu_name(),
         disable_tqdm=True,
         dataloader_pin_memory=False,
         **options,
@@ -179,19 +197,35 @@ def _deepspeed(bench: _Bench, _folder: str) -> tuple[list[float], list[float]]:
     }
     trained = [parameter for parameter in bench.model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=bench.model, model_parameters=trained, config=config)
-    torch.set_num_threads(1)
+    if not gpu_name():
+        torch.set_num_threads(1)
     step_s, losses = [], []
     for step, rate in enumerate(bench.job.learning_rates):
         (batch,) = bench.job.micro_batches.step(step)
         start_s = time.monotonic()
-        loss = engine(**batch).loss
+        loss = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()}).loss
         engine.backward(loss)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate / bench.job.config.learning_rate * bench.learning_rate
         engine.step()
         losses.append(float(loss.detach()))
+        _finish()
         step_s.append(time.monotonic() - start_s)
     return step_s, losses
+
+
+def _finish() -> None:
+    """Wait for what a GPU still computes."""
+    import torch
+
+    if gpu_name():
+        torch.cuda.synchronize()
+
+
+def _peak_bytes() -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if gpu_name() else None
 
 
 def main() -> None:
@@ -199,15 +233,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("peer", choices=list(PEERS))
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--num_eval", type=int, required=True)
+    parser.add_argument("--options", type=json.loads, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    bench = _Bench(options.peer, num_steps=options.steps, seed=options.seed, num_eval=options.num_eval)
+    bench = _Bench(options.peer, num_steps=options.steps, options=options.options)
     train = _deepspeed if options.peer == "deepspeed" else _hf
     with tempfile.TemporaryDirectory() as folder:
         step_s, losses = train(bench, folder)
-    read = {"step_s": step_s, "losses": losses, "eval_loss": bench.eval_loss(), "note": bench.note}
+    read: dict[str, Any] = {"step_s": step_s, "losses": losses, "peak_bytes": _peak_bytes(), "note": bench.note}
+    read["eval_loss"] = bench.eval_loss()
     options.out.write_text(json.dumps(read), encoding="utf-8")
 
 

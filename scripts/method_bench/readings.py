@@ -7,21 +7,36 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scripts.method_bench.ours import Outcome, Setting
+from scripts.method_bench.ours import Outcome, Setting, gpu_name
+
+DEFAULT_MODEL, DEFAULT_LENGTH, DEFAULT_DATA = "smollm2-135m", 128, "stdlib-docstrings"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """A run of which only the steps are of interest: a method or a peer, in one of the rounds."""
+    """A run of which only the steps are of interest: a method or a peer, in one of the rounds.
+
+    Runs that differ in these three alone are compared with each other; the others say on what.
+    """
 
     name: str
     round: int
     num_steps: int
+    model: str = DEFAULT_MODEL
+    max_seq_length: int = DEFAULT_LENGTH
+    dataset: str = DEFAULT_DATA
+    processor: str = field(default_factory=lambda: processor())
+
+    @property
+    def bench(self) -> str:
+        """What it was timed with, in words."""
+        tokens = f"4 × at most {self.max_seq_length} tokens of {Path(self.dataset).name}"
+        return f"{Path(self.model).name}, {tokens}, {self.processor}"
 
 
 _KINDS: Mapping[str, type[Setting | Timed]] = {"scored": Setting, "timed": Timed}
@@ -63,7 +78,7 @@ class Readings:
             outcome = measure()
             kind = next(name for name, own in _KINDS.items() if isinstance(key, own))
             row = {"kind": kind, "key": asdict(key), "outcome": asdict(outcome)}
-            row |= {"day": datetime.now(UTC).date().isoformat(), "processor": _processor(), "command": _command()}
+            row |= {"day": datetime.now(UTC).date().isoformat(), "processor": processor(), "command": _command()}
             if self._path is not None:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
@@ -74,7 +89,8 @@ class Readings:
         read = dict(row["outcome"])
         read["eval_losses"] = tuple((step, loss) for step, loss in read["eval_losses"])
         read |= {name: tuple(read[name]) for name in ("step_s", "losses")}
-        key = _KINDS[row["kind"]](**row["key"])
+        kind = _KINDS[row["kind"]]
+        key = kind(**{**row["key"], **({"processor": row["processor"]} if kind is Timed else {})})
         self._outcomes[key], self.processors[key] = Outcome(**read), row["processor"]
         self.circumstances.add((row["day"], row["processor"], row["command"]))
 
@@ -83,7 +99,9 @@ def _command() -> str:
     return shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What this machine computes with: the GPU, if there is one, and the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return " beside ".join(filter(None, [gpu_name(), next(names, platform.machine())]))
