@@ -201,18 +201,21 @@ def test_steps_are_compared_with_those_of_the_same_machine_and_model_alone(tmp_p
         key = Timed(name=name, round=0, num_steps=1, model=f"models/{model}" if model else DEFAULT_MODEL)
         put(Readings(path), key, outcome(4.0, 3.0, step_s=step_s))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    on_gpu = [row | {"processor": "a GPU"} for row in rows[:2]]
-    for row in on_gpu:
-        row["outcome"] = row["outcome"] | {"step_s": [row["outcome"]["step_s"][0] ** 2]}
-        del row["key"]["model"], row["key"]["processor"]  # an older file has neither
+    on_gpu = []
+    for row in rows[:2]:
+        older = {name: row["key"][name] for name in ("name", "round", "num_steps")}  # a file of before has no more
+        quicker = row["outcome"] | {"step_s": [row["outcome"]["step_s"][0] ** 2]}
+        on_gpu.append(row | {"processor": "a GPU", "key": older, "outcome": quicker})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows + on_gpu))
     readings = Readings(path)
     here, there, large = page.benches(readings.timed)
-    assert (here, large) == (
-        f"smollm2-135m, 4 × at most 128 tokens, {processor()}",
-        here.replace("smollm2-135m", "large"),
-    )
-    assert there == "smollm2-135m, 4 × at most 128 tokens, a GPU"
+    assert here == f"smollm2-135m, 4 × at most 128 tokens of stdlib-docstrings, {processor()}"
+    assert there == "smollm2-135m, 4 × at most 128 tokens of stdlib-docstrings, a GPU"
+    assert large == here.replace("smollm2-135m", "large")
+    unread = replace(TEXT, model="a model that is nowhere")  # nothing was scored, so nobody needs it
+    page.write_page(readings, {"text": unread}, tmp_path / "methods.md")
+    heads = [line for line in (tmp_path / "methods.md").read_text().splitlines() if line.startswith("## ")]
+    assert heads == ["## Bars", "## What does not work as well", "## Seconds a step"]
     found = page.figures(readings, {})
     assert found["step_seconds"] == {"lsp": 4.0, "hf_full": 5.0}
     ratios = [(bar["what"], bar["value"], bar["verdict"]) for bar in found["bars"] if "fastest peer" in bar["what"]]

@@ -94,15 +94,19 @@ def write_page(readings: Readings, found: Mapping[str, Task], path: Path) -> Non
     bars = _bars(readings, found)
     weak = weak_points(bars, groups, found) or ["Nothing among these figures."]
     sections = {
-        "In short": markdown(short_table(groups, found)),
+        "In short": markdown(short_table(groups, found)) if groups else "",
         "Bars": markdown(_bars_table(bars)),
         "What does not work as well": "\n".join(f"- {line}" for line in weak),
-        "Seconds a step": "\n\n".join([_STEPS, *_steps_tables(readings.timed)]),
-        "Scores at equal bytes on the device": f"{_SCORES}\n\n{markdown(scores_table(readings.scored, found))}",
-        "Bytes on the device": f"{_MEMORY}\n\n{markdown(memory_table(found))}",
-        "Eval loss against steps and seconds": _plots(readings, path),
+        "Seconds a step": "\n\n".join([_STEPS, *_steps_tables(readings.timed)]) if readings.timed else "",
     }
-    parts = [_head(readings), *(f"## {title}\n\n{text}" for title, text in sections.items())]
+    if groups:
+        scored = {name: task for name, task in found.items() if name in groups}
+        sections |= {
+            "Scores at equal bytes on the device": f"{_SCORES}\n\n{markdown(scores_table(readings.scored, found))}",
+            "Bytes on the device": f"{_MEMORY}\n\n{markdown(memory_table(scored))}",
+            "Eval loss against steps and seconds": _plots(readings, path),
+        }
+    parts = [_head(readings), *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
