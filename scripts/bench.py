@@ -36,7 +36,7 @@ EMULATED_STEPS = 40  # of zero_offload, where the time to its last loss is judge
 MORE_STEPS = 1.5  # of LSP where time counts: its steps are cheaper, and it may spend some of that on more of them
 SAME_LOSS = 1e-2
 TIMED = (*METHODS, *peers.PEERS)
-QUICK_TASK, QUICK_STEPS, QUICK_EVAL = "docstring-pairs", 12, 128  # scored with --quick, for the accuracy
+QUICK_TASK, QUICK_STEPS, QUICK_EVAL = "docstring-pairs", 8, 64  # scored with --quick, for the accuracy
 
 
 class Bench:
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def _quick(bench: Bench) -> None:
-    bench.time_steps(TIMED, Timed(name="", round=0, num_steps=6), rounds=1, num_eval=16)
+    bench.time_steps(TIMED, Timed(name="", round=0, num_steps=5), rounds=1, num_eval=4)
     settings = [Setting(task=QUICK_TASK, method=method, num_steps=QUICK_STEPS) for method in SCORED]
     bench.score(settings, [1.0], num_eval=QUICK_EVAL)
 
