@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Methods against each other and against their peers: seconds a step, eval loss and accuracy, loss against seconds.
 
-    python scripts/bench.py --quick --json figures.json                 # steps of all, peers included; 9 to 11 minutes
+    python scripts/bench.py --quick --json figures.json                 # steps of all, peers included; under 10 minutes
     python scripts/bench.py --data_dir ../shared/data --seeds 1,2,3     # every task; hours
 
 Peers want the extra `bench` (commands in the README); one that is not there is left out, and said so. Every run's
