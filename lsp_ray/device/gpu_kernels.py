@@ -15,13 +15,7 @@ import torch
 from lsp_ray.device.noise import NOISE_ELEMENTS, Noise
 from lsp_ray.projection.sparse_factor import SparseFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
-from lsp_ray.projection.triton_kernel import compiled, runs_on
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # see triton_kernel.py
-    triton = tl = None
+from lsp_ray.projection.triton_kernel import compiled, runs_on, tl, triton
 
 _FLAT = 1024  # elements of a flat array for a program
 _TILE_ROWS, _TILE_COLUMNS = 8, 128  # of a matrix; neighbouring columns lie side by side in every array

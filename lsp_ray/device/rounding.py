@@ -64,12 +64,10 @@ class Rounding:
         kernels = kernels_for(weight) if weight.is_contiguous() else None
         if kernels is not None:
             kernels.add_dense_(weight.view(-1), delta.reshape(-1), noise, keep, first)
-        elif weight.numel() <= MAX_ELEMENTS:
-            _add_rounded_(weight, delta, noise.part(first, weight.numel()), keep)
-        else:
-            for at in range(0, weight.numel(), MAX_ELEMENTS):  # in parts: each makes a float32 copy
-                part = weight[at : at + MAX_ELEMENTS]
-                _add_rounded_(part, delta[at : at + MAX_ELEMENTS], noise.part(first + at, part.numel()), keep)
+            return
+        for at in range(0, weight.numel(), MAX_ELEMENTS):  # in parts: each makes a float32 copy
+            part = weight[at : at + MAX_ELEMENTS]
+            _add_rounded_(part, delta[at : at + MAX_ELEMENTS], noise.part(first + at, part.numel()), keep)
 
 
 def _add_rounded_(weight: torch.Tensor, delta: torch.Tensor, noise: torch.Tensor, keep: float) -> None:

@@ -16,6 +16,8 @@ try:
 except ImportError:  # builds of torch for CPUs come without it
     triton = tl = None
 
+__all__ = ["compiled", "runs_on", "tl", "transposed_dense", "triton"]
+
 _FLAT = 1024  # elements at a time
 
 

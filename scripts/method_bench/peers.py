@@ -33,7 +33,7 @@ def is_there(peer: str) -> bool:
 
 
 def run(peer: str, *, num_steps: int, options: Mapping[str, str]) -> Outcome:
-    """Run a peer on the default task in a process of its own.
+    """Run a peer in a process of its own.
 
     Args:
         peer: Its name.

@@ -17,6 +17,14 @@ from scripts.method_bench.ours import Outcome, Setting, gpu_name
 DEFAULT_MODEL, DEFAULT_LENGTH, DEFAULT_DATA = "smollm2-135m", 128, "stdlib-docstrings"
 
 
+def processor() -> str:
+    """What this machine computes with: the GPU, if there is one, and the CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return " beside ".join(filter(None, [gpu_name(), next(names, platform.machine())]))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
     """A run of which only the steps are of interest: a method or a peer, in one of the rounds.
@@ -30,7 +38,7 @@ class Timed:
     model: str = DEFAULT_MODEL
     max_seq_length: int = DEFAULT_LENGTH
     dataset: str = DEFAULT_DATA
-    processor: str = field(default_factory=lambda: processor())
+    processor: str = field(default_factory=processor)
 
     @property
     def bench(self) -> str:
@@ -89,19 +97,13 @@ class Readings:
         read = dict(row["outcome"])
         read["eval_losses"] = tuple((step, loss) for step, loss in read["eval_losses"])
         read |= {name: tuple(read[name]) for name in ("step_s", "losses")}
-        kind = _KINDS[row["kind"]]
-        key = kind(**{**row["key"], **({"processor": row["processor"]} if kind is Timed else {})})
+        told = row["key"]
+        if row["kind"] == "timed":
+            told = told | {"processor": row["processor"]}  # older files have it in the row alone
+        key = _KINDS[row["kind"]](**told)
         self._outcomes[key], self.processors[key] = Outcome(**read), row["processor"]
         self.circumstances.add((row["day"], row["processor"], row["command"]))
 
 
 def _command() -> str:
     return shlex.join(["python", "scripts/bench.py", *sys.argv[1:]])
-
-
-def processor() -> str:
-    """What this machine computes with: the GPU, if there is one, and the CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return " beside ".join(filter(None, [gpu_name(), next(names, platform.machine())]))
