@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lsp_ray.device import cpu_kernels
 from lsp_ray.device.cpu_kernels import add_decompressed_, add_dense_
-from lsp_ray.device.noise import NOISE_ELEMENTS, Noise, noise_block
+from lsp_ray.device.noise import MAX_ELEMENTS, NOISE_ELEMENTS, Noise, noise_block
 from lsp_ray.device.rounding import Rounding
 from lsp_ray.projection.sparse_projector import SparseProjector
 
@@ -122,9 +122,12 @@ def test_code_that_may_be_kept_nowhere_is_compiled_for_this_process_alone(monkey
     assert asked == [True, False]
 
 
-def test_where_numba_is_missing_torchs_operators_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "num", [3000, MAX_ELEMENTS + 100, 3 * MAX_ELEMENTS]
+)  # in one part, in two, once round the noise
+def test_where_numba_is_missing_torchs_operators_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, num: int) -> None:
     rounding, generator = Rounding(3, torch.device("cpu")), torch.Generator().manual_seed(0)
-    weight, delta = torch.randn(3000, generator=generator).bfloat16(), torch.randn(3000, generator=generator)
+    weight, delta = torch.randn(num, generator=generator).bfloat16(), torch.randn(num, generator=generator)
     with_kernel, without = weight.clone(), weight.clone()
     rounding.add_(with_kernel, delta, keep=0.9, step=1, key=2)
     monkeypatch.setattr(cpu_kernels, "numba", None)

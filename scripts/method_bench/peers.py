@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lsp_ray.errors import ConfigError
 from scripts.method_bench.ours import Outcome, gpu_name
 from scripts.method_bench.tasks import rate_of
 
@@ -236,7 +237,10 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    bench = _Bench(options.peer, num_steps=options.steps, options=options.options)
+    try:
+        bench = _Bench(options.peer, num_steps=options.steps, options=options.options)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     train = _deepspeed if options.peer == "deepspeed" else _hf
     with tempfile.TemporaryDirectory() as folder:
         step_s, losses = train(bench, folder)
