@@ -20,7 +20,7 @@ ADAMW_BYTES = 28  # for an element: gradient, both moments and parameter read, a
 SHARD_BYTES = ADAMW_BYTES + 16  # a shard copies both moments first, to go back to if it is lost
 _ROUNDING_BYTES = 44  # for an element of bfloat16: to float32 6, delta 12 and noise 12 added, masked 8, back 6
 _ROUNDING_KERNEL_BYTES = 12  # the same in one pass: weight, delta and noise read, weight written
-DENSE_DIM = 256  # as in projection/sparse_projector.py: up to it bfloat16 is projected by a dense product
+DENSE_DIM = 256  # as in projection/sparse_projector.py: up to it a GPU projects bfloat16 by a dense product
 _LOGIT_BYTES = 24  # for a logit: to float32, its softmax, both gradients, back
 
 
