@@ -29,7 +29,7 @@ model = AutoModelForCausalLM.from_pretrained(options.model)
 rows = load_dataset("json", data_files=options.data, split="train")
 rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=128), remove_columns=rows.column_names)
 
-optimizer = LSPAdamW.for_model(model, lr=1e-4, optim_args=f"d={options.subspace_dim},r=4")  # lsp_ray
+optimizer = LSPAdamW.for_model(model, lr=1e-4, optim_args=f"d={options.subspace_dim},r=8")  # lsp_ray
 trainer = Trainer(
     model=model,
     args=TrainingArguments(options.output_dir, max_steps=options.max_steps, per_device_train_batch_size=4),

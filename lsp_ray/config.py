@@ -15,6 +15,7 @@ from lsp_ray.hardware import EmulatedMachine
 
 Fit = Literal["closed_form", "paper", "random"]
 Method = Literal["lsp", "zero_offload", "native", "lora", "galore"]
+PayloadDtype = Literal["bfloat16", "float32", "int8"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
 ReportTo = Literal["none", "tensorboard", "wandb"]
@@ -54,15 +55,13 @@ class LspConfig:
     """The learned sparse projectors (method lsp)."""
 
     subspace_dim: int | Literal["auto"] = 256
-    """Size d of the (d, d) compressed gradient, at most half a matrix's small side; auto: largest the link hides."""
-    nnz_per_row: int = 4
-    """Non-zeros r in every row of a projector; projector memory grows with r, not with d."""
+    """Size d of the (d, d) compressed gradient, for each side at most half of it; auto: largest the link hides."""
+    nnz_per_row: int = 8
+    """Non-zeros r in every row of a projector; projector memory grows with r, not with d; d is a multiple of r."""
     fit: Fit = "closed_form"
     """How projectors are made: closed_form and paper (its Adam, slow) learn them from gradients, random draws them."""
     balance: bool = True
     """Let closed_form learn projectors that change all rows and columns alike, as full fine-tuning does; more bias."""
-    whiten: bool = True
-    """Take Adam's step in orthonormal coordinates: nearer the true gradient, for d³ work on the shards alone."""
     init_from: str | None = None
     """Start from the projectors of an earlier run (its folder, or its lsp_projectors.safetensors) instead of a fit."""
     calibration_batches: int = 4
@@ -144,6 +143,8 @@ class RuntimeConfig:
     """CPU threads of the GPU actor; default: what the shards leave on a CPU run, else 2."""
     shard_threads: int | None = None
     """CPU threads of each shard; default: what a GPU run leaves, or a quarter of a CPU run's cores, over num_shards."""
+    payload_dtype: PayloadDtype = "bfloat16"
+    """Type of what crosses the link; int8, a quarter of float32's bytes, is for slow links."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
     emulate: EmulatedMachine | None = None

@@ -121,11 +121,13 @@ def _plan_line(job: Job) -> str:
     layout, config = job.layout, job.config
     parts = [f"plan: {config.method} on {job.device}, {str(job.dtype).removeprefix('torch.')}"]
     if job.subspace_dims:
-        dims = sorted(set(job.subspace_dims.values()), reverse=True)
-        parts.append(f"{len(job.subspace_dims)} projected matrices with d = {', '.join(map(str, dims))}")
+        sent = ", ".join(
+            f"{rows} × {columns}" for rows, columns in sorted(set(job.subspace_dims.values()), reverse=True)
+        )
+        parts.append(f"{len(job.subspace_dims)} projected matrices that send {sent}")
     parts.append(f"{job.num_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps}")
     if job.payload_sizes:
-        parts.append(f"{_size(4 * sum(job.payload_sizes))} each way a step")
+        parts.append(f"{_size(job.bytes_each_way)} each way a step")
         parts.append(f"{layout.num_shards} shard(s) × {layout.shard_threads} thread(s)")
         parts.append(f"policy {config.policy}")
     parts.append(f"{layout.device_threads} device thread(s)")

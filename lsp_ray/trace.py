@@ -133,7 +133,7 @@ class StepMetrics:
         bytes_d2h: Down the link.
         bytes_h2d: Up the link.
         grad_scale: What gradients were multiplied by: below 1 where clipped, 0 where the step was skipped.
-        bias: raw, relative and cosine (see `Bias`), in the steps that measured it.
+        bias: Relative bias (paper, Definition 2), the mean over the matrices measured, in the steps that did.
         bias_by_layer: The relative bias of each layer in the sample, by its number.
         num_refitted: Projectors that are learned anew after it.
         eval_loss: Measured after the step, by `eval_steps`, in time that no step counts.
@@ -156,7 +156,7 @@ class StepMetrics:
     bytes_d2h: int
     bytes_h2d: int
     grad_scale: float = 1.0
-    bias: dict[str, float] | None = None
+    bias: float | None = None
     bias_by_layer: dict[str, float] | None = None
     num_refitted: int | None = None
     eval_loss: float | None = None

@@ -24,7 +24,8 @@ SECTIONS = {
     "After training": "export.export export.Exported generate.answer report.run_folder.read_run report.page.report",
     "Planning": "plan.skeleton.shape_of sim.hardware_profile.load_hardware sim.workload.Workload plan.plan.make_plan "
     "plan.plan.Plan sim.forecast.forecast sim.forecast.Forecast sim.memory.DeviceMemory sim.memory.HostMemory",
-    "Projectors": "projection.sparse_projector.SparseProjector projection.bias.Bias",
+    "Projectors": "projection.sparse_projector.SparseProjector projection.sparse_projector.ProjectorSizes "
+    "projection.sparse_projector.UpdateSize projection.block_factor.BlockFactor projection.bias.relative_bias",
     "Errors": "errors.LspRayError errors.ConfigError errors.CheckpointError errors.StoppedError errors.DeadlineError "
     "errors.WorkerLostError errors.StaleSlotError errors.NonFiniteLossError errors.NonFiniteGradientError "
     "errors.OutOfDeviceMemoryError errors.TrackerError",

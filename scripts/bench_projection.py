@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python scripts/bench_projection.py --gsm8k ../shared/data/gsm8k
 
 Writes docs/benchmarks/projection.md and, where matplotlib is installed, projection.png beside it. The grid over (r, d)
-is measured on a sample of layers, the point r=4 d=256 on every linear of the model; with --quick everything is sampled.
+is measured on a sample of layers, the point r=8 d=256 on every linear of the model; with --quick everything is sampled.
 Run it with this repository on Python's path, as an editable installation has it.
 """
 
@@ -23,23 +23,34 @@ import torch
 from rich.console import Console
 
 from lsp_ray.errors import LspRayError
+from lsp_ray.models.shared_inputs import shared_inputs
 from scripts.projection_bench.gradients import NUM_CALIBRATION, NUM_HELD_OUT, Source, open_source, spread
 from scripts.projection_bench.kernels import KernelSize, kernel_times
-from scripts.projection_bench.measure import METHODS, Measured, Point, Shape, measure
+from scripts.projection_bench.measure import FITS, METHODS, Measured, Point, Shape, measure
 from scripts.projection_bench.page import Findings, method_notes, page
 from scripts.projection_bench.plot import draw
-from scripts.projection_bench.tables import TextTable, fit_table, grid_table, kernel_table, score_table, transfer_table
+from scripts.projection_bench.sharing import Shared, shared_biases
+from scripts.projection_bench.tables import (
+    TextTable,
+    bias_table,
+    fit_table,
+    grid_table,
+    kernel_table,
+    sharing_table,
+    transfer_table,
+)
 from scripts.projection_bench.transfer import transfers
 
 MODEL, STDLIB, GSM8K = "smollm2-135m", "stdlib-docstrings", "gsm8k"
-MAIN = Point(4, 256)
+MAIN = Point(8, 256)
 GRID = tuple(Point(nnz_per_row, dim) for dim in (64, 128, 256, 384) for nnz_per_row in (1, 2, 4, 8, 16))
-QUICK_GRID = (MAIN, Point(1, 256), Point(16, 256), Point(4, 64))
+QUICK_GRID = (MAIN, Point(1, 256), Point(16, 256), Point(8, 64))
 SAMPLED_LAYERS = 2
 BATCH_SIZE, MAX_TOKENS = 4, 128
 REPETITIONS = 25
-KERNEL = KernelSize()
-JSON_KERNELS = ("ours", "dense", "csr", "memcpy")
+SIZES = (KernelSize(), KernelSize(dim=2048, nnz_per_row=8))  # the first one is the JSON's
+DTYPES = (torch.float32, torch.bfloat16)
+JSON_DTYPE = "bfloat16"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gsm8k", metavar="PATH", help="a folder with gsm8k's JSONL files: measure on it as well")
-    parser.add_argument("--json", metavar="PATH", type=Path, help="write the figures of r=4 d=256 here")
+    parser.add_argument("--json", metavar="PATH", type=Path, help="write the figures of r=8 d=256 here")
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path("docs/benchmarks"), help="%(default)s")
     parser.add_argument("--quick", action="store_true", help="a few points on a sample of layers, under 5 minutes")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (%(default)s)")
@@ -88,10 +99,7 @@ def _command(options: argparse.Namespace) -> str:
 def _measure_all(options: argparse.Namespace, console: Console) -> Findings:
     begin_s = time.monotonic()
     console.print("kernel times")
-    times_ms = {
-        str(dtype).removeprefix("torch."): kernel_times(KERNEL, dtype, repetitions=REPETITIONS, clock=time.perf_counter)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    times_ms = {size: _kernel_times(size) for size in SIZES}
     headline: dict[str, Measured] = {}
     grids: dict[str, Measured] = {}
     notes = list(method_notes())
@@ -112,10 +120,10 @@ def _measure_all(options: argparse.Namespace, console: Console) -> Findings:
         notes.append(_data_note(label, sample, headline[label], source))
     extrapolated = ", extrapolated from the sampled layers" if options.quick else ""
     notes.append(
-        f"Seconds are for all {counts.total()} linears at r=4 d=256 on {STDLIB}{extrapolated}: "
+        f"Seconds are for all {counts.total()} linears at {MAIN} on {STDLIB}{extrapolated}: "
         "the median of each shape times the number of matrices of that shape."
     )
-    fit_seconds = {method: headline[STDLIB].fit_seconds(method, counts) for method in ("closed_form", "paper")}
+    fit_seconds = {fit: headline[STDLIB].fit_seconds(fit, counts) for fit in FITS}
     return Findings(
         command=_command(options),
         notes=tuple(notes),
@@ -124,6 +132,7 @@ def _measure_all(options: argparse.Namespace, console: Console) -> Findings:
         grids=grids,
         fit_seconds=fit_seconds,
         times_ms=times_ms,
+        sharing=tuple(_sharing(sources[STDLIB], sample if options.quick else None, console)),
         transfers=tuple(transfers(sources, sample, MAIN)) if len(sources) > 1 else (),
         wall_s=time.monotonic() - begin_s,
     )
@@ -145,34 +154,48 @@ def _data_note(label: str, sample: Sequence[int], headline: Measured, source: So
     total = sum(len(layer.linears) for layer in source.layers)
     return (
         f"{label}: {MODEL} in float32, {NUM_CALIBRATION} micro-batches of {BATCH_SIZE} × at most {MAX_TOKENS} tokens "
-        f"to learn from, {NUM_HELD_OUT} others to judge by; r=4 d=256 on {headline.num_matrices(MAIN)} of {total} "
+        f"to learn from, {NUM_HELD_OUT} others to judge by; {MAIN} on {headline.num_matrices(MAIN)} of {total} "
         f"linears, the grid on those of layers {listed}."
     )
 
 
+def _kernel_times(size: KernelSize) -> dict[str, dict[str, float]]:
+    """By type, then kernel."""
+    return {
+        str(dtype).removeprefix("torch."): kernel_times(size, dtype, repetitions=REPETITIONS, clock=time.perf_counter)
+        for dtype in DTYPES
+    }
+
+
+def _sharing(source: Source, layers: Sequence[int] | None, console: Console) -> list[Shared]:
+    """Of all layers unless some are named."""
+    with console.status("one Q for linears that read the same input"):
+        chosen = range(len(source.layers)) if layers is None else layers
+        return shared_biases(source.gradients(chosen), shared_inputs(source.model), MAIN)
+
+
 def _tables(findings: Findings) -> list[TextTable]:
-    size = KERNEL
     tables = [
-        score_table(f"{label}, r=4 d=256, mean of {measured.num_matrices(MAIN)} linears", measured, MAIN)
+        bias_table(f"{label}, {MAIN}, mean of {measured.num_matrices(MAIN)} linears", measured, MAIN)
         for label, measured in findings.headline.items()
     ]
-    tables.append(fit_table("Seconds to fit the whole model, r=4 d=256", findings.fit_seconds))
+    tables.append(fit_table(f"Seconds to fit the whole model, {MAIN}", findings.fit_seconds))
+    tables.append(sharing_table(f"One Q for linears that read the same input, {STDLIB}, {MAIN}", findings.sharing))
     if findings.transfers:
-        tables.append(transfer_table("Projectors of another data set, r=4 d=256, sampled layers", findings.transfers))
-    shape = f"T={size.tokens} M={size.rows} d={size.dim} r={size.nnz_per_row}"
-    tables.append(kernel_table(f"Compress, {shape}, medians of {REPETITIONS}", findings.times_ms))
+        tables.append(transfer_table(f"Projectors of another data set, {MAIN}, sampled layers", findings.transfers))
+    for size, times_ms in findings.times_ms.items():
+        tables.append(kernel_table(f"Compress, {size}, medians of {REPETITIONS}", times_ms))
     for label, measured in findings.grids.items():
-        for figure, words in (("bias", "bias at the best scalar"), ("raw_bias", "raw bias"), ("cosine", "cosine")):
-            tables.append(grid_table(f"{label}, sampled layers: {words}", measured, figure))
+        tables.append(grid_table(f"{label}, sampled layers", measured))
     return tables
 
 
 def _summary(findings: Findings) -> dict[str, dict[str, float]]:
     headline = findings.headline[STDLIB]
     return {
-        "heldout_bias": {method: headline.mean(MAIN, method).bias for method in METHODS},
+        "heldout_bias": {method: headline.mean(MAIN, method) for method in METHODS},
         "fit_seconds": findings.fit_seconds,
-        "kernel_ms": {kernel: findings.times_ms["float32"][kernel] for kernel in JSON_KERNELS},
+        "kernel_ms": findings.times_ms[SIZES[0]][JSON_DTYPE],
     }
 
 

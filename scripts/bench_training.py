@@ -20,35 +20,38 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import get_args
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from lsp_ray.config import RunConfig
+from lsp_ray.config import PayloadDtype, RunConfig
 from lsp_ray.device.backend import CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.evaluate import mean_loss
 from lsp_ray.device.fits import ClosedFormFit
-from lsp_ray.device.rounding import mixed
+from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.unit import RawTarget, Target, Unit
 from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import NonFiniteLossError
-from lsp_ray.methods.lsp import lsp_units
+from lsp_ray.methods.lsp import lsp_units, take_projectors
 from lsp_ray.methods.units import as_units, full_units, raw_targets
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_model
 from lsp_ray.models.loss import num_targets, summed_loss
+from lsp_ray.models.shared_inputs import shared_inputs
+from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.sparse_projector import SparseProjector
-from lsp_ray.projection.whitening import Whitening
 from lsp_ray.runtime.job import prepare_job
 
-GALORE_RANK = 8  # (M + N) · 8 bfloat16 are the bytes of (M + N) · 4 values with int16 indices: those of LSP at r = 4
+GALORE_RANK = 8  # (M + N) · 8 bfloat16 are the bytes of LSP at r = 8
 LORA_RANK, LORA_ALPHA, LORA_RATE = 8, 16, 10.0
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
-LSP = ("lsp", "lsp_plain", "lsp_unbalanced")  # as shipped, with --lsp.whiten false as well, with --lsp.balance false
+LSP = ("lsp", "lsp_unbalanced")  # as shipped, and with --lsp.balance false
 METHODS = ("full", *LSP, "random", "galore", "galore_one_sided", "lora")
 
 
@@ -101,6 +104,24 @@ class MappedShard(OptimizerShard):
         torch.cat([part.up(step_part) for part, step_part in zip(maps, steps, strict=True)], out=delta)
 
 
+class SentShard(OptimizerShard):
+    """An optimizer shard to which gradients and deltas go as they cross the link."""
+
+    def __init__(self, sizes: Mapping[int, int], payload_dtype: PayloadDtype, seed: int) -> None:
+        self._wire, self._rounding = Codec(payload_dtype), Rounding(seed, torch.device("cpu"))
+        super().__init__(sizes, codec=self._wire)
+
+    def update(
+        self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float, grad_scale: float = 1.0
+    ) -> None:
+        """See `OptimizerShard`; both are float32 here."""
+        down, up = (torch.empty(self._wire.wire_numel(grad.numel()), dtype=self._wire.dtype) for _ in range(2))
+        noise = self._rounding.noise(step=int(self.states[layer].step), key=layer)
+        self._wire.encode_(down, grad, noise if self._wire.is_coarse else None)
+        super().update(layer, down, up, learning_rate=learning_rate, grad_scale=grad_scale)
+        delta.copy_(self._wire.decode(up, grad.numel()))
+
+
 class LoraLinear(nn.Module):
     """W x + (α/k) B A x with frozen W; A and B are float32 and multiply in the input's dtype."""
 
@@ -121,13 +142,23 @@ class LoraLinear(nn.Module):
 class Bench:
     """A job and what its runs share: fitted projectors and GaLore's bases."""
 
-    def __init__(self, *, num_steps: int, seed: int) -> None:
-        config = RunConfig(max_steps=num_steps, learning_rate=1.0, seed=seed, bf16=True)
+    def __init__(
+        self, *, num_steps: int, seed: int, dataset: str, max_seq_length: int, payload_dtype: PayloadDtype
+    ) -> None:
+        config = RunConfig(
+            max_steps=num_steps,
+            learning_rate=1.0,
+            seed=seed,
+            bf16=True,
+            dataset=dataset,
+            max_seq_length=max_seq_length,
+        )
+        self.payload_dtype = payload_dtype
         self.job = prepare_job(replace(config, runtime=replace(config.runtime, device="cpu")), print)
         self.seed = seed
         self.calibration = self.job.micro_batches.calibration(config.lsp.calibration_batches)
         self.fit_s: dict[str, float] = {}
-        self._projectors: dict[bool, list[SparseProjector]] = {}
+        self._projectors: dict[bool, dict[str, SparseProjector]] = {}
 
     def load(self) -> PreTrainedModel:
         """The pretrained model in training mode."""
@@ -135,21 +166,21 @@ class Bench:
         model.train()
         return model
 
-    def projectors(self, *, balanced: bool) -> list[SparseProjector]:
-        """One for every linear, learned in closed form from the calibration batches."""
+    def projectors(self, *, balanced: bool) -> dict[str, SparseProjector]:
+        """One for every linear, by name, learned in closed form from the calibration batches."""
         if balanced not in self._projectors:
             self._projectors[balanced] = self._learned(balanced=balanced)
         return self._projectors[balanced]
 
-    def _learned(self, *, balanced: bool) -> list[SparseProjector]:
+    def _learned(self, *, balanced: bool) -> dict[str, SparseProjector]:
         start_s, model = time.monotonic(), self.load()
-        _, linears = lsp_units(find_layers(model), self.job.config.lsp, seed=self.seed)
+        _, linears = self._wrapped(model, find_layers(model))
         unfitted = fit_projectors(
             model, linears, self.calibration, ClosedFormFit(balanced=balanced), seed=self.seed, num_threads=1
         )
         self.fit_s["lsp"] = time.monotonic() - start_s
         assert not unfitted, f"no gradient reaches {unfitted}"
-        return [module.projector for _, module in linears]
+        return {name: module.projector for name, module in linears}
 
     @cached_property
     def galore_bases(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -204,7 +235,7 @@ class Bench:
         layers = find_layers(model)
         maps: dict[int, DenseMap] = {}  # by the id of the leaf that it stands behind
         if method in LSP or method == "random":
-            units = self._lsp(method, layers, maps)
+            units = self._lsp(method, model, layers)
         elif method == "lora":
             units = self._lora(layers, maps)
         else:
@@ -212,23 +243,22 @@ class Bench:
             if method != "full":
                 self._galore(layers, maps, one_sided=method == "galore_one_sided")
         if not maps:
-            return units, OptimizerShard({unit.index: unit.numel for unit in units})
+            sizes = {unit.index: unit.numel for unit in units}
+            return units, OptimizerShard(sizes) if method == "full" else SentShard(sizes, self.payload_dtype, self.seed)
         leaves = {unit.index: [target.leaf for target in unit.targets] for unit in units}
         maps = {id(leaf): DenseMap(shape=leaf.shape) for unit in leaves.values() for leaf in unit} | maps
         return units, MappedShard({index: [maps[id(leaf)] for leaf in unit] for index, unit in leaves.items()})
 
-    def _lsp(self, method: str, layers: Sequence[Layer], maps: dict[int, DenseMap]) -> list[Unit]:
-        units, linears = lsp_units(layers, self.job.config.lsp, seed=self.seed)
-        if method == "random":
-            return units
-        projectors = self.projectors(balanced=method == "lsp")
-        for (_, module), projector in zip(linears, projectors, strict=True):
-            module.set_projector(projector)
-            if method != "lsp_plain":
-                whitening = Whitening.of(projector)
-                left, right, scale = whitening.left_DD, whitening.right_DD, whitening.scale
-                maps[id(module.leaf)] = DenseMap(shape=module.leaf.shape, left=left, right=right, scale=scale)
+    def _lsp(self, method: str, model: PreTrainedModel, layers: Sequence[Layer]) -> list[Unit]:
+        units, linears = self._wrapped(model, layers)
+        if method != "random":
+            take_projectors(linears, self.projectors(balanced=method == "lsp"))
         return units
+
+    def _wrapped(
+        self, model: PreTrainedModel, layers: Sequence[Layer]
+    ) -> tuple[list[Unit], list[tuple[str, ProjectedLinear]]]:
+        return lsp_units(layers, self.job.config.lsp, seed=self.seed, shared=shared_inputs(model))
 
     def _lora(self, layers: Sequence[Layer], maps: dict[int, DenseMap]) -> list[Unit]:
         generator = torch.Generator().manual_seed(mixed(self.seed))
@@ -278,6 +308,9 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
     parser.add_argument("--learning_rates", default="5e-5,1e-4,2e-4,4e-4", help="peaks; lora takes ten times as much")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--dataset", default="stdlib-docstrings", help="as a run's option")
+    parser.add_argument("--max_seq_length", type=int, default=128)
+    parser.add_argument("--payload_dtype", choices=get_args(PayloadDtype), default="bfloat16", help="what lsp sends")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines are added to this file")
     options = parser.parse_args()
@@ -285,7 +318,13 @@ def main() -> None:
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods must be of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
-    bench = Bench(num_steps=options.steps, seed=options.seed)
+    bench = Bench(
+        num_steps=options.steps,
+        seed=options.seed,
+        dataset=options.dataset,
+        max_seq_length=options.max_seq_length,
+        payload_dtype=options.payload_dtype,
+    )
     for learning_rate in map(float, options.learning_rates.split(",")):
         for method in methods:
             row = bench.run(method, learning_rate)

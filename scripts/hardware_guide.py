@@ -70,11 +70,11 @@ Forecasts, not measurements: `scripts/hardware_guide.py` wrote this page from th
 Python API. The forecast of device memory was within 3 % in eleven of twelve settings that were run on a CPU, and within
 2 % for a model of SmolLM2-135M's shape on an H200 ([log](log.md)); no other GPU has been tried.
 
-Batches of 1 example in bfloat16, d = 256, r = 4, a target for every token. Of the two figures in a column the second is
+Batches of 1 example in bfloat16, d = 256, r = 8, a target for every token. Of the two figures in a column the second is
 with `--gradient_checkpointing`. A card is large enough where the peak leaves {SPARE_BYTES / 1e9:.0f} GB of it free.
 GB are 10⁹ bytes; a card of 24 GB has 25.8 of them. LoRA's rank is 8, GaLore's 128: their defaults.
 
-Host memory is slots, Adam's moments and processes. A larger d adds 24 d² bytes a matrix to it, and little to the
+Host memory is slots, Adam's moments and processes. A larger d adds 12 d² bytes a matrix to it, and little to the
 device. Twice the examples in a micro-batch cost what twice the tokens cost; `--gradient_accumulation_steps` costs
 nothing.
 

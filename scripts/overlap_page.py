@@ -78,7 +78,7 @@ Workers of all settings stay up and run blocks of steps in turn; ratios are medi
 {rows}
 
 The simulator is given the throttle and, for every layer, what blocks without one measured right before and after the
-predicted one. The planner is given what `lsp_ray.plan --measure` measures amid the rounds. LSP whitens on the shard.
+predicted one. The planner is given what `lsp_ray.plan --measure` measures amid the rounds.
 """
 
 

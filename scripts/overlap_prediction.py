@@ -15,6 +15,7 @@ from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.costs import LayerCosts, StepCosts
 from lsp_ray.sim.forecast import forecast
 from lsp_ray.sim.simulator import Simulator
+from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import Workload
 from scripts.live_session import Block
 from scripts.overlap_settings import Setting
@@ -30,13 +31,14 @@ def predicted_step_s(setting: Setting, free: Block, sizes: Sequence[int], thrott
     """
     link_bytes_per_s = float("inf") if throttle.link_gbps is None else throttle.link_gbps * 1e9
     updates_per_s = throttle.updates_per_s or float("inf")
+    dtype = setting.config().runtime.payload_dtype
     layers = tuple(
         LayerCosts(
             forward_s=layer.forward_s,
             backward_s=layer.backward_s,
-            d2h_s=max(layer.d2h_s, 4 * size / link_bytes_per_s),
+            d2h_s=max(layer.d2h_s, payload_bytes(size, dtype) / link_bytes_per_s),
             cpu_s=max(layer.cpu_s, size / updates_per_s),
-            h2d_s=max(layer.h2d_s, 4 * size / link_bytes_per_s),
+            h2d_s=max(layer.h2d_s, payload_bytes(size, dtype) / link_bytes_per_s),
         )
         for layer, size in zip(free.layers, sizes, strict=True)
     )

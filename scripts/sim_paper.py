@@ -32,15 +32,16 @@ class Figure:
 
 def llama(hidden: int, intermediate: int, num_layers: int, vocabulary: int) -> ModelShape:
     """A model of Llama's shape with as many key as query heads."""
-    square = LinearShape(rows=hidden, columns=hidden)
-    wide, narrow = LinearShape(rows=intermediate, columns=hidden), LinearShape(rows=hidden, columns=intermediate)
-    return _model((square,) * 4 + (wide, wide, narrow), hidden, num_layers, vocabulary)
+    query, out = (LinearShape(rows=hidden, columns=hidden, input=index) for index in (0, 1))
+    wide = LinearShape(rows=intermediate, columns=hidden, input=2)
+    narrow = LinearShape(rows=hidden, columns=intermediate, input=3)
+    return _model((query, query, query, out, wide, wide, narrow), hidden, num_layers, vocabulary)
 
 
 def gpt2(hidden: int, num_layers: int) -> ModelShape:
     """A model of GPT-2's shape."""
     sides = ((3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden))
-    linears = tuple(LinearShape(rows=rows, columns=columns) for rows, columns in sides)
+    linears = tuple(LinearShape(rows=rows, columns=columns, input=index) for index, (rows, columns) in enumerate(sides))
     return _model(linears, hidden, num_layers, 50257)
 
 
@@ -110,13 +111,13 @@ def _native() -> Workload:
 
 
 def _zero() -> Workload:
-    """Gradients and parameters cross the link in 2 bytes; more threads than memory can feed."""
-    return replace(_native(), method="zero_offload", payload_element_bytes=2, shard_threads=12)
+    """Gradients and parameters cross the link in 2 bytes an element; more threads than memory can feed."""
+    return replace(_native(), method="zero_offload", shard_threads=12)
 
 
 def _lsp(dim: int, nnz: int) -> Workload:
-    """As the paper has it: the full gradient is formed and then compressed; no whitening."""
-    return replace(_zero(), method="lsp", subspace_dim=dim, nnz_per_row=nnz, full_gradient=True, whiten=False)
+    """As the paper has it: the full gradient is formed and then compressed; random projectors cost what blocks do."""
+    return replace(_zero(), method="lsp", subspace_dim=dim, nnz_per_row=nnz, full_gradient=True)
 
 
 def _costs(hardware: HardwareProfile, model: ModelShape, workload: Workload) -> StepCosts:
@@ -133,6 +134,7 @@ def _scaled(hardware: HardwareProfile, model: ModelShape, workload: Workload, co
         replace(
             hardware,
             device_bf16_flops=hardware.device_bf16_flops * pace,
+            block_flops=hardware.block_flops * pace,
             device_bytes_per_s=hardware.device_bytes_per_s * pace,
             activation_bytes_per_s=hardware.activation_bytes_per_s * pace,
         ),

@@ -23,6 +23,7 @@ from lsp_ray.trace import WorkStream
 from tests.happens_before import Clock, HappensBefore, RaceError, address
 
 Work = Callable[[], object]
+_GARBAGE = 0xFF  # bytes that are NaN in every type that has one
 
 
 @dataclass(slots=True)
@@ -107,10 +108,10 @@ class CheckingBackend(CpuBackend):
         self._submit(stream, lambda: to.copy_(of))
         self._note(stream, [source], [destination])
 
-    def empty(self, stream: WorkStream, numel: int) -> torch.Tensor:
-        array = np.full(numel, np.nan, dtype=np.float32)
-        buffer = torch.from_numpy(array)
-        self._blocks[address(buffer)] = _Block(stream, torch.from_numpy(array))
+    def empty(self, stream: WorkStream, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        array = np.full(numel * dtype.itemsize, _GARBAGE, dtype=np.uint8)
+        buffer = torch.from_numpy(array).view(dtype)
+        self._blocks[address(buffer)] = _Block(stream, torch.from_numpy(array).view(dtype))
         weakref.finalize(buffer.untyped_storage(), self._let_go, address(buffer)).atexit = False
         return buffer
 
@@ -164,7 +165,7 @@ class CheckingBackend(CpuBackend):
 
     def _let_go(self, key: int) -> None:
         block = self._blocks.pop(key)
-        block.memory.fill_(torch.nan)  # as another owner of the memory would
+        block.memory.view(torch.uint8).fill_(_GARBAGE)  # as another owner of the memory would
         try:
             self.order.forget(key, known_to=(_agent(block.owner), self.thread), handed_to=block.handed_to)
         except RaceError as error:
@@ -178,8 +179,8 @@ def _agent(stream: WorkStream) -> str:
 class CheckedSlot(Slot):
     """Tells the backend when a host thread takes a slot and when it lets it go."""
 
-    def __init__(self, backend: CheckingBackend, numel: int, name: str) -> None:
-        super().__init__(new_slot_buffer(numel), numel, name)
+    def __init__(self, backend: CheckingBackend, numel: int, name: str, dtype: torch.dtype) -> None:
+        super().__init__(new_slot_buffer(dtype.itemsize * numel), numel, name, dtype)
         self._backend = backend
         self._what = f"slot {name}"
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker
-from lsp_ray.methods.lsp_shard import carry_over
 from lsp_ray.models.loss import Batch
+from lsp_ray.optim.codec import Codec
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.schedule.ops import DeltaDue, Event, GradientReady, Op, OpDone
 from lsp_ray.schedule.policy import Policy
 from lsp_ray.trace import WorkStream
@@ -48,6 +48,7 @@ class InterleavedRun:
         seed: Of what happens when.
         shard_of_unit: Each unit's shard.
         refitter: Renews projectors.
+        codec: Of what crosses the link.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class InterleavedRun:
         seed: int,
         shard_of_unit: Sequence[int],
         refitter: Refitter | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.happened: list[str] = []
         self.num_taken_over = 0
@@ -69,9 +71,12 @@ class InterleavedRun:
         self._random = random.Random(seed)
         self._shard_of_unit = shard_of_unit
         sizes = {unit.index: unit.numel for unit in units}
-        self._down = [CheckedSlot(backend, numel, f"down {index}") for index, numel in sizes.items()]
-        self._up = [CheckedSlot(backend, numel, f"up {index}") for index, numel in sizes.items()]
-        self._shard = OptimizerShard(sizes)  # any split over shards gives the same bits; the lanes are split
+        codec = codec or Codec()
+        wires = {index: codec.wire_numel(numel) for index, numel in sizes.items()}
+        self._down = [CheckedSlot(backend, numel, f"down {index}", codec.dtype) for index, numel in wires.items()]
+        self._up = [CheckedSlot(backend, numel, f"up {index}", codec.dtype) for index, numel in wires.items()]
+        # any split over shards gives the same bits; the lanes are split
+        self._shard = OptimizerShard(sizes, codec=codec)
         self._reprojections: dict[int, tuple[Reprojection, ...]] = {}
         self._news: deque[tuple[Clock, Event]] = deque()
         self._compute = HostThread("the compute thread")
@@ -95,6 +100,7 @@ class InterleavedRun:
             refitter=refitter,
             measured_step=-1,
             staleness=policy.staleness,
+            codec=codec,
         )
 
     def train(self, micro_batches: Sequence[Sequence[Batch]]) -> None:
@@ -182,7 +188,7 @@ class InterleavedRun:
 
     def _update(self, op: Op) -> None:
         gradient, up = self._down[op.layer].to_read(op.step), self._up[op.layer]
-        carry_over(self._shard, op.layer, self._reprojections[op.layer])
+        self._shard.carry_over(op.layer, self._reprojections[op.layer])
         self._shard.update(op.layer, gradient, up.to_write(), learning_rate=self._learning_rates[op.step])
         up.publish(op.step)
 

@@ -1,6 +1,6 @@
 """A linear, the same linear wrapped, and the gradients of both.
 
-Legend: M rows (out), N columns (in), D subspace, T tokens.
+Legend: M rows (out), N columns (in), D × E what is sent, R non-zeros a row, T tokens.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lsp_ray.device.projected_linear import ProjectedLinear
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.block_factor import BlockFactor
+from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
 
-M, N, D, R = 96, 80, 16, 4
+M, N, D, E, R = 96, 80, 16, 12, 4
+SIZES = ProjectorSizes(shape=(M, N), dims=(D, E), nnz_per_row=R)  # groups of 24 rows, and of 27 and 26
 TOKENS = (2, 4)  # 8 in all: T·M, T·N and D·N are far below M·N
 FLOAT32 = 1e-6  # relative, of sums of at most 96 products, each rounded by 6e-8
 TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
@@ -23,11 +25,30 @@ KIND = pytest.mark.parametrize(
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=generator(seed))
 
 
-def projector(seed: int = 0, dim: int = D) -> SparseProjector:
-    return SparseProjector.random((M, N), dim, R, torch.Generator().manual_seed(seed))
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def projector(seed: int = 0, sizes: ProjectorSizes = SIZES) -> SparseProjector:
+    return SparseProjector.random(sizes, generator(seed))
+
+
+def scaled(factor: BlockFactor, seed: int = 0) -> BlockFactor:
+    """S U, for a U that is this factor."""
+    return factor.with_bases(factor.blocks(), torch.rand(factor.num_rows, generator=generator(seed)) + 0.2)
+
+
+def balanced(by: SparseProjector, seed: int = 0) -> SparseProjector:
+    return SparseProjector(scaled(by.left, seed), scaled(by.right, seed + 1))
+
+
+def sharing(num: int, seed: int = 0) -> list[SparseProjector]:
+    """Projectors with a P each and one Q."""
+    drawn = [projector(seed + index) for index in range(num)]
+    return [SparseProjector(each.left, drawn[0].right) for each in drawn]
 
 
 def plain(*, transposed: bool = False, bias: bool = True) -> nn.Module:

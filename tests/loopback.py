@@ -13,8 +13,8 @@ from lsp_ray.device.refit import Refitter
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker
-from lsp_ray.methods.lsp_shard import carry_over
 from lsp_ray.models.loss import Batch
+from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.schedule.ops import GradientReady
 
@@ -34,14 +34,16 @@ class Loopback:
         staleness: int = 0,
         refitter: Refitter | None = None,
         judge: Judge | None = None,
+        codec: Codec | None = None,
     ) -> None:
+        codec = codec or Codec()
         sizes = {unit.index: unit.numel for unit in units}
         self.announced: list[GradientReady] = []
         self.gradients: dict[int, torch.Tensor] = {}
         self.deltas: dict[int, torch.Tensor] = {}
         self._learning_rates = learning_rates
-        self._shard = OptimizerShard(sizes)
-        self._slots = {index: torch.empty(numel) for index, numel in sizes.items()}
+        self._shard = OptimizerShard(sizes, codec=codec)
+        self._slots = {index: torch.empty(codec.wire_numel(numel), dtype=codec.dtype) for index, numel in sizes.items()}
         self.worker = DeviceWorker(
             model,
             units,
@@ -54,6 +56,7 @@ class Loopback:
             staleness=staleness,
             refitter=refitter,
             judge=judge,
+            codec=codec,
         )
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
@@ -63,7 +66,7 @@ class Loopback:
         for ready in self.announced:
             slot = self._slots[ready.layer]
             _, reprojections = self.worker.send(step, ready.layer, slot)
-            carry_over(self._shard, ready.layer, reprojections)
+            self._shard.carry_over(ready.layer, reprojections)
             self.gradients[ready.layer] = slot.clone()
             delta = torch.empty_like(slot)
             rate, scale = self._learning_rates[step], report.grad_scale

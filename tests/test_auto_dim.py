@@ -33,7 +33,7 @@ def test_auto_becomes_half_the_small_side_where_that_is_hidden_and_the_type_is_k
 
 
 def test_what_would_be_late_with_a_larger_subspace_is_named() -> None:
-    linear = LinearShape(rows=1024, columns=1024)
+    linear = LinearShape(rows=1024, columns=1024, input=0)
     layer = LayerShape(linears=(linear,) * 6, raw_numel=2048, is_block=True)
     model = ModelShape(
         layers=(layer,) * 4,
@@ -44,7 +44,7 @@ def test_what_would_be_late_with_a_larger_subspace_is_named() -> None:
         num_logits=1000,
     )
     machine = replace(load_hardware("rtx4090-threadripper"), d2h_bytes_per_s=1e8)
-    work = Workload(method="lsp", batch_size=4, seq_length=512, whiten=False, shard_threads=30)
+    work = Workload(method="lsp", batch_size=4, seq_length=512, shard_threads=30)
     dim = largest_hidden_dim(model, work, machine)
     assert 32 <= dim < 512
     said = why_no_larger(model, replace(work, subspace_dim=dim), machine, "layerwise")
@@ -68,7 +68,7 @@ def test_a_subspace_that_is_still_open_is_no_number() -> None:
 
 def test_a_throttle_slows_link_and_updates_and_makes_nothing_faster() -> None:
     machine = load_hardware("rtx3060")
-    slow = throttled(machine, Throttle(link_gbps=1.0, updates_per_s=0.5e9))
-    assert (slow.d2h_bytes_per_s, slow.h2d_bytes_per_s, slow.host_bytes_per_s) == (1e9, 1e9, 22e9)
-    assert throttled(machine, Throttle(link_gbps=1e3, updates_per_s=1e12)) == machine
-    assert throttled(machine, Throttle()) == machine
+    slow = throttled(machine, Throttle(link_gbps=1.0, updates_per_s=0.5e9), 56)
+    assert (slow.d2h_bytes_per_s, slow.h2d_bytes_per_s, slow.host_bytes_per_s) == (1e9, 1e9, 28e9)
+    assert throttled(machine, Throttle(link_gbps=1e3, updates_per_s=1e12), 56) == machine
+    assert throttled(machine, Throttle(), 56) == machine

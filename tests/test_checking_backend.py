@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lsp_ray.config import LspConfig
+from lsp_ray.config import LspConfig, PayloadDtype
 from lsp_ray.device.backend import Fence
 from lsp_ray.device.fits import ClosedFormFit
 from lsp_ray.device.refit import Refitter
@@ -22,6 +22,7 @@ from lsp_ray.methods.lsp import lsp_units
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch
+from lsp_ray.optim.codec import Codec
 from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.ops import Op
 from lsp_ray.schedule.policy import POLICIES, Delayed, Policy
@@ -46,12 +47,15 @@ class Setting:
     recomputes: bool = False
     refits: bool = False
     is_bounded: bool = False
+    payload_dtype: PayloadDtype = "float32"
 
 
 SETTINGS = {
     **{f"{name}, lsp": Setting(policy=policy) for name, policy in POLICIES.items()},
     **{f"{name}, zero_offload": Setting(policy=policy, method="zero_offload") for name, policy in POLICIES.items()},
     **{f"{name}, bounded": Setting(policy=policy, is_bounded=True) for name, policy in POLICIES.items()},
+    "encoded as int8": Setting(policy=POLICIES["layerwise"], method="zero_offload", payload_dtype="int8"),
+    "encoded as bfloat16": Setting(policy=Delayed, payload_dtype="bfloat16"),
     "accumulated": Setting(policy=POLICIES["layerwise"], num_micro_batches=3),
     "recomputed": Setting(policy=POLICIES["earliest_deadline"], recomputes=True),
     "refitted": Setting(policy=POLICIES["layerwise"], num_steps=STEPS_TO_TAKEOVER, refits=True),
@@ -85,7 +89,7 @@ def prepared(setting: Setting) -> tuple[PreTrainedModel, list[Unit], Refitter | 
         return model, units, None
     fit = ClosedFormFit(balanced=False)
     options = {"check_every": CHECK_EVERY, "num_sketched": 1, "seed": 0}
-    return model, units, Refitter(units, fit, max_bias=0.0, whitened=False, **options)
+    return model, units, Refitter(units, fit, max_bias=0.0, **options)
 
 
 def interleaved(setting: Setting, backend: CheckingBackend, *, seed: int) -> tuple[PreTrainedModel, InterleavedRun]:
@@ -100,6 +104,7 @@ def interleaved(setting: Setting, backend: CheckingBackend, *, seed: int) -> tup
         seed=seed,
         shard_of_unit=shards,
         refitter=refitter,
+        codec=Codec(setting.payload_dtype),
     )
     run.train(batches_of(setting))
     return model, run
@@ -113,6 +118,7 @@ def in_program_order(setting: Setting) -> PreTrainedModel:
         learning_rates=[1e-3] * setting.num_steps,
         staleness=setting.policy.staleness,
         refitter=refitter,
+        codec=Codec(setting.payload_dtype),
     )
     for step, batches in enumerate(batches_of(setting)):
         run.step(step, batches)
@@ -243,7 +249,7 @@ def test_a_seed_determines_what_happens_when() -> None:
 def test_a_copy_is_not_there_before_its_fence_is_passed() -> None:
     backend = CheckingBackend()
     source = torch.ones(3)
-    copy = backend.empty(WorkStream.H2D, 3)
+    copy = backend.empty(WorkStream.H2D, 3, torch.float32)
     backend.copy_async(WorkStream.H2D, copy, source)
     assert copy.isnan().all()
     backend.record(WorkStream.H2D).synchronize()

@@ -104,7 +104,7 @@ def test_updates_that_are_made_again_end_with_the_bits_of_native_that_knows_befo
     native = weights(tmp_path, "native", method="native", weight_decay=0.1, max_grad_norm=0.5)
     changes: dict[str, Any] = {"method": "zero_offload", "weight_decay": 0.1, "max_grad_norm": 0.5}
     for shards, policy in ((1, "layerwise"), (2, "earliest_deadline"), (2, "sequential")):
-        runtime = {"policy": policy, "num_shards": shards}
+        runtime = {"policy": policy, "num_shards": shards, "payload_dtype": "float32"}
         assert_same_bits(native, weights(tmp_path, policy, runtime=runtime, **changes))
     scales = [line["grad_scale"] for line in lines(tmp_path / "layerwise")]
     assert all(0.0 < scale < 1.0 for scale in scales)
@@ -113,9 +113,10 @@ def test_updates_that_are_made_again_end_with_the_bits_of_native_that_knows_befo
 
 def test_clipping_amid_takeovers_depends_neither_on_shards_nor_on_the_policy(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_grad_norm": 0.05, "max_steps": 12, "lsp": REFITS}
-    base = weights(tmp_path, "one", **changes)
+    coarse = {"payload_dtype": "int8"}
+    base = weights(tmp_path, "one", runtime=coarse, **changes)
     for shards, policy in ((3, "layerwise_fcfs"), (2, "sequential")):
-        runtime = {"policy": policy, "num_shards": shards}
+        runtime = {"policy": policy, "num_shards": shards, **coarse}
         assert_same_bits(base, weights(tmp_path, policy, runtime=runtime, **changes))
     assert lines(tmp_path / "one")[-1]["grad_scale"] < 1.0
     assert any(line["num_refitted"] for line in lines(tmp_path / "one"))

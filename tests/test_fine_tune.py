@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.methods.lsp import projected_shapes
+from lsp_ray.methods.lsp import projector_sizes
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_model, load_skeleton, load_tokenizer, save_model
 from lsp_ray.models.loss import num_targets, summed_loss
@@ -52,12 +51,20 @@ def test_every_family_learns_and_its_checkpoint_is_one_that_transformers_loads(t
     assert total / sum(map(num_targets, batches)) == pytest.approx(summary.eval_loss_after, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lsp", "zero_offload"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_neither_shards_nor_policy_change_a_bit(tmp_path: Path, method: str, bf16: bool) -> None:
-    base = weights_after(tmp_path, "one", method=method, bf16=bf16, runtime={"policy": "layerwise"})
+@pytest.mark.parametrize(
+    ("method", "bf16", "payload_dtype"),
+    [
+        ("lsp", False, "bfloat16"),
+        ("lsp", True, "int8"),
+        ("zero_offload", False, "int8"),
+        ("zero_offload", True, "float32"),
+    ],
+)
+def test_neither_shards_nor_policy_change_a_bit(tmp_path: Path, method: str, bf16: bool, payload_dtype: str) -> None:
+    runtime: dict[str, Any] = {"policy": "layerwise", "payload_dtype": payload_dtype}
+    base = weights_after(tmp_path, "one", method=method, bf16=bf16, runtime=runtime)
     for shards, policy in ((1, "sequential"), (2, "layerwise"), (3, "layerwise_fcfs"), (2, "earliest_deadline")):
-        runtime = {"num_shards": shards, "policy": policy}
+        runtime |= {"num_shards": shards, "policy": policy}
         name = f"{shards}-{policy}"
         assert_same_bits(base, weights_after(tmp_path, name, method=method, bf16=bf16, runtime=runtime))
 
@@ -77,7 +84,20 @@ def test_delayed_updates_neither_depend_on_shards_nor_equal_those_in_time_and_th
 
 def test_native_and_zero_offload_end_with_the_same_weights(tmp_path: Path) -> None:
     native = weights_after(tmp_path, "native", method="native", weight_decay=0.1)
-    assert_same_bits(native, weights_after(tmp_path, "zero", method="zero_offload", weight_decay=0.1))
+    runtime = {"payload_dtype": "float32"}
+    zero = weights_after(tmp_path, "zero", method="zero_offload", weight_decay=0.1, runtime=runtime)
+    assert_same_bits(native, zero)
+
+
+@pytest.mark.parametrize("method", ["lsp", "zero_offload"])
+def test_a_coarse_payload_trains_as_well_as_an_exact_one(tmp_path: Path, method: str) -> None:
+    losses = {}
+    for payload_dtype in ("float32", "bfloat16", "int8"):
+        runtime = {"payload_dtype": payload_dtype}
+        job = tiny_job(tmp_path, method=method, max_steps=30, runtime=runtime)
+        losses[payload_dtype] = run_on_threads(job, tmp_path / payload_dtype)[0].eval_loss_after
+    assert losses["int8"] == pytest.approx(losses["float32"], rel=0.005)
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.005)
 
 
 def test_gradient_checkpointing_changes_no_weight(tmp_path: Path) -> None:
@@ -86,7 +106,8 @@ def test_gradient_checkpointing_changes_no_weight(tmp_path: Path) -> None:
 
 
 def test_accumulation_equals_one_larger_batch(tmp_path: Path) -> None:
-    random = {"max_steps": 3, "lsp": {"fit": "random"}}  # calibration micro-batches would be of another size
+    # calibration micro-batches would be of another size; gradients in bfloat16 differ where sums round differently
+    random = {"max_steps": 3, "lsp": {"fit": "random"}, "runtime": {"payload_dtype": "float32"}}
     large = weights_after(tmp_path, "large", per_device_train_batch_size=4, **random)
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     small = weights_after(tmp_path, "small", **halves, **random)
@@ -108,7 +129,7 @@ def test_a_recorded_run_replays_to_the_same_actions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["layerwise_fcfs", "sequential", "delayed"])
 def test_little_room_for_deltas_changes_no_bit_and_pauses_for_checkpoints_as_ever(tmp_path: Path, name: str) -> None:
     free = tiny_job(tmp_path, method="zero_offload", save_steps=2, runtime={"policy": name, "num_shards": 2})
-    sizes = tuple(4 * size for size in free.payload_sizes)
+    sizes = tuple(2 * size for size in free.payload_sizes)
     bounded = replace(free, delta_room=DeltaRoom(sizes=sizes, num_bytes=2 * max(sizes)))
     assert free.delta_room is None
     for job, folder in ((free, tmp_path / "free"), (bounded, tmp_path / "bounded")):
@@ -135,7 +156,7 @@ def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
         *("bias", "bias_by_layer", "num_refitted", "eval_loss"),
     }
     for line in lines:
-        assert line["bytes_d2h"] == line["bytes_h2d"] == 4 * sum(job.payload_sizes)
+        assert line["bytes_d2h"] == line["bytes_h2d"] == job.bytes_each_way == 2 * sum(job.payload_sizes)
         busy_and_exposed = line["gpu_busy_s"] + line["exposed_d2h_s"] + line["exposed_cpu_s"] + line["exposed_h2d_s"]
         assert busy_and_exposed == pytest.approx(line["step_time_s"])
     written = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -173,7 +194,8 @@ def test_a_runs_trace_holds_every_layers_work_on_every_stream_once_a_step(tmp_pa
 
 def test_the_gradient_norm_is_the_same_wherever_the_update_runs(tmp_path: Path) -> None:
     _, native = run_on_threads(tiny_job(tmp_path, method="native"), tmp_path / "native")
-    _, offloaded = run_on_threads(tiny_job(tmp_path, method="zero_offload"), tmp_path / "zero")
+    job = tiny_job(tmp_path, method="zero_offload", runtime={"payload_dtype": "float32"})
+    _, offloaded = run_on_threads(job, tmp_path / "zero")
     norms = [[metrics.grad_norm for metrics in listener.steps] for listener in (native, offloaded)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
     assert all(norm > 0 for norm in norms[0])
@@ -189,16 +211,16 @@ def test_refits_are_measured_reported_and_take_over(tmp_path: Path) -> None:
     assert list(measured) == [7, 13, 19]  # steps 6, 12, 18, counted from 1 in the metrics
     for metrics in measured.values():
         assert metrics.bias is not None
-        assert 0 < metrics.bias["relative"] <= 1
-        assert metrics.num_refitted == 2  # an eighth of 14, rounded up
+        assert 0 < metrics.bias <= 1
+        assert metrics.num_refitted in (1, 2, 3)  # one of 8 groups: q, k and v; o; gate and up; or down
         assert metrics.bias_by_layer is not None
-        assert set(metrics.bias_by_layer) <= {str(unit) for unit in range(len(job.payload_sizes))}
-        assert fmean(metrics.bias_by_layer.values()) == pytest.approx(metrics.bias["relative"])  # two layers, or one
+        assert metrics.bias_by_layer in [{str(unit): metrics.bias} for unit in range(len(job.payload_sizes))]
     layers = find_layers(load_skeleton(job.model_folder, task="causal_lm"))
-    shapes = projected_shapes(layers, job.config.lsp)
+    shapes = projector_sizes(layers, job.config.lsp)
     before, after = (load_projectors(folder, shapes) for folder in (_unrefitted(tmp_path), tmp_path / "out"))
     changed = [name for name in before if not torch.equal(before[name].left.dense(), after[name].left.dense())]
-    assert 2 <= len(changed) <= 6
+    refitted = [metrics.num_refitted or 0 for metrics in measured.values()]
+    assert max(refitted) <= len(changed) <= sum(refitted)  # the same group may be drawn twice
 
 
 def _unrefitted(folder: Path) -> Path:

@@ -19,9 +19,10 @@ from safetensors.torch import save
 from lsp_ray.data.dataset import load_rows
 from lsp_ray.data.tokenize import tokenize_rows
 from lsp_ray.errors import ConfigError
-from lsp_ray.projection.projector_file import FILE_NAME, ProjectedShape, load_projectors, save_projectors
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors
+from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
 from tests.damage import damaged
+from tests.linears import balanced, generator
 from tests.tiny import tiny_tokenizer
 
 # no deadline and no database: the machine may be busy, and the cases must not depend on earlier runs
@@ -130,24 +131,24 @@ def test_any_metadata_of_a_parquet_file_load_or_end_in_one_line(tmp_path: Path, 
         assert {*rows.train["text"], *rows.eval["text"]} == {"/etc/passwd"}  # a text, no file to read
 
 
-SHAPE, DIM = (24, 16), 8
-NEEDED = {"a": ProjectedShape(shape=SHAPE, dim=DIM)}
+SIZES = ProjectorSizes(shape=(24, 16), dims=(8, 6), nnz_per_row=2)
+NEEDED = {"a": SIZES, "b": SIZES}
 
 
 @pytest.fixture(scope="module")
 def projectors(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("saved") / FILE_NAME
-    plain = SparseProjector.random(SHAPE, DIM, 2, torch.Generator().manual_seed(0))
-    scaled = SparseProjector(plain.left.scaled(torch.ones(24)), plain.right.scaled(torch.ones(16)))
-    save_projectors(file, {"a": scaled})
+    first, second = (balanced(SparseProjector.random(SIZES, generator(seed))) for seed in range(2))
+    save_projectors(file, {"a": first, "b": SparseProjector(second.left, first.right)})
     return file.read_bytes()
 
 
 def projectors_load_or_end_in_one_line(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with at_most_one_line():
-        projector = load_projectors(file, NEEDED)["a"]
-        assert (projector.left.num_rows, projector.right.num_rows) == SHAPE
+        for projector in load_projectors(file, NEEDED).values():
+            assert projector.sizes == SIZES
+            assert projector.left.project(torch.zeros(1, 24)).shape == (1, 8)
 
 
 @settings(FUZZ, max_examples=400)
@@ -165,19 +166,31 @@ TENSORS = st.builds(
     DTYPES,
     st.integers(-3, 9),
 )
-KEYS = [f"a.{side}.{part}" for side in ("left", "right") for part in ("index", "value", "scale")]
+KEYS = [f"{name}.{side}.{part}" for name in "ab" for side in ("left", "right") for part in ("value", "scale")]
+WHOLE = {f"{name}.{side}.value": torch.ones(rows, 2) for name in "ab" for side, rows in (("left", 24), ("right", 16))}
+ENTRIES = st.tuples(st.sampled_from(["a", "b", "c"]) | JSON_VALUES, st.just(4) | JSON_VALUES, st.just(3) | JSON_VALUES)
 
 
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=400)
 @given(
-    tensors=st.dictionaries(st.sampled_from(KEYS), TENSORS, min_size=3, max_size=6),
-    dims=st.fixed_dictionaries({"a": st.just(DIM)}) | JSON_VALUES,
+    tensors=st.dictionaries(st.sampled_from(KEYS), TENSORS, max_size=3),
+    linears=st.fixed_dictionaries({"a": ENTRIES | JSON_VALUES, "b": ENTRIES}) | JSON_VALUES,
 )
+@example(tensors={}, linears={"a": ("a", 4.0, 3), "b": ("a", 4, 3)})
+@example(tensors={}, linears={"a": [], "b": ("a", 4, 3)})
 def test_tensors_of_any_shape_and_type_are_projectors_or_end_in_one_line(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], dims: object
+    tmp_path: Path, tensors: dict[str, torch.Tensor], linears: object
 ) -> None:
-    content = save(tensors, metadata={"subspace_dims": json.dumps(dims)})
-    projectors_load_or_end_in_one_line(tmp_path / FILE_NAME, content)
+    metadata = {"format": "orthonormal blocks", "linears": json.dumps(linears)}
+    projectors_load_or_end_in_one_line(tmp_path / FILE_NAME, save(WHOLE | tensors, metadata=metadata))
+
+
+@settings(FUZZ, max_examples=60)
+@given(metadata=st.dictionaries(st.sampled_from(["format", "linears"]), st.text(max_size=5)) | st.none())
+@example(metadata={"format": "orthonormal blocks"})
+@example(metadata={"format": "orthonormal blocks", "linears": "[" * 200_000})
+def test_any_metadata_end_in_one_line(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    projectors_load_or_end_in_one_line(tmp_path / FILE_NAME, save(WHOLE, metadata=metadata))
 
 
 @pytest.mark.parametrize("header_bytes", [0, 2**31, 2**63, 2**64 - 1])
@@ -190,7 +203,7 @@ def test_a_header_of_any_claimed_length_ends_in_one_line(tmp_path: Path, header_
 
 @pytest.mark.parametrize("shape", ["[4611686018427387904, 4]", "[-1, 2]", "[24, 2, 99999999999999999999]"])
 def test_a_tensor_of_any_claimed_size_ends_in_one_line(tmp_path: Path, shape: str) -> None:
-    header = f'{{"a.left.index": {{"dtype": "I16", "shape": {shape}, "data_offsets": [0, 96]}}}}'.encode()
+    header = f'{{"a.left.value": {{"dtype": "BF16", "shape": {shape}, "data_offsets": [0, 96]}}}}'.encode()
     file = tmp_path / FILE_NAME
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(96))
     with pytest.raises(ConfigError, match="intact projectors"):

@@ -20,7 +20,7 @@ from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.trace import WorkStream
 from scripts.gpu_check import main, report
 from scripts.gpu_checks.check import Bench, Check, CheckFailedError, Sizes, relative_error
-from scripts.gpu_checks.kernels import compression, decompression, kernel_checks, rounding
+from scripts.gpu_checks.kernels import compression, kernel_checks, rounding
 from scripts.gpu_checks.runs import SMALL, Load, run_checks, write_llama
 from scripts.gpu_checks.streams import (
     callbacks,
@@ -85,11 +85,8 @@ class LosesTheLastToken(SparseProjector):
         moved = super().to(device, dtype)
         return LosesTheLastToken(moved.left, moved.right)
 
-    def compress_outer(self, grad_output_TM: torch.Tensor, input_projected_DT: torch.Tensor) -> torch.Tensor:
-        return super().compress_outer(grad_output_TM[:-1], input_projected_DT[:, :-1])
-
-    def spread_columns(self, delta_DD: torch.Tensor) -> torch.Tensor:
-        return super().spread_columns(delta_DD.t())
+    def compress_outer(self, grad_output_TM: torch.Tensor, input_projected_TE: torch.Tensor) -> torch.Tensor:
+        return super().compress_outer(grad_output_TM[:-1], input_projected_TE[:-1])
 
 
 class RoundsDown(Rounding):
@@ -129,8 +126,8 @@ class NeverWaits(CpuBackend):
     def record(self, stream: WorkStream) -> Fence:
         return LateFence(self._queued[stream])
 
-    def empty(self, stream: WorkStream, numel: int) -> torch.Tensor:
-        return torch.full((numel,), torch.nan)
+    def empty(self, stream: WorkStream, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((numel,), torch.nan, dtype=dtype)
 
 
 class ClaimsToLock(CpuBackend):
@@ -160,7 +157,6 @@ class CountsMilliseconds(CpuBackend):
     [
         partial(compression, BENCH, torch.float32, LosesTheLastToken.random),
         partial(compression, BENCH, torch.bfloat16, LosesTheLastToken.random),
-        partial(decompression, BENCH, torch.float32, LosesTheLastToken.random),
         partial(rounding, BENCH, RoundsDown),
         partial(page_locking, bench_with(ClaimsToLock())),
         partial(ordered_copies, bench_with(CopiesShort())),

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 import ray
 
-from lsp_ray.config import GaloreConfig, Method
+from lsp_ray.config import GaloreConfig, Method, PayloadDtype
 from lsp_ray.errors import ConfigError
 from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
 from lsp_ray.plan.plan import workload_of
@@ -56,15 +56,19 @@ def test_without_shared_memory_there_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 1.0}, {"on_nonfinite": "skip"}])
+@pytest.mark.parametrize(
+    ("payload_dtype", "changes"),
+    [("bfloat16", {}), ("int8", {}), ("int8", {"max_grad_norm": 1.0}), ("float32", {"on_nonfinite": "skip"})],
+)
 @pytest.mark.parametrize("method", get_args(Method))
 def test_the_shared_memory_forecast_is_what_a_run_allocates(
-    tmp_path_factory: pytest.TempPathFactory, method: Method, changes: dict[str, Any]
+    tmp_path_factory: pytest.TempPathFactory, method: Method, changes: dict[str, Any], payload_dtype: PayloadDtype
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "forecast"
     folder.mkdir(exist_ok=True)
-    other = tiny_job(folder, method=method, galore=GaloreConfig(rank=8), runtime={"num_shards": 2}, **changes)
-    pairs = [new_pair(unit, numel) for unit, numel in enumerate(other.payload_sizes)]
+    runtime: dict[str, Any] = {"num_shards": 2, "payload_dtype": payload_dtype}
+    other = tiny_job(folder, method=method, galore=GaloreConfig(rank=8), runtime=runtime, **changes)
+    pairs = [new_pair(unit, numel, other.codec) for unit, numel in enumerate(other.payload_sizes)]
     slots = {ref for pair in pairs for ref in (pair.down, pair.up, pair.state)}
     for index in range(other.layout.num_shards):
         owned = [pairs[unit] for unit in other.layout.units_of(index)]
@@ -75,7 +79,7 @@ def test_the_shared_memory_forecast_is_what_a_run_allocates(
     asked = PlanConfig(
         hardware="rtx3060",
         lsp=PlanLspConfig(subspace_dim=16, nnz_per_row=2),
-        runtime=PlanRuntimeConfig(num_shards=2, shard_threads=1),
+        runtime=PlanRuntimeConfig(shard_threads=1, **runtime),
         **changes,
     )
     model = shape_of(other.model_folder)

@@ -22,7 +22,7 @@ def test_every_number_of_metrics_jsonl_has_a_metric() -> None:
 
 def step(number: int) -> StepMetrics:
     values: dict[str, Any] = dict.fromkeys((*GAUGES, *COUNTERS), number)
-    return StepMetrics(step=number, bias={"relative": 0.5}, bias_by_layer={"3": 0.25}, **values)
+    return StepMetrics(step=number, bias=0.5, bias_by_layer={"3": 0.25}, **values)
 
 
 def scraped() -> dict[str, float]:

@@ -155,19 +155,22 @@ def test_a_run_stops_with_the_same_line_and_nothing_saved(tmp_path: Path, method
 def test_updates_that_are_taken_back_end_with_the_bits_of_native(tmp_path: Path, workers: type[ThreadWorkers]) -> None:
     native = weights(tmp_path, "native", workers, method="native")
     for shards, policy in ((2, "layerwise"), (1, "sequential")):
-        runtime = {"num_shards": shards, "policy": policy}
+        runtime = {"num_shards": shards, "policy": policy, "payload_dtype": "float32"}
         assert_same_bits(weights(tmp_path, policy, workers, method="zero_offload", runtime=runtime), native)
 
 
-@pytest.mark.parametrize("policies", [("layerwise", "earliest_deadline"), ("delayed", "delayed")])
+@pytest.mark.parametrize(
+    ("policies", "payload_dtype"),
+    [(("layerwise", "earliest_deadline"), "bfloat16"), (("delayed", "delayed"), "int8")],
+)
 def test_a_skipped_step_amid_takeovers_depends_neither_on_shards_nor_on_the_policy(
-    tmp_path: Path, policies: tuple[str, str]
+    tmp_path: Path, policies: tuple[str, str], payload_dtype: str
 ) -> None:
-    first, second = (
-        weights(tmp_path, str(shards), PoisonedWorkers, lsp=REFITS, runtime={"policy": policy, "num_shards": shards})
-        for shards, policy in zip((1, 3), policies, strict=True)
-    )
-    assert_same_bits(first, second)
+    found = []
+    for shards, policy in zip((1, 3), policies, strict=True):
+        runtime = {"policy": policy, "num_shards": shards, "payload_dtype": payload_dtype}
+        found.append(weights(tmp_path, str(shards), PoisonedWorkers, lsp=REFITS, runtime=runtime))
+    assert_same_bits(*found)
 
 
 def test_skipping_changes_no_bit_where_nothing_is_skipped(tmp_path: Path) -> None:

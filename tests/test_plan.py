@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lsp_ray.config import LoraConfig, LspConfig, Method
+from lsp_ray.config import LoraConfig, LspConfig, Method, PayloadDtype
 from lsp_ray.device.memory import peak_of
 from lsp_ray.methods.lora import add_adapters
 from lsp_ray.methods.lsp import lsp_payload_sizes, lsp_units
@@ -18,6 +18,7 @@ from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_skeleton, load_tokenizer
 from lsp_ray.models.loss import IGNORED, summed_loss
+from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.plan.__main__ import main
 from lsp_ray.plan.measure import measure
 from lsp_ray.plan.skeleton import shape_of
@@ -116,11 +117,28 @@ def test_payloads_are_those_of_a_run(family: Family, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, family)
     layers = find_layers(load_skeleton(folder, task=task_of(family)))
     model = shape_of(folder)
-    lsp = Workload(method="lsp", batch_size=1, seq_length=8, subspace_dim=16, nnz_per_row=2)
+    lsp = Workload(method="lsp", batch_size=1, seq_length=8, subspace_dim=24, nnz_per_row=2)
     zero = Workload(method="zero_offload", batch_size=1, seq_length=8)
-    expected = lsp_payload_sizes(layers, LspConfig(subspace_dim=16, nnz_per_row=2))
+    expected = lsp_payload_sizes(layers, LspConfig(subspace_dim=24, nnz_per_row=2))
     assert [lsp.payload_numel(layer) for layer in model.layers] == expected
     assert [zero.payload_numel(layer) for layer in model.layers] == full_payload_sizes(layers)
+
+
+def test_linears_that_read_the_same_tensor_have_the_same_input(llama_folder: Path) -> None:
+    read = [[linear.input for linear in layer.linears] for layer in shape_of(llama_folder).layers]
+    assert read == [[0, 0, 0, 1, 2, 2, 3]] * 4 + [[]]  # q k v, o, gate up, down; the last norm
+
+
+def test_the_type_of_payloads_decides_how_many_bytes_cross_the_link(
+    llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model_name_or_path", str(llama_folder), "--hardware", "rtx3060", "--lsp.subspace_dim", "64", "--json"]
+    sent = {}
+    for dtype in ("bfloat16", "float32", "int8"):
+        assert main([*options, "--runtime.payload_dtype", dtype]) == 0
+        sent[dtype] = json.loads(capsys.readouterr().out)["forecasts"][-1]["bytes_each_way"]
+    numel = 4 * (7 * 64 * 64 + 2 * 256) + 256
+    assert sent == {"bfloat16": 2 * numel, "float32": 4 * numel, "int8": numel * 66 / 64}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -140,7 +158,7 @@ def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_
     layers = find_layers(model)
     model.enable_input_require_grads()  # as when layers before the first block are trained
     if method == "lsp":
-        lsp_units(layers, LspConfig(subspace_dim=64), seed=0)
+        lsp_units(layers, LspConfig(subspace_dim=64), seed=0, shared=shared_inputs(model))
     if method == "lora":
         add_adapters(model, layers, LoraConfig(), task="causal_lm", seed=0)
     ids_BS = torch.zeros(4, 64, dtype=torch.int64)
@@ -195,11 +213,12 @@ def test_a_typical_batch_has_the_mean_length_and_the_mean_targets_of_padded_batc
     assert 2 <= found.num_targets <= 2 * (length - 1)
 
 
-def test_a_machine_is_measured(llama_folder: Path) -> None:
-    work = Workload(method="lsp", batch_size=2, seq_length=32, bf16=False)
+@pytest.mark.parametrize(("bf16", "payload_dtype"), [(False, "float32"), (True, "int8")])
+def test_a_machine_is_measured(llama_folder: Path, bf16: bool, payload_dtype: PayloadDtype) -> None:
+    work = Workload(method="lsp", batch_size=2, seq_length=32, bf16=bf16, payload_dtype=payload_dtype)
     machine = measure(
         llama_folder, shape_of(llama_folder), work, device=torch.device("cpu"), device_threads=1, budget_s=0.01
     )
     assert not machine.on_gpu
     assert 1e7 < machine.core_bytes_per_s <= machine.host_bytes_per_s < 1e13
-    assert 1e8 < machine.device_float32_flops < 1e16
+    assert 1e8 < machine.block_flops < machine.device_float32_flops < 1e16

@@ -1,6 +1,6 @@
 """ProjectedLinear is its linear, and its leaf's gradient is Pᵀ G Q.
 
-Legend: M rows (out), N columns (in), D subspace, T tokens.
+Legend: M rows (out), N columns (in), D × E what is sent, T tokens.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.projection.sparse_projector import ProjectorSizes
 from tests.linears import (
     FLOAT32,
     KIND,
     TOKENS,
     TRANSPOSED,
     D,
+    E,
     M,
     N,
     backward,
@@ -49,9 +51,9 @@ def test_the_leafs_gradient_is_the_full_gradient_compressed(transposed: bool, le
     reference, module, input_TN = plain(transposed=transposed), wrapped(transposed=transposed), normal(*lead, N)
     backward(square_loss(reference, input_TN))
     backward(square_loss(module, input_TN))
-    grad_DD = leaf_grad(module)
-    assert (grad_DD.shape, grad_DD.dtype) == ((D, D), torch.float32)
-    assert relative_error(grad_DD, compressed(gradient_MN(reference, transposed=transposed))) < FLOAT32
+    grad_DE = leaf_grad(module)
+    assert (grad_DE.shape, grad_DE.dtype) == ((D, E), torch.float32)
+    assert relative_error(grad_DE, compressed(gradient_MN(reference, transposed=transposed))) < FLOAT32
     assert module.weight.grad is None
 
 
@@ -116,12 +118,12 @@ def test_a_backward_after_a_change_of_subspace_still_belongs_to_the_forwards_sub
 
 
 def test_another_projector_brings_another_leaf_and_scale() -> None:
-    module, other = wrapped(), projector(seed=9, dim=12)
+    module, other = wrapped(), projector(seed=9, sizes=ProjectorSizes.of((M, N), 8, 2))
     module.set_projector(other)
     backward(square_loss(module, normal(*TOKENS, N)))
     reference = plain()
     backward(square_loss(reference, normal(*TOKENS, N)))
-    assert module.leaf.shape == (12, 12)
+    assert module.leaf.shape == (8, 8)
     assert module.update_scale == other.update_scale
     assert relative_error(leaf_grad(module), compressed(gradient_MN(reference, transposed=False), other)) < FLOAT32
 
@@ -164,7 +166,7 @@ def test_bfloat16_weights_and_inputs_give_a_float32_compressed_gradient() -> Non
     assert relative_error(output, exact) < 2.0**-8
     grad_output = normal(*TOKENS, M, seed=3).bfloat16()
     torch.autograd.backward([output], [grad_output])
-    expected_DD = compressed(grad_output.reshape(-1, M).double().t() @ input_TN.reshape(-1, N).double())
+    expected_DE = compressed(grad_output.reshape(-1, M).double().t() @ input_TN.reshape(-1, N).double())
     assert leaf_grad(module).dtype == torch.float32
     # values, both projections and their product are each rounded to 8 bits: errors of 2^-9, mostly independent
-    assert relative_error(leaf_grad(module), expected_DD) < 2.0**-6
+    assert relative_error(leaf_grad(module), expected_DE) < 2.0**-6

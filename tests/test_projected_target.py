@@ -1,10 +1,11 @@
 """Applying a delta adds scale · P δ Qᵀ to the decayed weight.
 
-Legend: M rows (out), N columns (in), D subspace, T tokens.
+Legend: M rows (out), N columns (in), D × E what is sent.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -16,16 +17,8 @@ from lsp_ray.device.noise import MAX_ELEMENTS
 from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
 from lsp_ray.device.rounding import Rounding
 from lsp_ray.device.unit import Update
-from lsp_ray.projection.sparse_projector import SparseProjector
-from tests.linears import (
-    TRANSPOSED,
-    D,
-    M,
-    N,
-    R,
-    projector,
-    wrapped,
-)
+from lsp_ray.projection.sparse_projector import ProjectorSizes
+from tests.linears import TRANSPOSED, D, M, N, R, normal, projector, wrapped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,19 +32,18 @@ class Case:
 
 def applied(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply a random delta; return the weight (M, N) afterwards and what it should be, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    by = SparseProjector.random((case.rows, case.columns), D, R, generator)
+    by = projector(sizes=ProjectorSizes.of((case.rows, case.columns), D, R))
     original: nn.Module = Conv1D(case.rows, case.columns) if case.transposed else nn.Linear(case.columns, case.rows)
     module = ProjectedLinear(original.to(case.dtype), transposed=case.transposed, projector=by)
     with torch.no_grad():
-        module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
+        module.weight.copy_(normal(*module.weight.shape))
     before_MN = module.weight_MN.detach().double().clone()
-    delta_DD = torch.randn(D, D, generator=generator) * 1e-3
+    delta_DE = normal(*by.dims, seed=1) * 1e-3
     update = Update(
         step=1, learning_rate=0.1, weight_decay=case.weight_decay, rounding=Rounding(3, torch.device("cpu"))
     )
-    ProjectedTarget(module).apply(delta_DD.view(-1), update, key=2)
-    full_MN = by.left.dense().double() @ delta_DD.double() @ by.right.dense().double().t()
+    ProjectedTarget(module).apply(delta_DE.view(-1), update, key=2)
+    full_MN = by.left.dense().double() @ delta_DE.double() @ by.right.dense().double().t()
     expected_MN = (1 - 0.1 * case.weight_decay) * before_MN + by.update_scale * full_MN
     return module.weight_MN.detach(), expected_MN
 
@@ -88,11 +80,11 @@ def test_the_parts_of_a_weight_are_rounded_apart() -> None:
     columns = 1024
     second = MAX_ELEMENTS // columns  # the first row of the second of two equally large parts
     rows = 2 * second
-    by = SparseProjector.random((rows, columns), D, R, torch.Generator().manual_seed(0))
+    by = projector(sizes=ProjectorSizes.of((rows, columns), D, R))
     module = ProjectedLinear(nn.Linear(columns, rows).bfloat16(), transposed=False, projector=by)
     nn.init.ones_(module.weight)
     update = Update(step=1, learning_rate=1e-3, weight_decay=1.0, rounding=Rounding(3, torch.device("cpu")))
-    ProjectedTarget(module).apply(torch.zeros(D * D), update, key=2)
+    ProjectedTarget(module).apply(torch.zeros(math.prod(by.dims)), update, key=2)
     # every element was to become 0.999: only the noise tells one from another
     assert not torch.equal(module.weight[second:], module.weight[:second])
 
@@ -100,6 +92,6 @@ def test_the_parts_of_a_weight_are_rounded_apart() -> None:
 def test_a_targets_leaf_is_its_modules_even_after_a_change_of_subspace() -> None:
     module = wrapped()
     target = ProjectedTarget(module)
-    module.set_projector(projector(seed=9, dim=12))
+    module.set_projector(projector(seed=9, sizes=ProjectorSizes.of((M, N), 8, 2)))
     assert target.leaf is module.leaf
     assert target.owner is module

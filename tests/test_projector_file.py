@@ -1,60 +1,88 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.projection.projector_file import FILE_NAME, ProjectedShape, load_projectors, save_projectors
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.block_factor import BlockFactor
+from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors, saved_names
+from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
+from tests.linears import SIZES, D, E, M, N, R, balanced, projector, sharing
 
-SHAPE, DIM = (24, 16), 8
-NEEDED = {"a": ProjectedShape(shape=SHAPE, dim=DIM), "b": ProjectedShape(shape=SHAPE, dim=DIM)}
+NEEDED = dict.fromkeys("ab", SIZES)
 
 
-def projector(seed: int) -> SparseProjector:
-    return SparseProjector.random(SHAPE, DIM, 2, torch.Generator().manual_seed(seed))
+def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    linears = {name: (name, D // R, E // R) for name in NEEDED}
+    save_file(dict(tensors), path, metadata={"format": "orthonormal blocks", "linears": json.dumps(linears)})
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_projectors(tmp_path / FILE_NAME, {"a": projector(0), "b": projector(1)})
+    save_projectors(tmp_path / FILE_NAME, {"a": balanced(projector(0)), "b": projector(1)})
     return tmp_path / FILE_NAME
 
 
+def assert_same(ours: BlockFactor, theirs: BlockFactor) -> None:
+    assert ours.groups == theirs.groups
+    assert ours.value_FR.dtype == theirs.value_FR.dtype
+    assert torch.equal(ours.value_FR, theirs.value_FR)
+    assert (ours.scale_F is None) == (theirs.scale_F is None)
+    if ours.scale_F is not None and theirs.scale_F is not None:
+        assert torch.equal(ours.scale_F, theirs.scale_F)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_projectors_come_back_as_they_were(tmp_path: Path, dtype: torch.dtype) -> None:
-    before = {name: projector(seed).to(torch.device("cpu"), dtype) for seed, name in enumerate(NEEDED)}
+@pytest.mark.parametrize("is_balanced", [False, True])
+def test_projectors_come_back_to_the_bit_and_share_what_they_shared(
+    tmp_path: Path, dtype: torch.dtype, is_balanced: bool
+) -> None:
+    trio = [*sharing(2), projector(5)]  # the first two share
+    right = trio[0].right.to(torch.device("cpu"), dtype)
+    before = {name: each.to(torch.device("cpu"), dtype) for name, each in zip("abc", trio, strict=True)}
+    before |= {name: SparseProjector(before[name].left, right) for name in "ab"}
+    if is_balanced:
+        before["c"] = balanced(before["c"])
     save_projectors(tmp_path / FILE_NAME, before)
+    assert saved_names(tmp_path / FILE_NAME) == ["a", "b", "c"]
+    assert "b.right.value" not in load_file(tmp_path / FILE_NAME)
     for path in (tmp_path, tmp_path / FILE_NAME):
-        after = load_projectors(path, NEEDED)
+        after = load_projectors(path, dict.fromkeys("abc", SIZES))
         for name, expected in before.items():
-            assert torch.equal(after[name].left.dense(), expected.left.dense())
-            assert torch.equal(after[name].right.dense(), expected.right.dense())
+            assert_same(after[name].left, expected.left)
+            assert_same(after[name].right, expected.right)
+        assert after["a"].right is after["b"].right
+        assert after["c"].right is not after["a"].right
 
 
-def test_positions_are_saved_in_two_bytes(saved: Path) -> None:
-    assert load_file(saved)["a.left.index"].dtype == torch.int16
+def test_a_linear_can_be_read_without_the_one_under_whose_name_its_right_factor_is(tmp_path: Path) -> None:
+    before = dict(zip("ab", sharing(2), strict=True))
+    save_projectors(tmp_path / FILE_NAME, before)
+    assert_same(load_projectors(tmp_path, {"b": SIZES})["b"].right, before["a"].right)
 
 
 @pytest.mark.parametrize(
-    ("name", "needed", "message"),
+    ("name", "shape", "dims", "nnz_per_row", "found"),
     [
-        ("c", ProjectedShape(shape=SHAPE, dim=DIM), r"hold c with d = 8; there it is missing"),
-        ("a", ProjectedShape(shape=SHAPE, dim=4), r"hold a with d = 4; there it has d = 8"),
-        ("a", ProjectedShape(shape=(30, 16), dim=DIM), r"hold a as 30 × 16; there its left factor has 24 rows"),
+        ("c", (M, N), (D, E), R, "it is missing"),
+        ("a", (M, N), (D, 16), R, "it sends 16 × 12"),
+        ("a", (M, N), (8, E), R, "it sends 16 × 12"),
+        ("a", (M, N), (16, 16), 8, "its left factor has 96 rows of 4"),
+        ("b", (90, N), (D, E), R, "its left factor has 96 rows of 4"),
+        ("b", (M, 90), (D, E), R, "its right factor has 80 rows of 4"),
     ],
 )
 def test_a_file_for_other_layers_names_the_layer_that_does_not_fit(
-    saved: Path, name: str, needed: ProjectedShape, message: str
+    saved: Path, name: str, shape: tuple[int, int], dims: tuple[int, int], nnz_per_row: int, found: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^lsp\.init_from must {message}, got '.*'$"):
+    needed = ProjectorSizes(shape=shape, dims=dims, nnz_per_row=nnz_per_row)
+    wanted = f"{shape[0]} × {shape[1]} with r = {nnz_per_row} that sends {dims[0]} × {dims[1]}"
+    with pytest.raises(ConfigError, match=rf"^lsp\.init_from must hold {name} as {wanted}; there {found}, got '.*'$"):
         load_projectors(saved, {name: needed})
 
 
@@ -63,47 +91,30 @@ def test_no_file_is_one_line(tmp_path: Path) -> None:
         load_projectors(tmp_path / "nothing", NEEDED)
 
 
+@pytest.mark.parametrize("metadata", [{"subspace_dims": json.dumps({"a": D})}, None], ids=["older", "none"])
+def test_a_file_of_an_older_form_is_refused_as_one(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    tensors = {f"a.{side}.index": torch.zeros(rows, R).short() for side, rows in (("left", M), ("right", N))}
+    tensors |= {f"a.{side}.value": torch.ones(rows, R) for side, rows in (("left", M), ("right", N))}
+    save_file(tensors, tmp_path / FILE_NAME, metadata=metadata)
+    bound = "hold projectors of orthonormal blocks; this file has another form, which older versions wrote"
+    with pytest.raises(ConfigError, match=rf"^resume_from must {bound}, got '.*'$"):
+        load_projectors(tmp_path, {"a": SIZES}, field="resume_from")
+
+
 def test_values_that_are_not_finite_are_refused(saved: Path) -> None:
     tensors = load_file(saved)
     tensors["b.right.value"][3, 1] = torch.nan
-    save_file(tensors, saved, metadata={"subspace_dims": json.dumps({"a": DIM, "b": DIM})})
-    with pytest.raises(ConfigError, match=r"intact projectors \(b\.right has no finite value for each position\)"):
+    write(saved, tensors)
+    with pytest.raises(ConfigError, match=r"intact projectors \(b\.right is no finite matrix\)"):
         load_projectors(saved, NEEDED)
 
 
-@given(at=st.integers(0, 10_000), byte=st.integers(0, 255), cut=st.booleans())
-def test_a_damaged_file_gives_projectors_or_one_line_and_nothing_else(
-    tmp_path_factory: pytest.TempPathFactory, at: int, byte: int, cut: bool
-) -> None:
-    file = tmp_path_factory.mktemp("damaged") / FILE_NAME
-    save_projectors(file, {"a": projector(0), "b": projector(1)})
-    content = bytearray(file.read_bytes())
-    at %= len(content)
-    file.write_bytes(bytes(content[:at]) if cut else bytes(content[:at] + bytes([byte]) + content[at + 1 :]))
-    with suppress(ConfigError):
-        assert set(load_projectors(file, NEEDED)) == set(NEEDED)
-
-
-def balanced() -> SparseProjector:
-    plain = projector(0)
-    return SparseProjector(
-        plain.left.scaled(torch.linspace(0.5, 2, 24)), plain.right.scaled(torch.linspace(0.1, 1, 16))
-    )
-
-
-def test_a_balanced_projectors_scales_come_back(tmp_path: Path) -> None:
-    save_projectors(tmp_path / FILE_NAME, {"a": balanced()})
-    after = load_projectors(tmp_path, {"a": NEEDED["a"]})["a"]
-    assert torch.equal(after.left.unscaled.dense(), balanced().left.unscaled.dense())
-    assert torch.equal(after.right.unscaled.dense(), balanced().right.unscaled.dense())
-
-
 @pytest.mark.parametrize(
-    "scale", [torch.zeros(24), torch.full((24,), torch.nan), torch.ones(23), torch.ones(24, dtype=torch.float64)]
+    "wrong",
+    [torch.zeros_like, lambda scale: scale * torch.nan, lambda scale: scale[1:].clone(), lambda scale: scale.double()],
 )
-def test_scales_that_cannot_be_are_refused(tmp_path: Path, scale: torch.Tensor) -> None:
-    file = tmp_path / FILE_NAME
-    save_projectors(file, {"a": balanced()})
-    save_file(load_file(file) | {"a.left.scale": scale}, file, metadata={"subspace_dims": json.dumps({"a": DIM})})
+def test_scales_that_cannot_be_are_refused(saved: Path, wrong: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(saved)
+    write(saved, tensors | {"a.left.scale": wrong(tensors["a.left.scale"])})
     with pytest.raises(ConfigError, match=r"hold intact projectors \(a\.left\.scale "):
-        load_projectors(file, {"a": NEEDED["a"]})
+        load_projectors(saved, NEEDED)

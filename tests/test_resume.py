@@ -60,14 +60,20 @@ def test_a_run_goes_on_bit_for_bit_amid_lessons_fits_and_takeovers(tmp_path: Pat
     assert_goes_on(tmp_path, "llama", (7, 8, 9, 10), lsp=lsp, **changes)
 
 
-def test_a_clipped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    assert_goes_on(tmp_path, "llama", (2,), max_grad_norm=1.8, max_steps=4)
+@pytest.mark.parametrize("payload_dtype", ["bfloat16", "int8"])
+def test_a_clipped_run_goes_on_bit_for_bit(tmp_path: Path, payload_dtype: str) -> None:
+    runtime = {"payload_dtype": payload_dtype}
+    assert_goes_on(tmp_path, "llama", (2,), max_grad_norm=1.8, max_steps=4, runtime=runtime)
 
 
-@pytest.mark.parametrize("method", ["lsp", "zero_offload"])
-def test_what_a_stale_policy_keeps_back_is_saved(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "payload_dtype"),
+    [("lsp", "float32"), ("lsp", "int8"), ("zero_offload", "bfloat16"), ("zero_offload", "int8")],
+)
+def test_what_a_stale_policy_keeps_back_is_saved(tmp_path: Path, method: str, payload_dtype: str) -> None:
     changes = {"lsp": REFITS} if method == "lsp" else {}
-    assert_goes_on(tmp_path, "llama", (1, 9), method=method, max_steps=11, runtime={"policy": "delayed"}, **changes)
+    runtime = {"policy": "delayed", "payload_dtype": payload_dtype}
+    assert_goes_on(tmp_path, "llama", (1, 9), method=method, max_steps=11, runtime=runtime, **changes)
 
 
 @pytest.mark.parametrize("method", ["zero_offload", "native", "lora", "galore"])
@@ -177,6 +183,10 @@ def test_a_checkpoint_is_one_of_hugging_faces_and_holds_no_pickle(tmp_path: Path
         ({"lsp": {"subspace_dim": 8}}, r"lsp\.subspace_dim must be 16 as it was at checkpoint-\d, got 8"),
         ({"method": "native"}, r"method must be 'lsp' as it was at checkpoint-\d, got 'native'"),
         ({"per_device_train_batch_size": 2}, r"per_device_train_batch_size must be 4 as it was .*, got 2"),
+        (
+            {"runtime": {"payload_dtype": "int8"}},
+            r"runtime\.payload_dtype must be 'bfloat16' as it was at checkpoint-\d, got 'int8'",
+        ),
         ({"runtime": {"policy": "delayed"}}, r"runtime\.policy must be other than delayed as it was .*, got 'delayed'"),
     ],
 )

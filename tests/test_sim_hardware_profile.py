@@ -20,7 +20,7 @@ def test_every_profile_is_complete_and_in_plausible_units(name: str) -> None:
     assert hardware.name == name
     assert 1e9 < hardware.d2h_bytes_per_s < hardware.device_bytes_per_s
     assert hardware.core_bytes_per_s < hardware.host_bytes_per_s < hardware.device_bytes_per_s
-    assert hardware.device_float32_flops < hardware.device_bf16_flops
+    assert hardware.block_flops < hardware.device_float32_flops < hardware.device_bf16_flops
     assert hardware.device_memory_bytes < hardware.host_memory_bytes
 
 

@@ -16,32 +16,29 @@ from lsp_ray.sim.workload import Workload
 from scripts.sim_paper import llama, main, paper_figures
 
 GOLDEN = {
-    "gpt2-774m: zero, slowdown": 1.6401,
-    "gpt2-774m: zero, s": 2.6684,
-    "gpt2-774m: lsp (512, 16), s": 2.2221,
-    "1.3b: zero, slowdown": 3.7082,
-    "llama-3b: zero, slowdown": 1.9794,
-    "llama-3b: zero, s": 2.9568,
-    "llama-3b: lsp (512, 16), s": 1.6817,
+    "gpt2-774m: zero, slowdown": 1.6400,
+    "gpt2-774m: zero, s": 2.6682,
+    "gpt2-774m: lsp (512, 16), s": 1.7217,
+    "1.3b: zero, slowdown": 3.7080,
+    "llama-3b: zero, slowdown": 1.9790,
+    "llama-3b: zero, s": 2.9564,
+    "llama-3b: lsp (512, 16), s": 1.5710,
     "llama-7b: zero, slowdown": 3.4458,
     "llama-7b: layer-wise zero, throughput over zero": 2.1417,
     "6.7b: compute, s": 1.6335,
-    "6.7b: zero, s": 4.5629,
-    "6.7b: lsp (2048, 8), s": 1.9060,
-    "6.7b: lsp (256, 8) over native": 1.0919,
-    "6.7b: lsp (512, 8) over native": 1.0983,
+    "6.7b: zero, s": 4.5625,
+    "6.7b: lsp (2048, 8), s": 1.7498,
+    "6.7b: lsp (256, 8) over native": 1.0193,
+    "6.7b: lsp (512, 8) over native": 1.0223,
 }
-OFF_BY_MORE_THAN_A_FIFTH = {
-    "gpt2-774m: lsp (512, 16), s",
-    "llama-7b: layer-wise zero, throughput over zero",
-}
+OFF_BY_MORE_THAN_A_FIFTH = {"llama-7b: layer-wise zero, throughput over zero"}
 
 
 def test_simulated_figures_are_what_they_were() -> None:
     assert {name: figure.simulated for name, figure in paper_figures().items()} == pytest.approx(GOLDEN, abs=5e-4)
 
 
-def test_all_figures_but_two_are_within_a_fifth_of_the_papers() -> None:
+def test_all_figures_but_one_are_within_a_fifth_of_the_papers() -> None:
     figures = paper_figures()
     assert {name for name, figure in figures.items() if abs(figure.error) > 0.2} == OFF_BY_MORE_THAN_A_FIFTH
 
@@ -60,7 +57,6 @@ def test_a_profile_has_the_proportion_of_traffic_to_update_that_its_emulation_ha
         method="zero_offload",
         batch_size=1,
         seq_length=8,
-        payload_element_bytes=2,
         shard_threads=12,
         pinned=pinned,
         plain_updates=True,
@@ -84,9 +80,7 @@ def test_native_is_faster_than_the_papers_lsp_and_that_faster_than_zero_layer_by
         ("zero_offload", "sequential"),
     ]
     machine, model = load_hardware(name), llama(2048, 5504, 24, 32256)
-    work = Workload(
-        method="native", batch_size=1, seq_length=256, shard_threads=machine.num_cores, full_gradient=True, whiten=False
-    )
+    work = Workload(method="native", batch_size=1, seq_length=256, shard_threads=machine.num_cores, full_gradient=True)
     steps_s = [forecast(model, replace(work, method=method), machine, policy).step_s for method, policy in runs]
     updates = CostModel(model=model, workload=work, hardware=machine).step().layers
     steps_s[0] -= sum(layer.update_s for layer in updates)

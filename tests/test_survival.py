@@ -38,9 +38,12 @@ def assert_like_undisturbed(job: Job, tmp_path: Path, killer: Killer) -> None:
     assert [(line["step"], line["loss"]) for line in ours] == [(line["step"], line["loss"]) for line in undisturbed]
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.8])  # updates are made once; some of them twice
-def test_killed_shards_are_replaced_and_the_run_goes_on_to_the_same_bits(tmp_path: Path, max_grad_norm: float) -> None:
-    runtime = {"num_shards": 2}
+# updates are made once; some of them twice
+@pytest.mark.parametrize(("max_grad_norm", "payload_dtype"), [(0.0, "bfloat16"), (1.8, "int8")])
+def test_killed_shards_are_replaced_and_the_run_goes_on_to_the_same_bits(
+    tmp_path: Path, max_grad_norm: float, payload_dtype: str
+) -> None:
+    runtime = {"num_shards": 2, "payload_dtype": payload_dtype}
     job = tiny_job(tmp_path, max_steps=60, bf16=True, lsp=REFITS, max_grad_norm=max_grad_norm, runtime=runtime)
     killer = Killer(dict.fromkeys((2, 9, 16, 21), "ShardActor"))
     assert_like_undisturbed(job, tmp_path, killer)

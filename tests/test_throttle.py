@@ -30,7 +30,7 @@ def zero_offloads_seconds(machine: EmulatedMachine, *, compute_s: float, num_lay
     assert throttle.link_gbps is not None
     assert throttle.updates_per_s is not None
     numel = NUMEL / num_layers
-    copy_s = 4 * numel / (throttle.link_gbps * 1e9)
+    copy_s = 2 * numel / (throttle.link_gbps * 1e9)
     layer = LayerSeconds(
         forward_s=(1 - BACKWARD_SHARE) * compute_s / num_layers,
         backward_s=BACKWARD_SHARE * compute_s / num_layers,
@@ -56,7 +56,7 @@ def test_the_workstations_traffic_and_update_are_the_papers_and_so_is_its_slowdo
     throttle = emulating(MACHINES["rtx4090-threadripper"], compute_s=1.29, full_numel=NUMEL)
     assert throttle.link_gbps is not None
     assert throttle.updates_per_s is not None
-    assert 1.4 < 2 * 4 * NUMEL / (throttle.link_gbps * 1e9) < 2.8
+    assert 1.4 < 2 * 2 * NUMEL / (throttle.link_gbps * 1e9) < 2.8
     assert NUMEL / throttle.updates_per_s == pytest.approx(1.92)
     step_s, _ = zero_offloads_seconds("rtx4090-threadripper", compute_s=1.29, num_layers=32)
     assert 1.93 <= step_s / 1.29 <= 4.28
@@ -74,13 +74,13 @@ def test_shards_share_the_cpu_and_each_direction_has_a_bucket_of_its_own() -> No
 
 def test_what_is_slower_by_itself_is_named_and_the_rest_is_not() -> None:
     layer = LayerSeconds(forward_s=1.0, backward_s=1.0, d2h_s=1.0, cpu_s=3.0, h2d_s=2.0)
-    throttle = Throttle(link_gbps=4e-9 * 50, updates_per_s=50.0)  # a copy of 50 elements is due in 1 s, an update too
-    lines = list(slower_by_themselves(throttle, [layer, layer], [50, 50], 1))
+    throttle = Throttle(link_gbps=2e-9 * 50, updates_per_s=50.0)  # a copy of 50 elements is due in 1 s, an update too
+    lines = list(slower_by_themselves(throttle, [layer, layer], numel=100, num_bytes=200, num_shards=1))
     assert lines == [
         "throttle: the way up takes 4 s a step by itself, more than the 2 s asked for",
         "throttle: updating takes 6 s a step by itself, more than the 2 s asked for",
     ]
-    assert not list(slower_by_themselves(Throttle(), [layer, layer], [50, 50], 1))
+    assert not list(slower_by_themselves(Throttle(), [layer, layer], numel=100, num_bytes=200, num_shards=1))
 
 
 @pytest.mark.parametrize("method", ["lsp", "zero_offload"])
@@ -98,7 +98,7 @@ def test_neither_a_slow_link_nor_an_emulated_machine_changes_a_bit(tmp_path: Pat
 def test_copies_take_as_long_as_the_link_allows_and_the_metrics_hold_it(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, method="zero_offload", max_steps=3, runtime={"link_gbps": 0.01})
     _, listener = run_on_threads(job, tmp_path / "out")
-    size_bytes = 4 * sum(job.payload_sizes)
+    size_bytes = 2 * sum(job.payload_sizes)
     for metrics in listener.steps[1:]:  # the first step's window holds no way up
         assert metrics.h2d_busy_s >= 0.8 * size_bytes / 0.01e9
         assert metrics.bytes_h2d == size_bytes

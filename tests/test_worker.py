@@ -18,12 +18,13 @@ from lsp_ray.methods.lsp import lsp_units
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch, num_targets, summed_loss
+from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
 from tests.loopback import Loopback
 
-SIZE = 32
+SIZE, NNZ = 32, 2
 VOCAB = 128
-LSP = LspConfig(subspace_dim=16, nnz_per_row=2, fit="random")
+LSP = LspConfig(subspace_dim=16, nnz_per_row=NNZ, fit="random")
 STEPS = 20
 LEARNING_RATES = [1e-3 * (1 - step / STEPS) for step in range(STEPS)]
 
@@ -49,7 +50,8 @@ def batch(seed: int, rows: int = 4, length: int = 12) -> Batch:
 def identity_units(model: PreTrainedModel) -> list[Unit]:
     units, linears = lsp_units(find_layers(model), LSP, seed=0)
     for _, module in linears:
-        module.set_projector(SparseProjector.identity(SIZE))
+        factor = BlockFactor(torch.eye(NNZ).repeat(SIZE // NNZ, 1), SIZE // NNZ)
+        module.set_projector(SparseProjector(factor, factor))
     return units
 
 

@@ -70,8 +70,8 @@ class Backend(Protocol):
         """Submit a copy; both tensors must live until a fence recorded behind it is passed."""
         ...
 
-    def empty(self, stream: WorkStream, numel: int) -> torch.Tensor:
-        """Return an uninitialised flat float32 device buffer that `stream` may write at once."""
+    def empty(self, stream: WorkStream, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised flat device buffer that `stream` may write at once."""
         ...
 
     def hand_over(self, tensor: torch.Tensor, stream: WorkStream) -> None:
@@ -116,9 +116,9 @@ class CpuBackend:
         """See `Backend`."""
         destination.copy_(source)
 
-    def empty(self, stream: WorkStream, numel: int) -> torch.Tensor:
+    def empty(self, stream: WorkStream, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """See `Backend`."""
-        return torch.empty(numel)
+        return torch.empty(numel, dtype=dtype)
 
     def hand_over(self, tensor: torch.Tensor, stream: WorkStream) -> None:
         """See `Backend`."""

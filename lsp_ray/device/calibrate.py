@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import repeat
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from lsp_ray.device.fits import Fit
-from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.projected_linear import ProjectedLinear, set_projectors
 from lsp_ray.device.rounding import mixed
 from lsp_ray.models.loss import Batch, num_targets, summed_loss
+from lsp_ray.projection.sparse_projector import SparseProjector
+
+_Named = tuple[str, ProjectedLinear]
 
 LESSON_BYTES = 1 << 30  # host memory for lessons: larger models calibrate in several passes over the batches
 
@@ -32,11 +35,11 @@ def fit_projectors(
 
     Args:
         model: On its device; its weights do not change.
-        linears: Names and modules; each keeps its subspace dimension and its number of non-zeros.
+        linears: Names and modules; each keeps the sizes of its projector, and those that share Q still do.
         batches: Calibration micro-batches, on any device.
         fit: How they learn.
-        seed: Of sketches and positions.
-        num_threads: Matrices fitted at once.
+        seed: Of sketches.
+        num_threads: Groups of linears fitted at once.
         on_fitted: Called with the number of linears done and their total.
 
     Returns:
@@ -44,19 +47,20 @@ def fit_projectors(
     """
     unfitted: list[str] = []
     done = 0
-    for group in _groups(linears, fit, len(batches)):
-        for key, (_, module) in enumerate(group, start=done):
-            generator = torch.Generator().manual_seed(mixed(seed, key))
-            module.lesson = fit.lesson(module.projector.shape, module.projector.dim, generator)
+    for groups in _passes(_by_right_factor(linears), fit, len(batches)):
+        for key, (_, module) in enumerate((linear for group in groups for linear in group), start=done):
+            module.lesson = fit.lesson(module.projector.shape, torch.Generator().manual_seed(mixed(seed, key)))
         _backward_all(model, [module for _, module in linears], batches)
-        keys = range(done, done + len(group))
+        generators = [torch.Generator().manual_seed(mixed(seed, done, number)) for number in range(len(groups))]
         _load_linalg(next(model.parameters()).device)
         with _single_threaded(), ThreadPoolExecutor(num_threads) as executor:
-            is_fitted = executor.map(_fit, [module for _, module in group], repeat(seed), keys)
-            for (name, _), was_fitted in zip(group, is_fitted, strict=True):
-                if not was_fitted:
-                    unfitted.append(name)
-                done += 1
+            learned = executor.map(partial(_learned, fit), groups, generators)
+            for group, projectors in zip(groups, learned, strict=True):
+                if projectors is None:
+                    unfitted += [name for name, _ in group]
+                else:
+                    set_projectors([module for _, module in group], projectors)
+                done += len(group)
                 if on_fitted is not None:
                     on_fitted(done, len(linears))
     return unfitted
@@ -82,21 +86,27 @@ def _single_threaded() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _groups(
-    linears: Sequence[tuple[str, ProjectedLinear]], fit: Fit, num_batches: int
-) -> Iterator[list[tuple[str, ProjectedLinear]]]:
-    """Split into runs whose lessons fit in LESSON_BYTES, one linear at least."""
-    group: list[tuple[str, ProjectedLinear]] = []
-    total_bytes = 0
+def _by_right_factor(linears: Sequence[_Named]) -> list[list[_Named]]:
+    """Linears that share Q, together."""
+    groups: dict[int, list[_Named]] = {}
     for name, module in linears:
-        size_bytes = fit.host_bytes(module.projector.shape, module.projector.dim, num_batches)
-        if group and total_bytes + size_bytes > LESSON_BYTES:
-            yield group
-            group, total_bytes = [], 0
-        group.append((name, module))
+        groups.setdefault(id(module.projector.right), []).append((name, module))
+    return list(groups.values())
+
+
+def _passes(groups: Sequence[list[_Named]], fit: Fit, num_batches: int) -> Iterator[list[list[_Named]]]:
+    """Split into runs whose lessons fit in LESSON_BYTES, one group at least."""
+    run: list[list[_Named]] = []
+    total_bytes = 0
+    for group in groups:
+        size_bytes = sum(fit.host_bytes(module.projector.shape, num_batches) for _, module in group)
+        if run and total_bytes + size_bytes > LESSON_BYTES:
+            yield run
+            run, total_bytes = [], 0
+        run.append(group)
         total_bytes += size_bytes
-    if group:
-        yield group
+    if run:
+        yield run
 
 
 def _backward_all(model: PreTrainedModel, modules: Sequence[ProjectedLinear], batches: Sequence[Batch]) -> None:
@@ -112,13 +122,9 @@ def _backward_all(model: PreTrainedModel, modules: Sequence[ProjectedLinear], ba
             module.leaf.grad = None
 
 
-def _fit(module: ProjectedLinear, seed: int, key: int) -> bool:
-    lesson, old = module.lesson, module.projector
-    assert lesson is not None
-    module.lesson = None
-    generator = torch.Generator().manual_seed(mixed(seed, key, 1))
-    learned = lesson.learn(old.dim, old.left.nnz_per_row, generator, module.weight.device)
-    if learned is None:
-        return False
-    module.set_projector(learned.to(module.weight.device, module.weight.dtype))
-    return True
+def _learned(fit: Fit, group: Sequence[_Named], generator: torch.Generator) -> list[SparseProjector] | None:
+    lessons = [module.lesson for _, module in group if module.lesson is not None]
+    for _, module in group:
+        module.lesson = None
+    device = group[0][1].weight.device
+    return fit.learn(lessons, [module.projector.sizes for _, module in group], generator, device)

@@ -65,11 +65,11 @@ class CudaBackend:
         with torch.cuda.stream(self._streams[stream]):
             destination.copy_(source, non_blocking=True)
 
-    def empty(self, stream: WorkStream, numel: int) -> torch.Tensor:
+    def empty(self, stream: WorkStream, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """See `Backend`."""
         # a block of the allocator's pool belongs to the stream current at allocation: that stream may write at once
         with torch.cuda.stream(self._streams[stream]):
-            return torch.empty(numel, device=self.device)
+            return torch.empty(numel, dtype=dtype, device=self.device)
 
     def hand_over(self, tensor: torch.Tensor, stream: WorkStream) -> None:
         """See `Backend`."""

@@ -17,6 +17,7 @@ from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
 from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit, Update
 from lsp_ray.errors import LspRayError
+from lsp_ray.optim.codec import Codec
 from lsp_ray.schedule.ops import DeltaDue
 from lsp_ray.trace import Phase, Span, Wait, WorkStream
 
@@ -29,6 +30,7 @@ class Deltas:
     Args:
         units: The trained layers.
         backend: Copies and fences.
+        codec: Of the deltas.
         update_of: What applying the deltas of a step needs.
         staleness: Deltas that a unit may lack when its gradient is complete, beside that gradient's own.
         on_due: Told of every delta whose turn has come, before it is waited for.
@@ -41,12 +43,13 @@ class Deltas:
         self,
         units: Sequence[Unit],
         backend: Backend,
+        codec: Codec,
         *,
         update_of: Callable[[int], Update],
         staleness: int,
         on_due: Callable[[DeltaDue], None] | None = None,
     ) -> None:
-        self._backend = backend
+        self._backend, self._codec = backend, codec
         self._update_of = update_of
         self._staleness = staleness
         self._on_due = on_due
@@ -78,7 +81,7 @@ class Deltas:
         `watch` is shown the device's buffer.
         """
         start_s = time.monotonic()
-        delta = self._backend.empty(WorkStream.H2D, slot.numel())
+        delta = self._backend.empty(WorkStream.H2D, slot.numel(), slot.dtype)
         if watch is not None:
             watch(delta)
         self._backend.copy_async(WorkStream.H2D, delta, slot)
@@ -102,14 +105,14 @@ class Deltas:
             self._apply(unit, unapplied.popleft())
 
     def kept_back(self) -> dict[tuple[int, int], torch.Tensor]:
-        """The deltas that have come and are not added yet, by (step, unit): flat float32 on the CPU, NaN if void."""
+        """The deltas that have come and are not added yet, by (step, unit): encoded, on the CPU; empty if void."""
         copies = {}
         for key, arrived in self._mailbox.waiting().items():
             arrived.fence.synchronize()
             with self._backend.launch(WorkStream.GPU, reads=(arrived.delta,)):
                 copies[key] = arrived.delta.cpu()
             if key[0] in self._void:
-                copies[key] = torch.full_like(copies[key], torch.nan)
+                copies[key] = copies[key].new_empty(0)
         return copies
 
     def abandon(self, error: LspRayError) -> None:
@@ -130,4 +133,4 @@ class Deltas:
         self._backend.hand_over(arrived.delta, WorkStream.GPU)
         if step not in self._void:
             with torch.no_grad(), self._backend.launch(WorkStream.GPU, reads=(arrived.delta,)):
-                unit.apply(arrived.delta, self._update_of(step))
+                unit.apply(self._codec.decode(arrived.delta, unit.numel), self._update_of(step))

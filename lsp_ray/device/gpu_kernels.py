@@ -1,36 +1,63 @@
-"""Kernels that add deltas to weights on a GPU in one pass, compiled by Triton when first used.
+"""Kernels that add deltas to weights on a GPU in one pass and one launch, compiled by Triton when first used.
 
-torch's operators take seven passes over a bfloat16 weight and, for a projected matrix, two dozen launches for every
-million elements: the host then takes longer to launch than the GPU to compute (docs/log.md). What is here has the CPU
-kernels' interface (cpu_kernels.py) and gives the same sums, up to a multiplication and an addition rounded as one.
+They have the CPU kernels' interface (cpu_kernels.py) and give torch's bits: sums are taken in the same order, and no
+multiplication is fused with an addition.
 
-Legend: M rows (out), N columns (in), D subspace, R non-zeros a row, K any number of elements, S = F · R slots of a
-factor with F rows (see `SparseFactor`).
+Legend: M rows (out), N columns (in), D × E what is sent, R non-zeros a row, K any number of elements.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 
 from lsp_ray.device.noise import NOISE_ELEMENTS, Noise
-from lsp_ray.projection.sparse_factor import SparseFactor
-from lsp_ray.projection.sparse_projector import SparseProjector
-from lsp_ray.projection.triton_kernel import compiled, runs_on, tl, triton
+from lsp_ray.projection.block_factor import BlockFactor
+from lsp_ray.projection.sparse_projector import SparseProjector, UpdateSize
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # builds of torch for CPUs come without it
+    triton = tl = None
 
 _FLAT = 1024  # elements of a flat array for a program
-_TILE_ROWS, _TILE_COLUMNS = 8, 128  # of a matrix; neighbouring columns lie side by side in every array
+_TILE_ROWS, _TILE_COLUMNS = 16, 128  # of a matrix; neighbouring columns lie side by side in every array
+_EXACT = {"enable_fp_fusion": False}  # a · b + c rounded twice, as torch does it
+
+
+def _compiled(function: Any) -> Any:
+    """Decorate a kernel: compiled when it is first launched; left alone where there is no Triton."""
+    # the start of the noise is any number: a variant for the round ones would only be compiled once more
+    return function if triton is None else triton.jit(function, do_not_specialize=("start",))
 
 
 def has_kernel(weight: torch.Tensor) -> bool:
     """Whether deltas can be added to this weight here."""
-    return weight.dtype == torch.bfloat16 and runs_on(weight.device)
+    return runs_on(weight.device)
+
+
+@lru_cache(maxsize=8)
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton can build kernels for this device: a GPU that is not too old, on a machine with a C compiler."""
+    if triton is None or device.type != "cuda":
+        return False
+    try:
+        one = torch.zeros(1, device=device)
+        block = torch.zeros(1, dtype=torch.int16, device=device)
+        add_dense_(one, one, Noise(block=block, start=0), 1.0)
+    except Exception:  # noqa: BLE001  # of many kinds, from a missing compiler to the card's refusal
+        return False
+    return True
 
 
 def add_dense_(weight_K: torch.Tensor, delta_K: torch.Tensor, noise: Noise, keep: float, first: int = 0) -> None:
-    """weight ← keep · weight + delta in bfloat16, rounded by the noise; all flat and contiguous.
+    """weight ← keep · weight + delta; bfloat16 is rounded by the noise; all flat and contiguous.
 
     Args:
-        weight_K: bfloat16.
+        weight_K: bfloat16 or float32.
         delta_K: float32.
         noise: Of the target.
         keep: Factor of the weight.
@@ -38,122 +65,132 @@ def add_dense_(weight_K: torch.Tensor, delta_K: torch.Tensor, noise: Noise, keep
     """
     num = weight_K.numel()
     grid = (triton.cdiv(num, _FLAT),)
-    _add_dense[grid](weight_K, delta_K, noise.block, noise.start + first, keep, num, SIZE=NOISE_ELEMENTS, BLOCK=_FLAT)
+    start = noise.start + first
+    _add_dense[grid](weight_K, delta_K, noise.block, start, keep, num, SIZE=NOISE_ELEMENTS, BLOCK=_FLAT, **_EXACT)
 
 
 def add_decompressed_(
-    weight_MN: torch.Tensor, projector: SparseProjector, delta_DD: torch.Tensor, noise: Noise, keep: float
+    weight_MN: torch.Tensor,
+    projector: SparseProjector,
+    delta_DE: torch.Tensor,
+    size: UpdateSize,
+    noise: Noise,
+    keep: float,
 ) -> None:
-    """W ← keep · W + P δ Qᵀ in bfloat16, rounded by the noise; rows of P δ Qᵀ are made where they are added.
+    """W ← keep · W + scale · P clamp(gain · δ) Qᵀ; bfloat16 is rounded by the noise.
+
+    A program makes what it adds to its tile.
 
     Args:
-        weight_MN: bfloat16, of any strides.
+        weight_MN: bfloat16 or float32, of any strides.
         projector: P and Q, on the GPU.
-        delta_DD: δ, float32.
+        delta_DE: δ, of any floating type.
+        size: Gain, bound and scale of δ.
         noise: Of the target.
         keep: Factor of W.
     """
-    (num_rows, num_columns), dim = projector.shape, projector.dim
-    index_MR, value_MR = _row_form(projector.left)
-    index_NR, value_NR = _row_form(projector.right)
-    tile = {"NNZ": projector.left.nnz_per_row, "ROWS": _TILE_ROWS, "COLUMNS": _TILE_COLUMNS}
-    table_DN = delta_DD.new_empty(dim, num_columns)
-    columns = triton.cdiv(num_columns, _TILE_COLUMNS)
-    _spread[triton.cdiv(dim, _TILE_ROWS), columns](
-        delta_DD.contiguous(), index_NR, value_NR, table_DN, dim, num_columns, **tile
-    )
-    _add_sparse[triton.cdiv(num_rows, _TILE_ROWS), columns](
+    left, right = projector.left, projector.right
+    num_columns = right.num_rows
+    tiles = triton.cdiv(left.group_rows + (left.long_groups > 0), _TILE_ROWS)
+    _add_blocks[left.groups * tiles, triton.cdiv(num_columns, _TILE_COLUMNS)](
         weight_MN,
         *weight_MN.stride(),
-        index_MR,
-        value_MR,
-        table_DN,
+        left.value_FR,
+        right.value_FR,
+        delta_DE,
+        *delta_DE.stride(),
+        size.gain,
+        size.bound,
+        size.scale,
         noise.block,
         noise.start,
         keep,
-        num_rows,
         num_columns,
+        *_sizes(left),
+        *_sizes(right),
+        TILES=tiles,
         SIZE=NOISE_ELEMENTS,
-        **tile,
+        NNZ=left.nnz_per_row,
+        ROWS=_TILE_ROWS,
+        COLUMNS=_TILE_COLUMNS,
+        **_EXACT,
     )
 
 
-def _row_form(factor: SparseFactor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column numbers (int32) and values (in the factor's dtype) of the factor's rows, (F, R) each."""
-    row_S, column_S, block_S, value_S = factor.slots()
-    shape, num = (factor.num_rows, factor.nnz_per_row), row_S.numel()
-    index_FR, value_FR = column_S.new_empty(shape), value_S.new_empty(shape)
-    _fill_rows[(triton.cdiv(num, _FLAT),)](
-        row_S, column_S, block_S, value_S, index_FR, value_FR, num, NNZ=shape[1], BLOCK=_FLAT
-    )
-    return index_FR, value_FR
+def _sizes(factor: BlockFactor) -> tuple[int, int]:
+    return factor.group_rows, factor.long_groups
 
 
-@compiled
+@_compiled
 def _add_dense(weight, delta, block, start, keep, num, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_there = at < num
     exact = keep * tl.load(weight + at, mask=is_there).to(tl.float32) + tl.load(delta + at, mask=is_there)
-    drawn = tl.load(block + (start + at) % SIZE, mask=is_there).to(tl.int32)
-    bits = exact.to(tl.int32, bitcast=True) + drawn
-    tl.store(weight + at, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=is_there)
+    if weight.dtype.element_ty == tl.float32:
+        tl.store(weight + at, exact, mask=is_there)
+    else:
+        drawn = tl.load(block + (start + at) % SIZE, mask=is_there).to(tl.int32) & 0xFFFF
+        bits = exact.to(tl.int32, bitcast=True) + drawn
+        tl.store(weight + at, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=is_there)
 
 
-@compiled
-def _add_sparse(  # type: ignore[no-untyped-def]
+@_compiled
+def _add_blocks(  # type: ignore[no-untyped-def]
     weight,
     row_stride,
     column_stride,
-    index,
-    value,
-    table,
+    left,
+    right,
+    delta,
+    delta_row_stride,
+    delta_column_stride,
+    gain,
+    bound,
+    scale,
     block,
     start,
     keep,
-    num_rows,
     num_columns,
+    left_rows,
+    left_long,
+    right_rows,
+    right_long,
+    TILES: tl.constexpr,
     SIZE: tl.constexpr,
     NNZ: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    is_row = m < num_rows
-    is_there = is_row[:, None] & (n < num_columns)[None, :]
-    delta = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    for r in range(NNZ):
-        d = tl.load(index + m * NNZ + r, mask=is_row, other=0)
-        factor = tl.load(value + m * NNZ + r, mask=is_row, other=0.0).to(tl.float32)
-        delta += factor[:, None] * tl.load(table + d[:, None] * num_columns + n[None, :], mask=is_there, other=0.0)
-    at = weight + m[:, None] * row_stride + n[None, :] * column_stride
-    exact = keep * tl.load(at, mask=is_there).to(tl.float32) + delta
-    drawn = tl.load(block + (start + m[:, None] * num_columns + n[None, :]) % SIZE, mask=is_there).to(tl.int32)
-    bits = exact.to(tl.int32, bitcast=True) + drawn
-    tl.store(at, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=is_there)
+    """A program adds to ROWS rows of one group and COLUMNS columns.
 
-
-@compiled
-def _spread(  # type: ignore[no-untyped-def]
-    delta, index, value, table, dim, num_columns, NNZ: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Write δ Qᵀ into `table` (D, N)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    The first `long` groups have one row more than `rows`, which tells a group's first row and a row's group.
+    """
+    group = tl.program_id(0) // TILES
+    first = group * left_rows + tl.minimum(group, left_long)
+    m = first + (tl.program_id(0) % TILES) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_row = m < first + left_rows + (group < left_long).to(tl.int32)
     is_column = n < num_columns
-    is_there = (row < dim)[:, None] & is_column[None, :]
+    border = right_long * (right_rows + 1)
+    column_group = tl.where(n < border, n // (right_rows + 1), (n - right_long) // right_rows)
     total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     for r in range(NNZ):
-        d = tl.load(index + n * NNZ + r, mask=is_column, other=0)
-        factor = tl.load(value + n * NNZ + r, mask=is_column, other=0.0).to(tl.float32)
-        total += factor[None, :] * tl.load(delta + row[:, None] * dim + d[None, :], mask=is_there, other=0.0)
-    tl.store(table + row[:, None] * num_columns + n[None, :], total, mask=is_there)
-
-
-@compiled
-def _fill_rows(row, column, block, value, index_fr, value_fr, num, NNZ: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_there = slot < num
-    at = tl.load(row + slot, mask=is_there).to(tl.int32) * NNZ + tl.load(block + slot, mask=is_there).to(tl.int32)
-    tl.store(index_fr + at, tl.load(column + slot, mask=is_there), mask=is_there)
-    tl.store(value_fr + at, tl.load(value + slot, mask=is_there), mask=is_there)
+        row_of_delta = delta + (group * NNZ + r) * delta_row_stride
+        spread = tl.full((COLUMNS,), 0.0, tl.float32)
+        for k in range(NNZ):
+            at = row_of_delta + (column_group * NNZ + k) * delta_column_stride
+            sent = tl.load(at, mask=is_column, other=0.0).to(tl.float32) * gain
+            sent = tl.minimum(tl.maximum(sent, -bound), bound) * scale
+            spread += sent * tl.load(right + n * NNZ + k, mask=is_column, other=0.0).to(tl.float32)
+        value = tl.load(left + m * NNZ + r, mask=is_row, other=0.0).to(tl.float32)
+        total += value[:, None] * spread[None, :]
+    is_there = is_row[:, None] & is_column[None, :]
+    at = weight + m.to(tl.int64)[:, None] * row_stride + n[None, :] * column_stride
+    exact = keep * tl.load(at, mask=is_there).to(tl.float32) + total
+    if weight.dtype.element_ty == tl.float32:
+        tl.store(at, exact, mask=is_there)
+    else:
+        position = start + m.to(tl.int64)[:, None] * num_columns + n[None, :]
+        drawn = tl.load(block + position % SIZE, mask=is_there).to(tl.int32) & 0xFFFF
+        bits = exact.to(tl.int32, bitcast=True) + drawn
+        tl.store(at, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=is_there)

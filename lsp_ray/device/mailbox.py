@@ -13,7 +13,7 @@ from lsp_ray.errors import DeadlineError, LspRayError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivedDelta:
-    """A unit's flat float32 delta on the device, complete once `fence` is passed."""
+    """A unit's encoded delta on the device, complete once `fence` is passed."""
 
     delta: torch.Tensor
     fence: Fence

@@ -44,7 +44,8 @@ class LiveStorage:
     def watch_all(self) -> None:
         """Count every tensor that Python can reach: weights, projectors, optimizer state, buffers."""
         for candidate in gc.get_objects():
-            if issubclass(type(candidate), torch.Tensor) and candidate.layout is torch.strided:
+            # what torch.compile leaves behind is of its own kinds, without memory
+            if type(candidate) in (torch.Tensor, torch.nn.Parameter) and candidate.layout is torch.strided:
                 self.watch(candidate)
 
     def _forget(self, key: int) -> None:

@@ -15,8 +15,8 @@ class Noise:
     """A target's element i has the block's element (start + i) modulo NOISE_ELEMENTS.
 
     Attributes:
-        block: Integers, uniform in 0 … 2¹⁶ − 1: NOISE_ELEMENTS, and the first MAX_ELEMENTS of them once more, so that a
-            part lies in one piece. int32; on the CPU uint16, half the bytes for its kernels (torch adds no uint16).
+        block: Random bits, int16: NOISE_ELEMENTS, and the first MAX_ELEMENTS of them once more, so that a part lies in
+            one piece.
         start: Where the target's first element is.
     """
 
@@ -24,14 +24,13 @@ class Noise:
     start: int
 
     def part(self, first: int, numel: int) -> torch.Tensor:
-        """The bits of a part of at most MAX_ELEMENTS elements, flat."""
+        """The bits of a part of at most MAX_ELEMENTS elements, flat: int32, uniform in 0 … 2¹⁶ − 1."""
         assert numel <= MAX_ELEMENTS, f"{numel} elements at once, at most {MAX_ELEMENTS} are possible"
         at = (self.start + first) % NOISE_ELEMENTS
-        return self.block[at : at + numel]
+        return self.block[at : at + numel].int() & 0xFFFF
 
 
 def noise_block(generator: torch.Generator, device: torch.device) -> torch.Tensor:
     """Draw `Noise.block` on the CPU."""
     drawn = torch.randint(0, 1 << 16, (NOISE_ELEMENTS,), dtype=torch.int32, generator=generator)
-    block = torch.cat([drawn, drawn[:MAX_ELEMENTS]])
-    return block.to(device) if device.type != "cpu" else block.to(torch.uint16)
+    return torch.cat([drawn, drawn[:MAX_ELEMENTS]]).to(torch.int16).to(device)

@@ -1,4 +1,4 @@
-"""Payloads: gathers each unit's gradients once they are complete and brings them down to the unit's slot.
+"""Payloads: encodes each unit's gradients once they are complete and brings them down to the unit's slot.
 
 Two threads call it: d2h (`send`) and compute (everything else).
 """
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from lsp_ray.device.backend import Backend, Fence
+from lsp_ray.device.rounding import Rounding
 from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit
-from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.optim.codec import Codec
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.trace import Span, WorkStream
 
@@ -34,14 +36,19 @@ class Payloads:
     Args:
         backend: Copies and fences.
         on_gradients: Told, on any thread, that a payload is ready to be sent.
+        codec: Of the payloads.
+        rounding: Has the noise for coarse ones.
 
     Attributes:
         link: Slows copies down, in bytes; None does not.
     """
 
-    def __init__(self, backend: Backend, on_gradients: Callable[[GradientReady], None]) -> None:
+    def __init__(
+        self, backend: Backend, on_gradients: Callable[[GradientReady], None], codec: Codec, rounding: Rounding
+    ) -> None:
         self._backend = backend
         self._on_gradients = on_gradients
+        self._codec, self._rounding = codec, rounding
         self.link: TokenBucket | None = None
         self._payloads: dict[tuple[int, int], _Payload] = {}
         self._announcements: list[Future[None]] = []
@@ -81,9 +88,14 @@ class Payloads:
 
     def _gather(self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...]) -> Fence:
         """Apart from `announce`: once `send` may run, `send` alone must hold the buffer and decide when it goes."""
-        gradient = self._backend.empty(WorkStream.GPU, unit.numel)
-        with self._backend.launch(WorkStream.GPU, writes=(gradient,)):
-            unit.take_gradient(gradient)
+        gradient = self._backend.empty(WorkStream.GPU, self._codec.wire_numel(unit.numel), self._codec.dtype)
+        with self._backend.launch(WorkStream.GPU, writes=(gradient,)), torch.no_grad():
+            if self._codec.is_coarse:
+                # a key of the unit's own: those of targets, which round weights, begin at 0
+                bits = self._rounding.noise(step=step, key=-1 - unit.index)
+                self._codec.encode_(gradient, unit.take_gradient(), bits)
+            else:  # rounds as it gathers: no float32 copy of all of it exists
+                unit.take_gradient(gradient)
         fence = self._backend.record(WorkStream.GPU)
         with self._lock:
             self._payloads[step, unit.index] = _Payload(gradient=gradient, fence=fence, reprojections=reprojections)

@@ -1,10 +1,11 @@
 """ProjectedLinear: a linear layer whose backward yields the compressed weight gradient and never the full one.
 
-Legend: T tokens, M rows (out), N columns (in), D subspace.
+Legend: T tokens, M rows (out), N columns (in), D × E what is sent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,17 +13,17 @@ from torch import nn
 from torch.nn.functional import linear
 
 from lsp_ray.device.fits import Lesson
+from lsp_ray.device.input_projection import InputProjection
 from lsp_ray.device.kernels import kernels_for
-from lsp_ray.device.noise import MAX_ELEMENTS
 from lsp_ray.device.unit import Update
-from lsp_ray.projection.bias import Bias, bias_of, grad_square_sum
+from lsp_ray.projection.bias import grad_square_sum, relative_bias
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 
 class ProjectedLinear(nn.Module):
     """Takes a linear's place: same weight and bias under the same names, so checkpoints do not change.
 
-    Autograd's view of the weight is `leaf`, a float32 (D, D) parameter that occupies one element: its `grad` is
+    Autograd's view of the weight is `leaf`, a float32 (D, E) parameter that occupies one element: its `grad` is
     g = Pᵀ dYᵀ X Q. Autograd itself then accumulates micro-batches, sums repeated uses and tells when g is complete.
 
     Args:
@@ -41,13 +42,14 @@ class ProjectedLinear(nn.Module):
         self._leaf: tuple[nn.Parameter, ...] = ()
         self.lesson: Lesson | None = None  # while set, every gradient is added to it
         self.probe: BiasProbe | None = None  # while set, it sees every gradient
+        self.input_projection = InputProjection()  # the same object in linears that share Q
         self.set_projector(projector)
 
     def set_projector(self, projector: SparseProjector) -> None:
         """Train in another subspace from now on. With another dimension there is a new leaf, without its hooks."""
         self.projector = projector
         self.update_scale = projector.update_scale
-        shape = (projector.dim, projector.dim)
+        shape = projector.dims
         if self._leaf and self.leaf.shape == shape:
             return
         leaf = nn.Parameter(torch.zeros((), device=self.weight.device).expand(shape), requires_grad=True)
@@ -55,7 +57,7 @@ class ProjectedLinear(nn.Module):
 
     @property
     def leaf(self) -> nn.Parameter:
-        """The (D, D) autograd leaf; its own value is never read."""
+        """The (D, E) autograd leaf; its own value is never read."""
         return self._leaf[0]
 
     @property
@@ -67,7 +69,10 @@ class ProjectedLinear(nn.Module):
         """Return X Wᵀ + b for (..., N)."""
         if not torch.is_grad_enabled():
             return linear(input_TN, self.weight_MN, self.bias)
-        output: torch.Tensor = _Projected.apply(input_TN, self.weight_MN, self.bias, self.leaf, self)  # type: ignore[no-untyped-call]
+        projected_TE = self.input_projection.of(input_TN, self.projector.right)
+        output: torch.Tensor = _Projected.apply(  # type: ignore[no-untyped-call]
+            input_TN, self.weight_MN, self.bias, self.leaf, projected_TE, self
+        )
         return output
 
 
@@ -79,36 +84,35 @@ class ProjectedTarget:
 
     @property
     def leaf(self) -> nn.Parameter:
-        """The (D, D) leaf."""
+        """The (D, E) leaf."""
         return self.owner.leaf
 
     def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
-        """See `Target`; `add_decompressed` does it."""
-        delta_DD = delta.view(self.leaf.shape) * self.owner.update_scale
-        add_decompressed(self.owner.weight_MN, delta_DD, self.owner.projector, update, key)
+        """See `Target`: W ← (1 − lr · decay) W + scale · P clamp(gain · δ) Qᵀ."""
+        module = self.owner
+        weight_MN = module.weight_MN.detach()
+        kernels_for(weight_MN).add_decompressed_(
+            weight_MN,
+            module.projector,
+            delta.view(self.leaf.shape),
+            module.projector.update_size(module.update_scale, update.learning_rate),
+            update.rounding.noise(step=update.step, key=key),
+            1.0 - update.learning_rate * update.weight_decay,
+        )
 
 
-def add_decompressed(
-    weight_MN: torch.Tensor, delta_DD: torch.Tensor, projector: SparseProjector, update: Update, key: int
-) -> None:
-    """W ← (1 − lr · decay) W + P δ Qᵀ in place, a few rows at a time: no full-size delta exists."""
-    keep = 1.0 - update.learning_rate * update.weight_decay
-    weight_MN = weight_MN.detach()
-    if (kernels := kernels_for(weight_MN)) is not None:
-        noise = update.rounding.noise(step=update.step, key=key)
-        kernels.add_decompressed_(weight_MN, projector, delta_DD, noise, keep)
-        return
-    table_DN = projector.spread_columns(delta_DD)
-    num_rows, num_columns = weight_MN.shape
-    rows_at_once = max(1, MAX_ELEMENTS // num_columns)
-    for row in range(0, num_rows, rows_at_once):
-        rows_KN = weight_MN[row : row + rows_at_once]
-        delta_KN = projector.left.times(table_DN, row, rows_KN.shape[0])
-        update.rounding.add_(rows_KN, delta_KN, keep=keep, step=update.step, key=key, first=row * num_columns)
+def set_projectors(modules: Sequence[ProjectedLinear], projectors: Sequence[SparseProjector]) -> None:
+    """Give linears that share Q, all of them at once, their projectors, brought to the weights' device and type."""
+    weight = modules[0].weight
+    right = projectors[0].right.to(weight.device, weight.dtype)
+    projection = InputProjection(len(modules))
+    for module, projector in zip(modules, projectors, strict=True):
+        module.input_projection = projection
+        module.set_projector(SparseProjector(projector.left.to(weight.device, weight.dtype), right))
 
 
 class BiasProbe:
-    """Holds the bias of the last gradient that passed through the module, until it is read."""
+    """Holds what tells the bias of the last gradient that passed through the module, until it is read."""
 
     def __init__(self) -> None:
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -116,23 +120,23 @@ class BiasProbe:
     def see(
         self,
         projector: SparseProjector,
-        compressed_DD: torch.Tensor,
+        compressed_DE: torch.Tensor,
         grad_output_TM: torch.Tensor,
         input_TN: torch.Tensor,
     ) -> None:
         """Note one micro-batch's g and the norm of its gradient; nothing is synchronised yet."""
-        self._parts = compressed_DD, grad_square_sum(projector, grad_output_TM, input_TN)
+        self._parts = compressed_DE, grad_square_sum(projector, grad_output_TM, input_TN)
 
-    def read(self, projector: SparseProjector, *, whitened: bool = False) -> Bias | None:
-        """The bias of what was seen last; None if nothing was, or if it was zero or not finite."""
+    def read(self) -> float | None:
+        """The relative bias of what was seen last; None if nothing was, or if it was zero or not finite."""
         if self._parts is None:
             return None
-        compressed_DD, square_sum = self._parts
-        return bias_of(projector, compressed_DD, float(square_sum), whitened=whitened)
+        compressed_DE, square_sum = self._parts
+        return relative_bias(compressed_DE, float(square_sum))
 
 
 class _Projected(torch.autograd.Function):
-    """Forward keeps (XQ)ᵀ in place of X; backward returns dX and, as the leaf's gradient, g.
+    """Forward keeps X Q in place of X; backward returns dX and, as the leaf's gradient, g.
 
     Only a module that is observed keeps X as well.
     """
@@ -143,25 +147,26 @@ class _Projected(torch.autograd.Function):
         input_TN: torch.Tensor,
         weight_MN: torch.Tensor,
         bias_M: torch.Tensor | None,
-        leaf_DD: torch.Tensor,
+        leaf_DE: torch.Tensor,
+        projected_TE: torch.Tensor,
         module: ProjectedLinear,
     ) -> torch.Tensor:
         ctx.projector, ctx.lesson, ctx.probe = module.projector, module.lesson, module.probe
         is_observed = ctx.lesson is not None or ctx.probe is not None
-        flat_TN = input_TN.reshape(-1, input_TN.shape[-1])
-        projected_DT = module.projector.project_input(flat_TN)
-        ctx.save_for_backward(projected_DT, weight_MN, flat_TN if is_observed else None)
+        ctx.save_for_backward(projected_TE, weight_MN, input_TN if is_observed else None)
         return linear(input_TN, weight_MN, bias_M)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        projected_DT, weight_MN, input_TN = ctx.saved_tensors
+        projected_TE, weight_MN, input_TN = ctx.saved_tensors
         grad_output_TM = grad_output.reshape(-1, grad_output.shape[-1])
         grad_input = grad_output @ weight_MN if ctx.needs_input_grad[0] else None
         grad_bias_M = grad_output_TM.sum(dim=0) if ctx.needs_input_grad[2] else None
-        grad_DD = ctx.projector.compress_outer(grad_output_TM, projected_DT)
-        if ctx.lesson is not None:
-            ctx.lesson.add(grad_output_TM, input_TN)
-        if ctx.probe is not None:
-            ctx.probe.see(ctx.projector, grad_DD, grad_output_TM, input_TN)
-        return grad_input, None, grad_bias_M, grad_DD, None
+        grad_DE = ctx.projector.compress_outer(grad_output_TM, projected_TE)
+        if input_TN is not None:
+            input_TN = input_TN.reshape(-1, input_TN.shape[-1])
+            if ctx.lesson is not None:
+                ctx.lesson.add(grad_output_TM, input_TN)
+            if ctx.probe is not None:
+                ctx.probe.see(ctx.projector, grad_DE, grad_output_TM, input_TN)
+        return grad_input, None, grad_bias_M, grad_DE, None, None

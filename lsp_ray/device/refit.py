@@ -1,9 +1,9 @@
-"""Refitter: measure bias every so often and refit what exceeds a bound, while training goes on. Paper, MAYBEUPDATE.
+"""Refitter: renews projectors in the middle of training. Paper, Algorithm 1, MAYBEUPDATE.
 
-A period of `check_every` steps:
+A period has `check_every` steps. Linears that share Q are measured together, and learn together:
 
-    its first step          the bias of a random eighth of the matrices is measured on that step's own gradients
-    the next few steps      their gradients also go into lessons of the matrices above the bound
+    its first step          the bias of a random eighth of the groups is measured on that step's own gradients
+    the next few steps      their gradients also go into lessons of the groups with a matrix above the bound
     until half the period   a thread fits, beside the steps
     half the period         the new projectors take over, before the forward
 
@@ -20,24 +20,25 @@ from statistics import fmean
 import torch
 
 from lsp_ray.device.fits import Fit
-from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear, ProjectedTarget
+from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear, ProjectedTarget, set_projectors
 from lsp_ray.device.rounding import mixed
 from lsp_ray.device.unit import Unit
-from lsp_ray.projection.bias import Bias
-from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.transition import transition
 
-SAMPLED_SHARE = 8  # one matrix in so many is measured in each period
+SAMPLED_SHARE = 8  # one group in so many is measured in each period
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BiasReport:
-    """Means over the matrices measured in one step, and how many of them are refitted.
+    """Mean relative bias of the matrices measured in one step, and how many of them are refitted.
 
-    `relative_by_unit` has the relative bias alone, of the units with a matrix in the sample.
+    `relative_by_unit` has the same of each unit with a matrix in the sample.
     """
 
-    bias: Bias
+    relative: float
     relative_by_unit: dict[int, float]
     num_measured: int
     num_refitted: int
@@ -56,12 +57,29 @@ class RefitState:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A projected matrix and its place: the unit's index, its target's first payload element, its number."""
+    """A projected matrix and its place: its target's first payload element, its number."""
 
     module: ProjectedLinear
-    unit: int
     first: int
     key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The matrices of a unit that share Q; `key` is the first one's."""
+
+    unit: int
+    sites: tuple[Site, ...]
+
+    @property
+    def key(self) -> int:
+        """Numbers the group among all."""
+        return self.sites[0].key
+
+    @property
+    def modules(self) -> list[ProjectedLinear]:
+        """The linears."""
+        return [site.module for site in self.sites]
 
 
 class Refitter:
@@ -74,7 +92,6 @@ class Refitter:
         max_bias: Bound of the relative bias (at its best scalar).
         num_sketched: Steps whose gradients a fit learns from.
         seed: Of samples, sketches and positions.
-        whitened: Whether the shards whiten, which makes the bias less.
     """
 
     def __init__(
@@ -86,17 +103,15 @@ class Refitter:
         max_bias: float,
         num_sketched: int,
         seed: int,
-        whitened: bool,
     ) -> None:
         assert num_sketched < check_every // 2, "the gradients of a refit must be there before it takes over"
         self._fit, self._check_every, self._max_bias = fit, check_every, max_bias
         self._num_sketched, self._seed = num_sketched, seed
-        self._whitened = whitened
-        self._sites = _sites(units)
-        self._sampled: list[Site] = []
-        self._learning: list[Site] = []
-        self._fits: list[tuple[Site, Future[SparseProjector | None]]] = []
-        self._takeovers: dict[int, list[tuple[Site, SparseProjector]]] = {}
+        self._groups = _groups(units)
+        self._sampled: list[Group] = []
+        self._learning: list[Group] = []
+        self._fits: list[tuple[Group, Future[list[SparseProjector] | None]]] = []
+        self._takeovers: dict[int, list[tuple[Group, list[SparseProjector]]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refit")
 
     def before_step(self, step: int) -> None:
@@ -104,13 +119,13 @@ class Refitter:
         phase = step % self._check_every
         if step >= self._check_every and phase == 0:
             self._sampled = self._sample(step)
-            for site in self._sampled:
-                site.module.probe = BiasProbe()
+            for module in (module for group in self._sampled for module in group.modules):
+                module.probe = BiasProbe()
         if phase == self._check_every // 2:
-            for site, fit in self._fits:
+            for group, fit in self._fits:
                 new = fit.result()  # done long ago, unless fitting is slower than half a period of steps
                 if new is not None:
-                    self._takeovers.setdefault(site.unit, []).append((site, new))
+                    self._takeovers.setdefault(group.unit, []).append((group, new))
             self._fits = []
 
     def has_new(self, unit: int) -> bool:
@@ -123,11 +138,13 @@ class Refitter:
         To be called once the deltas made for the old projectors are added, before the forward.
         """
         switched = []
-        for site, new in self._takeovers.pop(unit, ()):
-            old, weight = site.module.projector, site.module.weight
-            site.module.set_projector(new.to(weight.device, weight.dtype))
-            host = torch.device("cpu")
-            switched.append(Reprojection(first=site.first, old=old.to(host), new=site.module.projector.to(host)))
+        for group, new in self._takeovers.pop(unit, ()):
+            olds = [module.projector for module in group.modules]
+            set_projectors(group.modules, new)
+            right_HRR = transition(olds[0].right, group.modules[0].projector.right)
+            for site, old in zip(group.sites, olds, strict=True):
+                left_GRR = transition(old.left, site.module.projector.left)
+                switched.append(Reprojection(first=site.first, left_GRR=left_GRR, right_HRR=right_HRR))
         return tuple(switched)
 
     def after_step(self, step: int) -> BiasReport | None:
@@ -138,25 +155,28 @@ class Refitter:
         if not self._sampled:
             return None
         sampled, self._sampled = self._sampled, []
-        found: list[tuple[Site, Bias]] = []
-        for site in sampled:
-            probe, site.module.probe = site.module.probe, None
-            bias = probe.read(site.module.projector, whitened=self._whitened) if probe else None
-            if bias is None:
-                continue
-            found.append((site, bias))
-            if bias.relative > self._max_bias:
-                self._learning.append(site)
-                projector, generator = site.module.projector, self._generator(step, site.key, 0)
-                site.module.lesson = self._fit.lesson(projector.shape, projector.dim, generator)
-        return _report(found, len(self._learning))
+        found: list[tuple[int, float]] = []
+        for group in sampled:
+            biases = [bias for module in group.modules if (bias := _read_probe(module)) is not None]
+            found += [(group.unit, bias) for bias in biases]
+            if max(biases, default=0.0) > self._max_bias:
+                self._learning.append(group)
+                for site in group.sites:
+                    generator = self._generator(step, site.key, 0)
+                    site.module.lesson = self._fit.lesson(site.module.projector.shape, generator)
+        return _report(found, sum(len(group.sites) for group in self._learning))
 
     def state(self) -> RefitState:
         """Return what is under way; waits for fits that still run."""
-        fitted = {site.key: fit.result() for site, fit in self._fits}
+        fitted = [(group, fit.result()) for group, fit in self._fits]
+        sites = [site for group in self._learning for site in group.sites]
         return RefitState(
-            lessons={site.key: site.module.lesson.state() for site in self._learning if site.module.lesson},
-            fitted={key: projector for key, projector in fitted.items() if projector is not None},
+            lessons={site.key: site.module.lesson.state() for site in sites if site.module.lesson},
+            fitted={
+                site.key: projector
+                for group, projectors in fitted
+                for site, projector in zip(group.sites, projectors or (), strict=projectors is not None)
+            },
         )
 
     def restore(self, state: RefitState) -> None:
@@ -165,62 +185,77 @@ class Refitter:
         Raises:
             ValueError: Its matrices were others.
         """
-        for key, tensors in state.lessons.items():
-            site = self.site(key)
-            projector = site.module.projector
-            site.module.lesson = self._fit.lesson(projector.shape, projector.dim, torch.Generator())
-            site.module.lesson.restore(tensors)
-            self._learning.append(site)
-        for key, projector in state.fitted.items():
-            done: Future[SparseProjector | None] = Future()
-            done.set_result(projector)
-            self._fits.append((self.site(key), done))
+        for group in self._with_all(state.lessons):
+            for site in group.sites:
+                site.module.lesson = self._fit.lesson(site.module.projector.shape, torch.Generator())
+                site.module.lesson.restore(state.lessons[site.key])
+            self._learning.append(group)
+        for group in self._with_all(state.fitted):
+            done: Future[list[SparseProjector] | None] = Future()
+            done.set_result([state.fitted[site.key] for site in group.sites])
+            self._fits.append((group, done))
 
-    def site(self, key: int) -> Site:
-        """The matrix with this number.
+    def projector(self, key: int) -> SparseProjector:
+        """The projector in use of the matrix with this number.
 
         Raises:
             ValueError: There is none.
         """
-        if not 0 <= key < len(self._sites):
-            raise ValueError(f"matrix {key} of {len(self._sites)}")
-        return self._sites[key]
+        for site in (site for group in self._groups for site in group.sites):
+            if site.key == key:
+                return site.module.projector
+        raise ValueError(f"there is no matrix {key}")
 
-    def _sample(self, step: int) -> list[Site]:
-        order = torch.randperm(len(self._sites), generator=self._generator(step))
-        return [self._sites[int(index)] for index in order[: -(-len(self._sites) // SAMPLED_SHARE)]]
+    def _with_all(self, keys: Mapping[int, object]) -> list[Group]:
+        """The groups that these numbers make up, in the order of the first ones."""
+        groups = [group for group in self._groups if any(site.key in keys for site in group.sites)]
+        if {site.key for group in groups for site in group.sites} != set(keys):
+            raise ValueError("linears that shared an input no longer do")
+        return sorted(groups, key=lambda group: list(keys).index(group.key))
+
+    def _sample(self, step: int) -> list[Group]:
+        order = torch.randperm(len(self._groups), generator=self._generator(step))
+        return [self._groups[int(index)] for index in order[: -(-len(self._groups) // SAMPLED_SHARE)]]
 
     def _start_fits(self, step: int) -> None:
-        for site in self._learning:
-            lesson, site.module.lesson = site.module.lesson, None
-            assert lesson is not None
-            old, generator = site.module.projector, self._generator(step, site.key, 1)
-            fit = self._thread.submit(lesson.learn, old.dim, old.left.nnz_per_row, generator, torch.device("cpu"))
-            self._fits.append((site, fit))
+        for group in self._learning:
+            lessons = [module.lesson for module in group.modules if module.lesson is not None]
+            for module in group.modules:
+                module.lesson = None
+            sizes = [module.projector.sizes for module in group.modules]
+            fit = self._thread.submit(self._fit.learn, lessons, sizes, self._generator(step, group.key, 1), _CPU)
+            self._fits.append((group, fit))
         self._learning = []
 
     def _generator(self, *numbers: int) -> torch.Generator:
         return torch.Generator().manual_seed(mixed(self._seed, *numbers))
 
 
-def _sites(units: Sequence[Unit]) -> list[Site]:
-    places = [
-        (target.owner, unit.index, first)
-        for unit in units
-        for first, target in zip(unit.offsets, unit.targets, strict=True)
-        if isinstance(target, ProjectedTarget)
-    ]
-    return [Site(*place, key) for key, place in enumerate(places)]
+def _groups(units: Sequence[Unit]) -> list[Group]:
+    groups: dict[tuple[int, int], list[Site]] = {}
+    num_sites = 0
+    for unit in units:
+        for first, target in zip(unit.offsets, unit.targets, strict=True):
+            if isinstance(target, ProjectedTarget):
+                site = Site(target.owner, first, num_sites)
+                groups.setdefault((unit.index, id(target.owner.projector.right)), []).append(site)
+                num_sites += 1
+    return [Group(unit, tuple(sites)) for (unit, _), sites in groups.items()]
 
 
-def _report(found: Sequence[tuple[Site, Bias]], num_refitted: int) -> BiasReport | None:
+def _read_probe(module: ProjectedLinear) -> float | None:
+    probe, module.probe = module.probe, None
+    return None if probe is None else probe.read()
+
+
+def _report(found: Sequence[tuple[int, float]], num_refitted: int) -> BiasReport | None:
+    """Of biases by unit."""
     if not found:
         return None
-    mean = Bias(
-        raw=fmean(bias.raw for _, bias in found),
-        relative=fmean(bias.relative for _, bias in found),
-        cosine=fmean(bias.cosine for _, bias in found),
+    units = sorted({unit for unit, _ in found})
+    return BiasReport(
+        relative=fmean(bias for _, bias in found),
+        relative_by_unit={unit: fmean(bias for where, bias in found if where == unit) for unit in units},
+        num_measured=len(found),
+        num_refitted=num_refitted,
     )
-    units = sorted({site.unit for site, _ in found})
-    by_unit = {unit: fmean(bias.relative for site, bias in found if site.unit == unit) for unit in units}
-    return BiasReport(bias=mean, relative_by_unit=by_unit, num_measured=len(found), num_refitted=num_refitted)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lsp_ray.device.refit import RefitState, Refitter
-from lsp_ray.projection.projector_file import ProjectedShape, load_projectors, save_projectors, saved_names
+from lsp_ray.projection.projector_file import load_projectors, save_projectors, saved_names
 
 LESSONS = "refit_lessons.safetensors"
 FITTED = "refit_projectors.safetensors"
@@ -44,7 +44,6 @@ def load_refits(folder: Path, refitter: Refitter, *, field: str) -> None:
     file = folder / FITTED
     needed = {}
     for name in saved_names(file) if file.exists() else []:
-        projector = refitter.site(int(name)).module.projector
-        needed[name] = ProjectedShape(shape=projector.shape, dim=projector.dim)
+        needed[name] = refitter.projector(int(name)).sizes
     fitted = load_projectors(file, needed, field=field) if needed else {}
     refitter.restore(RefitState(lessons=lessons, fitted={int(name): fitted[name] for name in fitted}))

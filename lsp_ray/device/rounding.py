@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from lsp_ray.device import torch_kernels
 from lsp_ray.device.kernels import kernels_for
-from lsp_ray.device.noise import MAX_ELEMENTS, NOISE_ELEMENTS, Noise, noise_block
+from lsp_ray.device.noise import NOISE_ELEMENTS, Noise, noise_block
 
 _MASK_64 = (1 << 64) - 1
 
@@ -54,26 +55,8 @@ class Rounding:
             key: Number of the target within the model.
             first: Position of the weight's first element within the target, where it is a part of one.
         """
-        if weight.dtype == torch.float32:
-            if keep != 1.0:
-                weight.mul_(keep)
-            weight.add_(delta)
-            return
-        assert weight.dtype == torch.bfloat16, f"no rounding for {weight.dtype}"
         noise = self.noise(step=step, key=key)
-        kernels = kernels_for(weight) if weight.is_contiguous() else None
-        if kernels is not None:
-            kernels.add_dense_(weight.view(-1), delta.reshape(-1), noise, keep, first)
-            return
-        for at in range(0, weight.numel(), MAX_ELEMENTS):  # in parts: each makes a float32 copy
-            part = weight[at : at + MAX_ELEMENTS]
-            _add_rounded_(part, delta[at : at + MAX_ELEMENTS], noise.part(first + at, part.numel()), keep)
-
-
-def _add_rounded_(weight: torch.Tensor, delta: torch.Tensor, noise: torch.Tensor, keep: float) -> None:
-    exact = weight.float()
-    if keep != 1.0:
-        exact.mul_(keep)
-    exact.add_(delta)
-    exact.view(torch.int32).add_(noise.view_as(exact).int()).bitwise_and_(-(1 << 16))
-    weight.copy_(exact)
+        if weight.is_contiguous():
+            kernels_for(weight).add_dense_(weight.view(-1), delta.reshape(-1), noise, keep, first)
+        else:
+            torch_kernels.add_dense_(weight, delta, noise, keep, first)

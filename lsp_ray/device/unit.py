@@ -40,7 +40,10 @@ class Target(Protocol):
         ...
 
     def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
-        """Add a flat float32 delta of the leaf's length, −lr included; `key` numbers the target in the model."""
+        """Add a flat delta of the leaf's length, −lr included; `key` numbers the target in the model.
+
+        float32 or, where deltas come up so, bfloat16.
+        """
         ...
 
 
@@ -56,12 +59,12 @@ class RawTarget:
         decay = update.weight_decay if self.leaf.ndim > 1 else 0.0
         keep = 1.0 - update.learning_rate * decay
         flat = self.leaf.detach().view(-1)
-        update.rounding.add_(flat, delta, keep=keep, step=update.step, key=key)
+        update.rounding.add_(flat, delta.float(), keep=keep, step=update.step, key=key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """A layer's targets; sent, updated and applied as one flat float32 payload.
+    """A layer's targets; sent, updated and applied as one flat payload.
 
     `readers` are the modules before whose forward the unit's delta must have been added.
     """
@@ -74,7 +77,7 @@ class Unit:
 
     @property
     def numel(self) -> int:
-        """Payload length in float32 elements."""
+        """Payload length in elements, before it is encoded."""
         return sum(target.leaf.numel() for target in self.targets)
 
     @property
@@ -83,21 +86,25 @@ class Unit:
         sizes = [target.leaf.numel() for target in self.targets]
         return [0, *accumulate(sizes)][:-1]
 
-    def take_gradient(self, payload: torch.Tensor) -> None:
-        """Move the targets' gradients from their leaves into a flat float32 payload of `numel` elements."""
-        torch.cat([_taken_gradient(target) for target in self.targets], out=payload)
+    def take_gradient(self, payload: torch.Tensor | None = None) -> torch.Tensor:
+        """Move the targets' gradients from their leaves into a flat payload of `numel` elements.
+
+        Args:
+            payload: float32 or bfloat16; default: a new one, in the gradients' own type.
+        """
+        return torch.cat([_taken_gradient(target) for target in self.targets], out=payload)
 
     def apply(self, delta: torch.Tensor, update: Update) -> None:
-        """Add a flat float32 delta of `numel` elements to the unit's targets."""
+        """Add a flat float32 or bfloat16 delta of `numel` elements to the unit's targets."""
         parts = delta.split([target.leaf.numel() for target in self.targets])
         for offset, (target, part) in enumerate(zip(self.targets, parts, strict=True)):
             target.apply(part, update, self.first_key + offset)
 
 
 def _taken_gradient(target: Target) -> torch.Tensor:
-    """The leaf's gradient as flat float32, removed from the leaf; zeros where the forward did not use it."""
+    """The leaf's gradient, flat, removed from the leaf; zeros where the forward did not use it."""
     gradient = target.leaf.grad
     target.leaf.grad = None
     if gradient is None:
-        return torch.zeros(target.leaf.numel(), device=target.leaf.device)
-    return gradient.detach().reshape(-1).float()
+        return torch.zeros(target.leaf.numel(), dtype=target.leaf.dtype, device=target.leaf.device)
+    return gradient.detach().reshape(-1)

@@ -27,8 +27,9 @@ from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit, Update
 from lsp_ray.errors import LspRayError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
+from lsp_ray.optim.codec import Codec
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.schedule.ops import DeltaDue, GradientReady
 from lsp_ray.trace import Phase, Span, WorkStream, is_traced
 
@@ -50,6 +51,7 @@ class DeviceWorker:
         judge: Clips and skips; default: does neither, and a step that is not finite is an error.
         measured_step: The step over which `peak_device_bytes` is measured.
         staleness: The delta of step t is added before the forward of step t + 1 + staleness.
+        codec: Of what crosses the link; default: float32 as it is.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class DeviceWorker:
         judge: Judge | None = None,
         measured_step: int = 1,
         staleness: int = 0,
+        codec: Codec | None = None,
     ) -> None:
         self.model = model
         self.units = units
@@ -83,8 +86,9 @@ class DeviceWorker:
         self._measured_step = measured_step
         self._live: LiveStorage | None = None
         self._on_due = on_due
-        self._deltas = Deltas(units, backend, update_of=self._update, staleness=staleness, on_due=on_due)
-        self._payloads = Payloads(backend, on_gradients)
+        codec = codec or Codec()
+        self._deltas = Deltas(units, backend, codec, update_of=self._update, staleness=staleness, on_due=on_due)
+        self._payloads = Payloads(backend, on_gradients, codec, self._rounding)
         self._step = -1
         self._staleness = staleness
         self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
@@ -151,8 +155,8 @@ class DeviceWorker:
     def settle(self) -> dict[tuple[int, int], torch.Tensor]:
         """Between two steps: add what the next forward would add first; return a copy of what it would not add yet.
 
-        By (step, unit): the deltas that a stale policy keeps back, flat float32 on the CPU; NaN for a skipped step,
-        of which nothing is to be added.
+        By (step, unit): the deltas that a stale policy keeps back, as they came up, on the CPU; empty for a skipped
+        step, of which nothing is to be added.
         """
         for unit in self.units:
             self._deltas.apply(unit, up_to=self._step - self._staleness)
@@ -162,7 +166,7 @@ class DeviceWorker:
         """Before the first step: go on at `step`, with what `settle` returned."""
         self._step = step - 1
         for (made, index), delta in sorted(kept_back.items()):
-            if delta.isnan().any():
+            if not delta.numel():
                 continue
             self._deltas.expect(made, self.units[index])
             self.prefetch(made, index, delta)
@@ -319,7 +323,8 @@ class DeviceWorker:
         with torch.no_grad():
             for unit in self.units:
                 self._trace.begin(Phase.APPLY, unit.index)
-                gradient, delta = (self._backend.empty(WorkStream.GPU, unit.numel) for _ in range(2))
+                buffers = (self._backend.empty(WorkStream.GPU, unit.numel, torch.float32) for _ in range(2))
+                gradient, delta = buffers
                 unit.take_gradient(gradient)
                 shard.update(
                     unit.index,

@@ -10,7 +10,7 @@ holds neither gradients nor state. The maths is a run's; two differences follow 
     projectors are learned from the first step's gradient, not from calibration batches before it
     at every check the bias of every matrix is measured, and one above the bound is fitted anew at once
 
-Legend: M rows, N columns of a weight, D subspace, R non-zeros a row.
+Legend: M rows, N columns of a weight, D × E what Adam sees, R non-zeros a row.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lsp_ray.config import LspConfig
-from lsp_ray.device.projected_linear import add_decompressed
+from lsp_ray.device.kernels import kernels_for
 from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.unit import Update
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.moments import Moments
 from lsp_ray.methods.parameter_groups import parameter_groups
-from lsp_ray.methods.projected_matrix import ProjectedMatrix, learned
+from lsp_ray.methods.projected_matrix import ProjectedMatrix, check_form, learned
 from lsp_ray.optim.adamw import AdamWHyper
-from lsp_ray.projection.sparse_projector import SparseProjector, subspace_dim_for
+from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -51,10 +51,9 @@ class LSPAdamW(Optimizer):
         betas: AdamW's.
         eps: AdamW's.
         weight_decay: Decoupled weight decay.
-        subspace_dim: D, at most half of a matrix' smaller side is used; None: plain AdamW.
+        subspace_dim: Size d of what Adam sees, for each side at most half of it; None: plain AdamW.
         nnz_per_row: R.
-        balance: See `fit_projector`.
-        whiten: See `Whitening`.
+        balance: See `fit_factor`.
         check_every: Steps between measurements of bias; 0: none.
         max_bias: Relative bias above which a matrix gets new projectors.
         seed: Of positions, sketches and rounding.
@@ -74,13 +73,12 @@ class LSPAdamW(Optimizer):
         subspace_dim: int | None = None,
         nnz_per_row: int = LspConfig.nnz_per_row,
         balance: bool = LspConfig.balance,
-        whiten: bool = LspConfig.whiten,
         check_every: int = LspConfig.check_every,
         max_bias: float = LspConfig.max_bias,
         seed: int = 42,
     ) -> None:
         adamw = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        lsp = {"subspace_dim": subspace_dim, "nnz_per_row": nnz_per_row, "balance": balance, "whiten": whiten}
+        lsp = {"subspace_dim": subspace_dim, "nnz_per_row": nnz_per_row, "balance": balance}
         super().__init__(params, adamw | lsp | {"check_every": check_every, "max_bias": max_bias, "seed": seed})
 
     @classmethod
@@ -101,7 +99,7 @@ class LSPAdamW(Optimizer):
             lr: Learning rate.
             target_modules: Linears that are projected: `all-linear`, the ends of their names, or a regular expression
                 for whole names. What else is trained, and matrices too small for a projector, gets plain AdamW.
-            optim_args: As in `d=256,r=4,check_every=200`; also `max_bias`, `balance`, `whiten`.
+            optim_args: As in `d=256,r=4,check_every=200`; also `max_bias` and `balance`.
             weight_decay: Of matrices; biases and norms have none, as in a run.
             options: Others of this class: `betas`, `eps`, `seed`.
 
@@ -130,7 +128,13 @@ class LSPAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `Optimizer.load_state_dict`; exact, where torch's would cast the state to the weights' dtype."""
+        """See `Optimizer.load_state_dict`; exact, where torch's would cast the state to the weights' dtype.
+
+        Raises:
+            ConfigError: An older version wrote it, with projectors of another form; nothing has changed then.
+        """
+        for of_weight in state_dict["state"].values():
+            check_form(of_weight)
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, (_, weight) in zip(saved, self._weights(), strict=True):
@@ -169,29 +173,32 @@ class LSPAdamW(Optimizer):
         matrix = self._matrix(weight, grad_MN, group, key)
         if matrix is None:
             return
-        compressed_DD = matrix.projector.compress(grad_MN).float()
+        compressed_DE = matrix.projector.compress(grad_MN).float()
         update = self._update(group, matrix.moments)
         if group["check_every"] and update.step and update.step % group["check_every"] == 0:
-            bias = matrix.relative_bias(grad_MN, compressed_DD)
+            bias = matrix.relative_bias(grad_MN, compressed_DE)
             new = _learned(grad_MN, group, key, update.step) if bias is not None and bias > group["max_bias"] else None
             if new is not None:
                 matrix.take(new)
                 self.state[weight] = matrix.state()
-                compressed_DD = new.compress(grad_MN).float()
-        delta_DD = matrix.delta(compressed_DD, learning_rate=update.learning_rate, hyper=_hyper(group))
-        add_decompressed(weight, delta_DD, matrix.projector, update, key)
+                compressed_DE = new.compress(grad_MN).float()
+        delta_DE = matrix.moments.delta(compressed_DE, learning_rate=update.learning_rate, hyper=_hyper(group))
+        noise = update.rounding.noise(step=update.step, key=key)
+        keep = 1.0 - update.learning_rate * update.weight_decay
+        size = matrix.projector.update_size(matrix.update_scale, update.learning_rate)
+        kernels_for(weight).add_decompressed_(weight, matrix.projector, delta_DE, size, noise, keep)
 
     def _matrix(
         self, weight: nn.Parameter, grad_MN: torch.Tensor, group: dict[str, Any], key: int
     ) -> ProjectedMatrix | None:
         if weight not in self._matrices:
             if self.state[weight]:
-                self._matrices[weight] = ProjectedMatrix.from_state(self.state[weight], whiten=group["whiten"])
+                self._matrices[weight] = ProjectedMatrix.from_state(self.state[weight])
             else:
                 projector = _learned(grad_MN, group, key, 0)
                 if projector is None:
                     return None
-                self._matrices[weight] = ProjectedMatrix.fresh(projector, weight.device, whiten=group["whiten"])
+                self._matrices[weight] = ProjectedMatrix.fresh(projector, weight.device)
                 self.state[weight] = self._matrices[weight].state()
         return self._matrices[weight]
 
@@ -208,10 +215,10 @@ class LSPAdamW(Optimizer):
 
 
 def _learned(grad_MN: torch.Tensor, group: dict[str, Any], key: int, step: int) -> SparseProjector | None:
-    rows, columns = grad_MN.shape
-    dim = subspace_dim_for((rows, columns), group["subspace_dim"])
     generator = torch.Generator().manual_seed(mixed(group["seed"], key, step))
-    return learned(grad_MN, dim, group["nnz_per_row"], generator, balanced=group["balance"])
+    rows, columns = grad_MN.shape
+    sizes = ProjectorSizes.of((rows, columns), group["subspace_dim"], group["nnz_per_row"])
+    return learned(grad_MN, sizes, generator, balanced=group["balance"])
 
 
 def _hyper(group: dict[str, Any]) -> AdamWHyper:
@@ -237,8 +244,8 @@ def _check_projected(weight: torch.Tensor, group: dict[str, Any]) -> None:
     nnz_per_row = group["nnz_per_row"]
     if len(shape) != 2:
         raise ConfigError("params", "be matrices in a group with a subspace_dim", shape)
-    if group["subspace_dim"] < 1 or not 1 <= nnz_per_row <= subspace_dim_for(
-        (shape[0], shape[1]), group["subspace_dim"]
-    ):
-        bound = f"be at least 1 and at most subspace_dim ({group['subspace_dim']}) and half of each side of {shape}"
-        raise ConfigError("nnz_per_row", bound, nnz_per_row)
+    bound = min(group["subspace_dim"], min(shape) // 2)
+    if not 1 <= nnz_per_row <= bound:
+        raise ConfigError(
+            "nnz_per_row", f"be at least 1 and at most subspace_dim and half a side ({bound})", nnz_per_row
+        )

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lsp_ray.config import LspConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.methods.lsp import subspace_dims
+from lsp_ray.methods.lsp import projector_sizes
 from lsp_ray.models.layers import Layer, LinearSite, embedding_parameters
 
 _NAMES = {
@@ -21,7 +21,6 @@ _NAMES = {
     "check_every": "check_every",
     "max_bias": "max_bias",
     "balance": "balance",
-    "whiten": "whiten",
 }
 _SWITCHES = {"true": True, "false": False}
 
@@ -40,8 +39,8 @@ def parameter_groups(
     for parameter in embedding_parameters(model):
         parameter.requires_grad_(False)
     sites = _targets(model, target_modules)
-    dims = subspace_dims([Layer(name="model", block=None, linears=sites)], lsp)
-    projected_ids = {id(site.module.get_parameter("weight")) for site in sites if site.name in dims}
+    sizes = projector_sizes([Layer(name="model", block=None, linears=sites)], lsp)
+    projected_ids = {id(site.module.get_parameter("weight")) for site in sites if site.name in sizes}
     projected: list[_Named] = []
     matrices: list[_Named] = []
     vectors: list[_Named] = []

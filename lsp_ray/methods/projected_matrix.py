@@ -1,6 +1,6 @@
 """ProjectedMatrix: one weight that LSPAdamW trains in its projector's subspace; its state as plain tensors.
 
-Legend: M rows, N columns of the weight as it is stored, D subspace, R non-zeros a row.
+Legend: M rows, N columns of the weight as it is stored, D × E what Adam sees, R non-zeros a row.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from collections.abc import Mapping
 
 import torch
 
-from lsp_ray.device.fits import GradientSketch
+from lsp_ray.device.fits import ClosedFormFit
+from lsp_ray.errors import ConfigError
 from lsp_ray.methods.moments import Moments
-from lsp_ray.optim.adamw import AdamWHyper
-from lsp_ray.projection.bias import bias_of
-from lsp_ray.projection.reproject import Reprojection, reproject_moments_, transition
-from lsp_ray.projection.sparse_factor import SparseFactor
-from lsp_ray.projection.sparse_projector import SparseProjector
-from lsp_ray.projection.whitening import Whitening
+from lsp_ray.optim.adamw import AdamWState
+from lsp_ray.optim.reproject import Reprojection, reproject_
+from lsp_ray.projection.bias import relative_bias
+from lsp_ray.projection.block_factor import BlockFactor
+from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
+from lsp_ray.projection.transition import transition
 
-_CPU = torch.device("cpu")
 _SIDES = ("left", "right")
 
 
@@ -28,12 +28,10 @@ class ProjectedMatrix:
     Args:
         projector: On the weight's device.
         moments: Of g.
-        whiten: Whether Adam's step is taken in whitened coordinates.
     """
 
-    def __init__(self, projector: SparseProjector, moments: Moments, *, whiten: bool) -> None:
+    def __init__(self, projector: SparseProjector, moments: Moments) -> None:
         self.moments = moments
-        self._whitening = _moved(Whitening.of(projector.to(_CPU)), moments.device) if whiten else None
         self._set(projector)
 
     def _set(self, projector: SparseProjector) -> None:
@@ -41,74 +39,65 @@ class ProjectedMatrix:
         self.update_scale = projector.update_scale  # kept: to compute it waits for the device
 
     @classmethod
-    def fresh(cls, projector: SparseProjector, device: torch.device, *, whiten: bool) -> ProjectedMatrix:
+    def fresh(cls, projector: SparseProjector, device: torch.device) -> ProjectedMatrix:
         """A matrix before its first update."""
-        return cls(projector, Moments.zeros((projector.dim, projector.dim), device), whiten=whiten)
+        return cls(projector, Moments.zeros(projector.dims, device))
 
     @classmethod
-    def from_state(cls, state: Mapping[str, torch.Tensor], *, whiten: bool) -> ProjectedMatrix:
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> ProjectedMatrix:
         """The matrix whose `state` this was; moments are shared with it."""
         moments = Moments.from_state(state)
         factors = []
-        for side in _SIDES:
-            scale_F = state.get(f"{side}_scale")
-            scale_F = None if scale_F is None else scale_F.cpu()
-            dim = moments.exp_avg.shape[0]
-            factors.append(SparseFactor(state[f"{side}_index"], state[f"{side}_value"], dim, scale_F))
-        return cls(SparseProjector(*factors), moments, whiten=whiten)
+        for side, dim in zip(_SIDES, moments.exp_avg.shape, strict=True):
+            value_FR, scale_F = state[f"{side}_value"], state.get(f"{side}_scale")
+            factors.append(BlockFactor(value_FR, dim // value_FR.shape[1], None if scale_F is None else scale_F.cpu()))
+        return cls(SparseProjector(*factors), moments)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Tensors alone, so that `torch.load(weights_only=True)` reads them; moments are this matrix's own."""
         state = self.moments.state()
         for side, factor in zip(_SIDES, (self.projector.left, self.projector.right), strict=True):
-            state |= {f"{side}_index": factor.index_FR, f"{side}_value": factor.value_FR}
+            state[f"{side}_value"] = factor.value_FR
             if factor.scale_F is not None:
                 state[f"{side}_scale"] = factor.scale_F
         return state
 
-    def delta(self, compressed_DD: torch.Tensor, *, learning_rate: float, hyper: AdamWHyper) -> torch.Tensor:
-        """Take Adam's step for g, float32; returns what P and Q decompress to the weight's delta, −lr included.
-
-        `OptimizerShard.update` of one matrix, with the update's scale.
-        """
-        if self._whitening is None:
-            return self.moments.delta(compressed_DD, learning_rate=learning_rate, hyper=hyper) * self.update_scale
-        seen_DD = self._whitening.apply(compressed_DD)
-        step_DD = self.moments.delta(seen_DD, learning_rate=learning_rate, hyper=hyper)
-        return self._whitening.apply(step_DD) * (self._whitening.scale * self.update_scale)
-
-    def relative_bias(self, grad_MN: torch.Tensor, compressed_DD: torch.Tensor) -> float | None:
-        """Share of a gradient that P and Q lose, at its best scalar; None for one that is zero or not finite."""
+    def relative_bias(self, grad_MN: torch.Tensor, compressed_DE: torch.Tensor) -> float | None:
+        """Share of a gradient that P and Q lose; None for one that is zero or not finite."""
         left, right = self.projector.left, self.projector.right
         scaled_NM = left.scale_columns(right.scale_columns(grad_MN).t())
-        square_sum = float(torch.linalg.vector_norm(scaled_NM, dtype=torch.float32)) ** 2
-        bias = bias_of(self.projector, compressed_DD, square_sum, whitened=self._whitening is not None)
-        return None if bias is None else bias.relative
+        return relative_bias(compressed_DE, float(torch.linalg.vector_norm(scaled_NM, dtype=torch.float32)) ** 2)
 
     def take(self, projector: SparseProjector) -> None:
-        """Go on in another subspace of the same size; the moments follow: `carry_over` of one matrix."""
-        change = Reprojection(first=0, old=self.projector.to(_CPU), new=projector.to(_CPU))
-        if self._whitening is None:
-            left_DD = transition(change.old.left, change.new.left)
-            right_DD = transition(change.old.right, change.new.right)
-        else:
-            old, new = _moved(self._whitening, _CPU), Whitening.of(change.new)
-            left_DD, right_DD = new.transitions(old, change)
-            self._whitening = _moved(new, self.moments.device)
+        """Go on in another subspace of the same size; the moments follow, as a shard's do."""
         device = self.moments.device
-        reproject_moments_(self.moments.exp_avg, self.moments.exp_avg_sq, left_DD.to(device), right_DD.to(device))
+        change = Reprojection(
+            first=0,
+            left_GRR=transition(self.projector.left, projector.left).to(device),
+            right_HRR=transition(self.projector.right, projector.right).to(device),
+        )
+        exp_avg, exp_avg_sq = self.moments.exp_avg.view(-1), self.moments.exp_avg_sq.view(-1)
+        reproject_(AdamWState(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=self.moments.step), change)
         self._set(projector)
 
 
+def check_form(state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a state that a version with projectors of another form wrote.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if "left_index" in state:
+        bound = "hold projectors of orthonormal blocks; this one has another form, which older versions wrote"
+        raise ConfigError("state_dict", bound, "left_index")
+
+
 def learned(
-    grad_MN: torch.Tensor, dim: int, nnz_per_row: int, generator: torch.Generator, *, balanced: bool
+    grad_MN: torch.Tensor, sizes: ProjectorSizes, generator: torch.Generator, *, balanced: bool
 ) -> SparseProjector | None:
-    """Learn a projector from one full gradient, in its dtype, on its device; None if it is zero or not finite."""
-    sketch = GradientSketch((grad_MN.shape[0], grad_MN.shape[1]), dim, generator, balanced=balanced)
+    """Learn a projector of some sizes from one full gradient, in its dtype; None if it is zero or not finite."""
+    fit = ClosedFormFit(balanced=balanced)
+    sketch = fit.lesson(sizes.shape, generator)
     sketch.add_full(grad_MN)
-    projector = sketch.learn(dim, nnz_per_row, generator, grad_MN.device)
-    return None if projector is None else projector.to(grad_MN.device, grad_MN.dtype)
-
-
-def _moved(whitening: Whitening, device: torch.device) -> Whitening:
-    return Whitening(whitening.left_DD.to(device), whitening.right_DD.to(device), whitening.scale)
+    projectors = fit.learn([sketch], [sizes], generator, grad_MN.device)
+    return None if projectors is None else projectors[0].to(grad_MN.device, grad_MN.dtype)

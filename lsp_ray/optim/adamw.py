@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,30 +20,46 @@ class AdamWHyper:
 
 @dataclass(slots=True, kw_only=True)
 class AdamWState:
-    """First and second moments of one flat buffer, float32 (numel,), and the number of updates so far."""
+    """First and second moments of one flat buffer, float32 (numel,), and the number of updates so far.
+
+    `error`, alike, is what coarse deltas have left out until now; None where they are not coarse.
+    """
 
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     step: torch.Tensor
+    error: torch.Tensor | None = None
 
     @classmethod
-    def zeros(cls, numel: int, device: torch.device | None = None) -> AdamWState:
+    def zeros(cls, numel: int, device: torch.device | None = None, *, keeps_error: bool = False) -> AdamWState:
         """State before the first update, on `device` (default: the CPU)."""
         return cls(
             exp_avg=torch.zeros(numel, device=device),
             exp_avg_sq=torch.zeros(numel, device=device),
             step=torch.zeros((), device=device),
+            error=torch.zeros(numel, device=device) if keeps_error else None,
         )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it consists of, by name; the tensors stay this state's own."""
+        tensors = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
+        return tensors if self.error is None else {**tensors, "error": self.error}
+
+    def parts(self, size: int) -> Iterator[tuple[int, AdamWState]]:
+        """Views of so many elements each, with the first one's position; the number of updates is a copy in each."""
+        for first in range(0, self.exp_avg.numel(), size):
+            part = {name: tensor[first : first + size] for name, tensor in self.tensors().items() if name != "step"}
+            yield first, AdamWState(step=self.step.clone(), **part)
 
     def clone(self) -> AdamWState:
         """Return a copy."""
-        return AdamWState(exp_avg=self.exp_avg.clone(), exp_avg_sq=self.exp_avg_sq.clone(), step=self.step.clone())
+        return AdamWState(**{name: tensor.clone() for name, tensor in self.tensors().items()})
 
     def copy_(self, other: AdamWState) -> None:
         """Take the other's values, in this state's tensors."""
-        self.exp_avg.copy_(other.exp_avg)
-        self.exp_avg_sq.copy_(other.exp_avg_sq)
-        self.step.copy_(other.step)
+        theirs = other.tensors()
+        for name, tensor in self.tensors().items():
+            tensor.copy_(theirs[name])
 
 
 def adamw_delta_(

@@ -1,7 +1,7 @@
 """Adam's moments in safetensors files, one of each shard; whoever reads needs not have the writer's shards.
 
 For each layer NUMBER: NUMBER.exp_avg and NUMBER.exp_avg_sq, flat float32 in the order of the layer's payload, and
-NUMBER.step, the number of updates.
+NUMBER.step, the number of updates; where deltas are coarse NUMBER.error, what they have left out.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ def save_moments(path: Path, states: Mapping[int, AdamWState]) -> None:
     """Write the state of some layers, by their number."""
     tensors: dict[str, torch.Tensor] = {}
     for layer, state in states.items():
-        tensors[f"{layer}.exp_avg"] = state.exp_avg.cpu()
-        tensors[f"{layer}.exp_avg_sq"] = state.exp_avg_sq.cpu()
-        tensors[f"{layer}.step"] = state.step.cpu()
+        tensors |= {f"{layer}.{name}": tensor.cpu() for name, tensor in state.tensors().items()}
     save_file({name: tensor.clone() if _shares(tensor) else tensor for name, tensor in tensors.items()}, path)
 
 
@@ -55,7 +53,7 @@ def load_moments(paths: Iterable[Path], states: Mapping[int, AdamWState], *, num
 
 
 def _read(content: Any, layer: int, state: AdamWState, num_updates: int) -> None:
-    for name, into in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq), ("step", state.step)):
+    for name, into in state.tensors().items():
         tensor: torch.Tensor = content.get_tensor(f"{layer}.{name}")
         if tensor.shape != into.shape or tensor.dtype != torch.float32:
             found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

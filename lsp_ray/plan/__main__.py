@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch is impo
     from lsp_ray.sim.hardware_profile import HardwareProfile
     from lsp_ray.sim.model_shape import ModelShape
 
-_SWITCHES = ("--measure", "--bf16", "--gradient_checkpointing", "--json", "--lsp.whiten", "--runtime.pinned")
+_SWITCHES = ("--measure", "--bf16", "--gradient_checkpointing", "--json", "--runtime.pinned")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,6 @@ from lsp_ray.runtime.layout import divide_cores
 from lsp_ray.runtime.throttle import Throttle, emulating
 from lsp_ray.sim.advice import DIM_STEP, largest_dim, largest_hidden_dim
 from lsp_ray.sim.cost_model import CostModel
-from lsp_ray.sim.device_work import SHARD_BYTES
 from lsp_ray.sim.forecast import simulate
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import ModelShape
@@ -78,12 +77,12 @@ def _choose(config: RunConfig, note: Callable[[str], None]) -> tuple[int, str]:
         bf16=bool(config.bf16),
         gradient_checkpointing=config.gradient_checkpointing,
         nnz_per_row=config.lsp.nnz_per_row,
-        whiten=config.lsp.whiten,
         num_shards=cores.num_shards,
         shard_threads=cores.shard_threads,
+        payload_dtype=config.runtime.payload_dtype,
     )
     measured = measure(folder, model, work, device=device, device_threads=cores.device_threads, budget_s=_BUDGET_S)
-    machine = throttled(measured, _throttle(config, model, work, measured))
+    machine = throttled(measured, _throttle(config, model, work, measured), work.update_bytes)
     dim = largest_hidden_dim(model, work, machine, config.policy)
     return dim, why_no_larger(model, replace(work, subspace_dim=dim), machine, config.policy)
 
@@ -98,10 +97,13 @@ def why_no_larger(model: ModelShape, work: Workload, machine: HardwareProfile, p
     return f"the largest that is hidden: {wider} would expose {waits}, mostly {_cause(step.exposed)}"
 
 
-def throttled(machine: HardwareProfile, throttle: Throttle) -> HardwareProfile:
-    """Return the machine with its link and updates slowed down; a throttle never makes a part faster."""
+def throttled(machine: HardwareProfile, throttle: Throttle, update_bytes: float) -> HardwareProfile:
+    """Return the machine with its link and updates slowed down; a throttle never makes a part faster.
+
+    `update_bytes` are those that a shard moves for an element.
+    """
     link = float("inf") if throttle.link_gbps is None else throttle.link_gbps * 1e9
-    updates = float("inf") if throttle.updates_per_s is None else throttle.updates_per_s * SHARD_BYTES
+    updates = float("inf") if throttle.updates_per_s is None else throttle.updates_per_s * update_bytes
     return replace(
         machine,
         d2h_bytes_per_s=min(machine.d2h_bytes_per_s, link),

@@ -15,10 +15,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
+from lsp_ray.optim.codec import Codec
+from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.plan.block_pace import activation_bytes_per_s
-from lsp_ray.projection.sparse_projector import SparseProjector, subspace_dim_for
-from lsp_ray.sim.device_work import ADAMW_BYTES, gathering_work
+from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
+from lsp_ray.sim.device_work import projection_work
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import LinearShape, ModelShape
 from lsp_ray.sim.workload import Workload
@@ -26,9 +27,8 @@ from lsp_ray.sim.workload import Workload
 HOP_S = 0.0008  # a call to an actor and back, Ray 2.60 on 2 cores; starting Ray to measure it would take too long
 _MIN_RUNS = 3
 _ELEMENTS = 1 << 22  # of a copy: beyond the caches
-_STATE_ELEMENTS = 1 << 24  # of an update: a shard goes through all layers' state before it comes back to one
 _LEAST_SHARE = 0.1  # of a measured time that what remains of it is at least: clocks and shared machines are not exact
-_SQUARE = 512  # side of a shard's whitening product
+_STATE_ELEMENTS = 1 << 24  # of updates: a shard goes through all layers' state before it comes back to one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +86,13 @@ def _rates(model: ModelShape, workload: Workload, timer: _Timer, device_threads:
         with _threads(device_threads):
             bf16_flops, float32_flops = (_product_flops(model, workload.tokens, timer, dtype) for dtype in _DTYPES)
             device_bytes = _device_bytes_per_s(timer)
-            gather_bytes = _gather_bytes_per_s(model, workload, timer, device_bytes)
+            block_flops = _block_flops(model, workload, timer, device_bytes)
         with _threads(1):
             d2h, h2d = (_copy_bytes_per_s(timer, down=down, pinned=True) for down in (True, False))
             pageable = _copy_bytes_per_s(timer, down=False, pinned=False)
-            core_bytes, core_flops = _adamw_bytes_per_s(host), _square_flops(host)
+            core_bytes = _update_bytes_per_s(model, workload, host)
         with _threads(cores):
-            host_bytes = _adamw_bytes_per_s(host)
+            host_bytes = _update_bytes_per_s(model, workload, host)
     host_memory = float(psutil.virtual_memory().total)
     on_gpu = device.type == "cuda"
     return HardwareProfile(
@@ -101,9 +101,9 @@ def _rates(model: ModelShape, workload: Workload, timer: _Timer, device_threads:
         device_memory_bytes=float(torch.cuda.get_device_properties(device).total_memory) if on_gpu else host_memory,
         device_bf16_flops=bf16_flops,
         device_float32_flops=float32_flops,
+        block_flops=block_flops,
         device_bytes_per_s=device_bytes,
         activation_bytes_per_s=device_bytes,
-        gather_bytes_per_s=gather_bytes,
         d2h_bytes_per_s=d2h,
         h2d_bytes_per_s=h2d,
         pageable_fraction=min(1.0, pageable / h2d) if on_gpu else 1.0,
@@ -111,7 +111,6 @@ def _rates(model: ModelShape, workload: Workload, timer: _Timer, device_threads:
         host_memory_bytes=host_memory,
         host_bytes_per_s=max(host_bytes, core_bytes),
         core_bytes_per_s=core_bytes,
-        core_float32_flops=core_flops,
         num_cores=cores,
         hop_s=HOP_S,
     )
@@ -136,22 +135,21 @@ def _device_bytes_per_s(timer: _Timer) -> float:
 
 
 def _common_linear(model: ModelShape) -> LinearShape:
-    linears = [linear for layer in model.layers for linear in layer.linears]
+    linears = [replace(linear, input=0) for layer in model.layers for linear in layer.linears]
     return max(set(linears), key=lambda linear: (linears.count(linear) * linear.numel, linear.rows))
 
 
-def _gather_bytes_per_s(model: ModelShape, workload: Workload, timer: _Timer, device_bytes_per_s: float) -> float:
-    """Of (X Q)ᵀ by gathers, in a run's type; what it moves in order besides, at that rate, is taken off."""
+def _block_flops(model: ModelShape, workload: Workload, timer: _Timer, device_bytes_per_s: float) -> float:
+    """Of X Q in a run's type; what it moves, at the device's rate, is taken off."""
     linear, device = _common_linear(model), timer.device
     dtype = torch.bfloat16 if workload.bf16 else torch.float32
-    dim = subspace_dim_for((linear.rows, linear.columns), workload.subspace_dim)
-    nnz_per_row = min(workload.nnz_per_row, dim)
-    generator = torch.Generator().manual_seed(0)
-    projector = SparseProjector.random((linear.rows, linear.columns), dim, nnz_per_row, generator).to(device, dtype)
+    nnz_per_row = min(workload.nnz_per_row, linear.small_side)
+    sizes = ProjectorSizes.of((linear.rows, linear.columns), workload.subspace_dim, nnz_per_row)
+    factor = SparseProjector.random(sizes, torch.Generator().manual_seed(0)).to(device, dtype).right
     input_TN = torch.randn(workload.tokens, linear.columns, device=device).to(dtype)
-    taken_s = timer.seconds(lambda: projector.right.transposed_times(input_TN.t().contiguous()))
-    work = gathering_work(workload, linear.columns, dim)
-    return work.gathered_bytes / max(taken_s - work.moved_bytes / device_bytes_per_s, _LEAST_SHARE * taken_s)
+    taken_s = timer.seconds(lambda: factor.project(input_TN))
+    work = projection_work(replace(workload, nnz_per_row=nnz_per_row), linear.columns, factor.dim)
+    return work.block_flops / max(taken_s - work.moved_bytes / device_bytes_per_s, _LEAST_SHARE * taken_s)
 
 
 def _copy_bytes_per_s(timer: _Timer, *, down: bool, pinned: bool) -> float:
@@ -181,21 +179,23 @@ def _copy_pair(device: torch.device, *, pinned: bool) -> tuple[torch.Tensor, tor
     return host, torch.zeros(_ELEMENTS, device=device)
 
 
-def _adamw_bytes_per_s(timer: _Timer) -> float:
-    """The update as a shard makes it, by the bytes that the cost model counts for an element."""
-    grad, delta = torch.ones(_STATE_ELEMENTS), torch.empty(_STATE_ELEMENTS)
-    state, hyper = AdamWState.zeros(_STATE_ELEMENTS), AdamWHyper()
+def _update_bytes_per_s(model: ModelShape, workload: Workload, timer: _Timer) -> float:
+    """The update as a shard makes it, from slot to slot, by the bytes that the cost model counts for an element.
+
+    As many layers as the largest one in turn as are beyond the caches.
+    """
+    numel = min(_STATE_ELEMENTS, max(map(workload.payload_numel, model.layers)))
+    layers = range(_STATE_ELEMENTS // numel)
+    codec = Codec(workload.payload_dtype)
+    shard, undo = (OptimizerShard(dict.fromkeys(layers, numel), codec=codec) for _ in range(2))
+    down, up = (torch.zeros(len(layers), codec.wire_numel(numel), dtype=codec.dtype) for _ in range(2))
 
     def update() -> None:
-        torch.dot(grad, grad)
-        adamw_delta_(delta, grad, state, learning_rate=1e-4, hyper=hyper)
+        for layer in layers:
+            undo.states[layer].copy_(shard.states[layer])
+            shard.update(layer, down[layer], up[layer], learning_rate=1e-4)
 
-    return ADAMW_BYTES * _STATE_ELEMENTS / timer.seconds(update)
-
-
-def _square_flops(timer: _Timer) -> float:
-    square_DD = torch.randn(_SQUARE, _SQUARE)
-    return 2.0 * _SQUARE**3 / timer.seconds(lambda: square_DD @ square_DD)
+    return workload.update_bytes * numel * len(layers) / timer.seconds(update)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lsp_ray.config import PayloadDtype
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.hardware_profile import hardware_names
 
@@ -16,10 +17,8 @@ class PlanLspConfig:
 
     subspace_dim: int | Literal["auto"] = "auto"
     """Size d of the (d, d) compressed gradient; auto: the largest whose traffic and updates the compute hides."""
-    nnz_per_row: int = 4
+    nnz_per_row: int = 8
     """Non-zeros r in every row of a projector."""
-    whiten: bool = True
-    """Adam's step in orthonormal coordinates, for d³ work on the shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,8 @@ class PlanRuntimeConfig:
     """CPU threads of each shard; default: what a GPU run leaves, or a quarter of a CPU run's cores, over num_shards."""
     shard_by: Literal["layer", "slice"] = "layer"
     """Whether a shard owns whole layers, as in a run, or a slice of every layer (forecast only)."""
+    payload_dtype: PayloadDtype = "bfloat16"
+    """What crosses the link, both ways; int8 comes with a scale for every 64 values."""
     pinned: bool = True
     """Whether the slots are page-locked."""
 

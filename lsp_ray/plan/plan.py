@@ -94,10 +94,10 @@ def workload_of(
         nnz_per_row=config.lsp.nnz_per_row,
         lora_rank=config.lora.r,
         galore_rank=config.galore.rank,
-        whiten=config.lsp.whiten,
         num_shards=shares.num_shards,
         shard_threads=shares.shard_threads,
         shard_by=config.runtime.shard_by,
+        payload_dtype=config.runtime.payload_dtype,
         pinned=config.runtime.pinned,
         speculates=config.max_grad_norm > 0 or config.on_nonfinite == "skip",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_skeleton
+from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 
 
@@ -24,11 +26,12 @@ def shape_of(folder: Path) -> ModelShape:
 def shape_of_model(model: PreTrainedModel) -> ModelShape:
     """Return a model's shape and freeze what is not trained; a model on the meta device will do."""
     layers, config = find_layers(model), model.config
+    first_reader = {name: names[0] for names in shared_inputs(model) for name in names}
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     head_width = int(getattr(config, "head_dim", None) or hidden // heads)
     output = model.get_output_embeddings()
     return ModelShape(
-        layers=tuple(map(_layer_shape, layers)),
+        layers=tuple(_layer_shape(layer, first_reader) for layer in layers),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         hidden_size=hidden,
         attention_width=heads * head_width,
@@ -47,10 +50,14 @@ def _skeleton(folder: Path) -> PreTrainedModel:
             raise causal_error from None
 
 
-def _layer_shape(layer: Layer) -> LayerShape:
-    shapes = [site.shape for site in layer.linears]
+def _layer_shape(layer: Layer, first_reader: Mapping[str, str]) -> LayerShape:
+    read = [first_reader.get(site.name, site.name) for site in layer.linears]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(read))}
     return LayerShape(
-        linears=tuple(LinearShape(rows=rows, columns=columns) for rows, columns in shapes),
+        linears=tuple(
+            LinearShape(rows=site.shape[0], columns=site.shape[1], input=numbers[name])
+            for site, name in zip(layer.linears, read, strict=True)
+        ),
         raw_numel=sum(site.parameter.numel() for site in layer.parameters),
         is_block=layer.block is not None,
     )

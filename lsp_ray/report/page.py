@@ -188,7 +188,7 @@ def _bias(runs: Sequence[RunFolder]) -> Sequence[Markup]:
         points = [(float(layer), bias) for step in run.steps for layer, bias in (step.bias_by_layer or {}).items()]
         series.append(Series(name=run.name, run=index, points=sorted(points), is_line=False))
     how = (
-        "Relative bias of the projected gradient at its best scalar: 0 keeps the whole gradient, 1 nothing. Each dot "
+        "Relative bias of the projected gradient: 0 keeps the whole gradient, 1 nothing. Each dot "
         "is one measurement of the layer's matrices that were in the sample (lsp.check_every)."
     )
     drawn = chart(series, x_label="layer", y_label="relative bias")

@@ -19,7 +19,7 @@ from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
 from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
 from lsp_ray.device.judge import Judge
-from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
+from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_file import load_refits, save_refits
 from lsp_ray.device.step_report import StepReport
@@ -29,14 +29,14 @@ from lsp_ray.errors import LspRayError
 from lsp_ray.hardware import MACHINES
 from lsp_ray.methods.galore import GaloreShard
 from lsp_ray.methods.lora import add_adapters, load_trained, merged_state, save_adapter, save_trained
-from lsp_ray.methods.lsp import lsp_units, projected_shapes
+from lsp_ray.methods.lsp import lsp_units, projector_sizes, take_projectors
 from lsp_ray.methods.units import full_payload_sizes, full_units
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_model, load_tokenizer, save_model
+from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors
-from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, reading
@@ -121,6 +121,7 @@ class DeviceSide:
             judge=Judge(units, max_grad_norm=config.max_grad_norm, skips=config.on_nonfinite == "skip"),
             measured_step=job.measured_step,
             staleness=job.staleness,
+            codec=job.codec,
         )
         self.keep_to(throttle)
         if job.saved is not None:
@@ -133,17 +134,6 @@ class DeviceSide:
     def keep_to(self, throttle: Throttle) -> None:
         """Between two steps: slow the link down to this from now on."""
         self.worker.slow_down(throttle.link())
-
-    def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
-        """By unit: every projector, on the host, with the first payload element of its matrix."""
-        return {
-            unit.index: [
-                (first, target.owner.projector.to(torch.device("cpu")))
-                for first, target in zip(unit.offsets, unit.targets, strict=True)
-                if isinstance(target, ProjectedTarget)
-            ]
-            for unit in self.worker.units
-        }
 
     def run_step(self, step: int, host_slots: Sequence[torch.Tensor] = ()) -> StepReport:
         """Run the next optimizer update; `step` must be the one after the last."""
@@ -274,19 +264,17 @@ class DeviceSide:
             return units, []
         if config.method != "lsp":
             return full_units(layers), []
-        shapes = projected_shapes(layers, config.lsp)
-        units, self._linears = lsp_units(layers, config.lsp, seed=config.seed)
+        sizes = projector_sizes(layers, config.lsp)
+        shared = shared_inputs(self._model)
+        units, self._linears = lsp_units(layers, config.lsp, seed=config.seed, shared=shared)
         if self._job.saved is not None:
-            self._take(load_projectors(self._job.saved.state / FILE_NAME, shapes, field=FIELD))
+            saved = load_projectors(self._job.saved.state / FILE_NAME, sizes, field=FIELD)
+            take_projectors(self._linears, saved)
             return units, []
         if config.lsp.init_from is not None:
-            self._take(load_projectors(Path(config.lsp.init_from), shapes))
+            take_projectors(self._linears, load_projectors(Path(config.lsp.init_from), sizes))
             return units, []
         return units, [] if config.lsp.fit == "random" else self._fit()
-
-    def _take(self, projectors: Mapping[str, SparseProjector]) -> None:
-        for name, module in self._linears:
-            module.set_projector(projectors[name].to(module.weight.device, module.weight.dtype))
 
     def _fit(self) -> list[str]:
         def note(done: int, total: int) -> None:
@@ -315,7 +303,6 @@ class DeviceSide:
             max_bias=lsp.max_bias,
             num_sketched=config.num_sketched_steps,
             seed=config.seed,
-            whitened=lsp.whiten,
         )
 
     def _new_local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:
@@ -329,10 +316,12 @@ class DeviceSide:
 
 def _check_deltas(kept_back: Mapping[tuple[int, int], torch.Tensor], job: Job, step: int) -> None:
     steps = range(step - job.staleness, step)
-    expected = {(made, unit): numel for made in steps if made >= 0 for unit, numel in enumerate(job.payload_sizes)}
+    wires, dtype = [job.codec.wire_numel(numel) for numel in job.payload_sizes], job.codec.dtype
+    expected = {(made, unit): numel for made in steps if made >= 0 for unit, numel in enumerate(wires)}
     for key, numel in expected.items():
-        if key not in kept_back or kept_back[key].shape != (numel,) or kept_back[key].dtype != torch.float32:
-            raise ValueError(f"the delta of step {key[0]} for unit {key[1]} is not {numel} float32 numbers")
+        delta = kept_back.get(key)
+        if delta is None or delta.shape not in [(numel,), (0,)] or delta.dtype != dtype:
+            raise ValueError(f"the delta of step {key[0]} for unit {key[1]} is not {numel} numbers of {dtype}")
     if len(kept_back) > len(expected):
         raise ValueError(f"it has {len(kept_back)} deltas, not {len(expected)}")
 

@@ -39,7 +39,7 @@ class Summary:
         sample_before: The model's answer to a held-out prompt, before training.
         sample_after: The same after training.
         sample_expected: What the data says.
-        trainable_subspace_dims: D by the linear's name; empty for other methods than lsp.
+        trainable_subspace_dims: (D, E) of what is sent, by the linear's name; empty for other methods than lsp.
     """
 
     method: str
@@ -62,7 +62,7 @@ class Summary:
     sample_before: str
     sample_after: str
     sample_expected: str
-    trainable_subspace_dims: dict[str, int]
+    trainable_subspace_dims: dict[str, list[int]]
 
 
 def fine_tune(
@@ -179,7 +179,7 @@ def _summary(
         sample_before=samples[0],
         sample_after=samples[1],
         sample_expected=job.sample_expected,
-        trainable_subspace_dims=job.subspace_dims,
+        trainable_subspace_dims={name: list(dims) for name, dims in job.subspace_dims.items()},
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import ray
 
 from lsp_ray.device.step_report import StepReport
-from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import OpReport
@@ -45,10 +44,6 @@ class GpuActor:
     def keep_to(self, throttle: Throttle) -> None:
         """See `DeviceSide.keep_to`."""
         self._side.keep_to(throttle)
-
-    def projectors(self) -> dict[int, list[tuple[int, SparseProjector]]]:
-        """See `DeviceSide.projectors`."""
-        return self._side.projectors()
 
     def run_step(self, step: int) -> StepReport:
         """See `DeviceSide.run_step`."""

@@ -22,11 +22,12 @@ from lsp_ray.data.tokenize import TokenizedRows, tokenize_rows
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.galore import check_rank
 from lsp_ray.methods.lora import check_lora
-from lsp_ray.methods.lsp import lsp_payload_sizes, projected_shapes, subspace_dims
+from lsp_ray.methods.lsp import lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import check_weights, load_skeleton, load_tokenizer
 from lsp_ray.models.resolve import resolve_model
+from lsp_ray.optim.codec import Codec
 from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
 from lsp_ray.runtime.layout import Layout, plan_layout
@@ -35,7 +36,7 @@ from lsp_ray.runtime.metrics_file import METRICS, read_metrics
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
 from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
 from lsp_ray.schedule.policy import POLICIES
-from lsp_ray.sim.store import store_bytes
+from lsp_ray.sim.store import payload_bytes, store_bytes
 
 SAMPLE_TOKENS = 48
 
@@ -44,7 +45,7 @@ SAMPLE_TOKENS = 48
 class Job:
     """A validated run. Goes to the GPU actor as it is.
 
-    `payload_sizes` are float32 elements a unit, empty where nothing leaves the device; `delta_room` is for what comes
+    `payload_sizes` are elements a unit, empty where nothing leaves the device; `delta_room` is for what comes
     up, None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a
     classifier's: a whole example's) model inputs, shown with the answer before and after; `questions` are answered in
     evaluations. `saved` is the checkpoint to go on from, see `resumed`.
@@ -61,7 +62,7 @@ class Job:
     learning_rates: tuple[float, ...]
     payload_sizes: tuple[int, ...]
     delta_room: DeltaRoom | None
-    subspace_dims: dict[str, int]
+    subspace_dims: dict[str, tuple[int, int]]
     layout: Layout
     sample_inputs: dict[str, list[int]]
     sample_expected: str
@@ -95,9 +96,14 @@ class Job:
         return digest.hexdigest()
 
     @property
-    def whitens(self) -> bool:
-        """Whether the shards take Adam's steps in whitened coordinates."""
-        return self.config.method == "lsp" and self.config.lsp.whiten
+    def codec(self) -> Codec:
+        """Of what crosses the link."""
+        return Codec(self.config.runtime.payload_dtype)
+
+    @property
+    def bytes_each_way(self) -> int:
+        """What crosses the link in a step, down and up alike."""
+        return sum(payload_bytes(numel, self.codec.payload_dtype) for numel in self.payload_sizes)
 
     @property
     def speculates(self) -> bool:
@@ -117,7 +123,12 @@ class Job:
     @property
     def store_bytes(self) -> int:
         """Shared memory that Ray's object store needs: all slots, and some to spare."""
-        return store_bytes(self.payload_sizes, self.layout.shard_of_unit, speculates=self.speculates)
+        return store_bytes(
+            self.payload_sizes,
+            self.layout.shard_of_unit,
+            speculates=self.speculates,
+            payload_dtype=self.codec.payload_dtype,
+        )
 
     @property
     def resolved_config(self) -> RunConfig:
@@ -162,9 +173,9 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     check_weights(model_folder)
     layers = find_layers(skeleton)
     _check_method(layers, config)
-    dims = subspace_dims(layers, config.lsp) if config.method == "lsp" else {}
+    sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
     if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
-        load_projectors(Path(config.lsp.init_from), projected_shapes(layers, config.lsp))  # complains before any actor
+        load_projectors(Path(config.lsp.init_from), sizes)  # complains before any actor
     payload_sizes = _payload_sizes(layers, config)
     micro_batches = MicroBatches(
         tokenized,
@@ -190,8 +201,8 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         micro_batches=micro_batches,
         learning_rates=learning_rates(config, micro_batches.num_steps),
         payload_sizes=tuple(payload_sizes),
-        delta_room=delta_room([4 * size for size in payload_sizes], [4 * size for size in full_payload_sizes(layers)]),
-        subspace_dims=dims,
+        delta_room=delta_room(_wire_sizes(payload_sizes, config), _wire_sizes(full_payload_sizes(layers), config)),
+        subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
         sample_inputs=sample_inputs,
         sample_expected=sample_expected,
@@ -240,6 +251,10 @@ def _payload_sizes(layers: Sequence[Layer], config: RunConfig) -> list[int]:
     if config.method == "lsp":
         return lsp_payload_sizes(layers, config.lsp)
     return full_payload_sizes(layers) if config.method == "zero_offload" else []
+
+
+def _wire_sizes(sizes: Sequence[int], config: RunConfig) -> list[int]:
+    return [payload_bytes(size, config.runtime.payload_dtype) for size in sizes]
 
 
 def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:

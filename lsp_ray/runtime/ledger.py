@@ -8,10 +8,10 @@ their waiting is counted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from lsp_ray.device.step_report import StepReport
-from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.trace import Span, StepMetrics, Timeline, Wait, WorkStream, busy_s, exposed, wait_parts
 
 STEPS_KEPT = 2  # so many steps before, operations still reach into a step: one, and one more under a stale policy
@@ -149,7 +149,7 @@ class Ledger:
             exposed_h2d_s=late.h2d_s,
             bytes_d2h=moved(WorkStream.D2H),
             bytes_h2d=moved(WorkStream.H2D),
-            bias=asdict(report.bias.bias) if report.bias else None,
+            bias=report.bias.relative if report.bias else None,
             bias_by_layer=_by_name(report.bias.relative_by_unit) if report.bias else None,
             num_refitted=report.bias.num_refitted if report.bias else None,
         )

@@ -58,6 +58,6 @@ class LiveMetrics:
             if getattr(metrics, name):  # Ray refuses to add nothing
                 counter.inc(getattr(metrics, name))
         if metrics.bias is not None:
-            self._bias.set(metrics.bias["relative"])
+            self._bias.set(metrics.bias)
         for layer, bias in (metrics.bias_by_layer or {}).items():
             self._bias_of_layer.set(bias, tags={"layer": layer})

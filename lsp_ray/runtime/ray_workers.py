@@ -12,7 +12,7 @@ import ray
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.errors import DeadlineError, WorkerLostError
-from lsp_ray.projection.reproject import Reprojection
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Completion
@@ -42,7 +42,7 @@ class RayWorkers:
         self._pending: dict[ray.ObjectRef[Any], str] = {}
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
         self._updates: dict[ray.ObjectRef[Any], _Update] = {}  # those of `_pending`
-        pairs = [new_pair(unit, numel) for unit, numel in enumerate(job.payload_sizes)]
+        pairs = [new_pair(unit, numel, job.codec) for unit, numel in enumerate(job.payload_sizes)]
         self._gpu: Any = (
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
             .options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0)
@@ -67,7 +67,7 @@ class RayWorkers:
                 said = now
         report: SetupReport = answer(ref, "gpu: setup")
         if self._shards is not None:
-            self._shards.set_up(report.throttle, self._gpu.projectors.remote() if self._job.whitens else None)
+            self._shards.set_up(report.throttle)
         return report
 
     def keep_to(self, throttle: Throttle) -> None:
@@ -166,8 +166,7 @@ class RayWorkers:
             case StepReport():
                 return [result]
             case Span():
-                update = self._updates.pop(ref)
-                self._shard_pool.updated(update.op, update.reprojections)
+                self._shard_pool.updated(self._updates.pop(ref).op)
                 return [OpReport(span=result)]
             case None:  # drained
                 return []

@@ -24,6 +24,7 @@ _FREE = {
     *("output_dir", FIELD, "eval_steps", "save_steps", "save_total_limit", "runtime", "on_nonfinite"),
     *("report_to", "report_port"),
 }
+_BOUND = "runtime.payload_dtype"  # of what is free: it changes values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,13 +148,12 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if not prefix and name in _FREE:
-            continue
+    for part, value in config.items():
+        name = f"{prefix}{part}"
         if isinstance(value, Mapping) and name != "lr_scheduler_kwargs":  # else one that is gone would not be missed
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+            yield from _flat(value, f"{name}.")
+        elif name == _BOUND or name.split(".")[0] not in _FREE:
+            yield name, value
 
 
 def _check_files(folder: Path, files: Any) -> None:

@@ -20,12 +20,11 @@ import ray
 import torch
 
 from lsp_ray.device.token_bucket import TokenBucket
-from lsp_ray.methods.lsp_shard import adopt, carry_over, go_back, whiten
 from lsp_ray.optim.adamw import AdamWState
+from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.moments_file import load_moments, save_moments
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.projection.reproject import Reprojection
-from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.saved_run import SavedRun, reading
 from lsp_ray.runtime.slots import Slot
@@ -36,22 +35,29 @@ from lsp_ray.trace import Span, WorkStream
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotPair:
-    """One unit's slots: object references of the way down, the way up and the state, and the payload's length."""
+    """One unit's slots: object references of the way down, the way up and the state; length and codec of payloads."""
 
     unit: int
     numel: int
+    codec: Codec
     down: ray.ObjectRef[Any]
     up: ray.ObjectRef[Any]
     state: ray.ObjectRef[Any]
 
     def open(self) -> OpenPair:
         """Map the slots of both ways into this process."""
-        down, up = ray.get([self.down, self.up])
-        return OpenPair(down=Slot(down, self.numel, f"down {self.unit}"), up=Slot(up, self.numel, f"up {self.unit}"))
+        numel, dtype = self.codec.wire_numel(self.numel), self.codec.dtype
+        ways = {"down": ray.get(self.down), "up": ray.get(self.up)}
+        return OpenPair(**{way: Slot(buffer, numel, f"{way} {self.unit}", dtype) for way, buffer in ways.items()})
 
     def open_state(self) -> Slot:
         """Map the state's slot into this process; see `state_numel`."""
-        return Slot(ray.get(self.state), state_numel(self.numel), f"state {self.unit}")
+        return self.open_undo(self.state, "state")
+
+    def open_undo(self, ref: ray.ObjectRef[Any], name: str = "undo") -> Slot:
+        """Map a slot that is large enough for the unit's state."""
+        numel = state_numel(self.numel, self.codec.payload_dtype)
+        return Slot(ray.get(ref), numel, f"{name} {self.unit}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +85,10 @@ class ShardActor:
         torch.set_num_threads(num_threads)
         self._pairs: Mapping[int, OpenPair] = {pair.unit: pair.open() for pair in pairs}
         self._slots = {pair.unit: pair.open_state() for pair in pairs}
-        self._undo = {
-            pair.unit: Slot(ray.get(undo[pair.unit]), state_numel(pair.numel), f"undo {pair.unit}") for pair in pairs
-        }
-        states = {pair.unit: _state(self._slots[pair.unit].payload, pair.numel) for pair in pairs}
-        self._shard = OptimizerShard({pair.unit: pair.numel for pair in pairs}, states=states)
+        self._undo = {pair.unit: pair.open_undo(undo[pair.unit]) for pair in pairs}
+        self._numel = {pair.unit: pair.numel for pair in pairs}
+        states = {unit: _state(slot.payload, self._numel[unit]) for unit, slot in self._slots.items()}
+        self._shard = OptimizerShard(self._numel, states=states, codec=pairs[0].codec)
         self._bucket: TokenBucket | None = None
         for unit, slot in self._slots.items():
             if slot.generation is None:
@@ -95,28 +100,6 @@ class ShardActor:
     def ready(self) -> int:
         """This process's number, once the constructor is done."""
         return os.getpid()
-
-    def set_up(
-        self,
-        throttle: Throttle,
-        num_shards: int,
-        projectors: Mapping[int, Sequence[tuple[int, SparseProjector]]] | None,
-        changed: Mapping[tuple[int, int], SparseProjector],
-    ) -> None:
-        """Keep to this shard's part of the throttle, and take Adam's steps in whitened coordinates.
-
-        Args:
-            throttle: All shards'.
-            num_shards: How many share it.
-            projectors: By unit, of all units: those that training began with; None where nothing is whitened.
-            changed: By unit and first payload element: what came in their place since.
-        """
-        self.keep_to(throttle, num_shards)
-        if projectors is None:
-            return
-        for unit in self._pairs:
-            now = [(first, changed.get((unit, first), projector)) for first, projector in projectors[unit]]
-            whiten(self._shard, unit, now)
 
     def keep_to(self, throttle: Throttle, num_shards: int) -> None:
         """Between two steps: keep to this shard's part of the throttle from now on."""
@@ -147,16 +130,14 @@ class ShardActor:
         pair, slot = self._pairs[unit], self._slots[unit]
         gradient = pair.down.to_read(step)
         if slot.generation == step + 1 and grad_scale == 1.0:  # made by an actor that died before it could say so
-            adopt(self._shard, unit, reprojections)
             return _span(step, unit, start_s)
         if slot.generation == step + 1:  # made before the step was judged
             self._put_back(unit)
-            go_back(self._shard, unit, reprojections)
         self._keep(unit, step)
-        carry_over(self._shard, unit, reprojections)
+        self._shard.carry_over(unit, reprojections)
         self._shard.update(unit, gradient, pair.up.to_write(), learning_rate=learning_rate, grad_scale=grad_scale)
         if self._bucket is not None:
-            self._bucket.take(gradient.numel(), start_s=start_s)
+            self._bucket.take(self._numel[unit], start_s=start_s)
         pair.up.publish(step)
         slot.publish(step + 1)
         return _span(step, unit, start_s)
@@ -182,5 +163,5 @@ def _span(step: int, unit: int, start_s: float) -> Span:
 
 
 def _state(payload: torch.Tensor, numel: int) -> AdamWState:
-    exp_avg, exp_avg_sq, step_1 = payload.split([numel, numel, 1])
-    return AdamWState(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=step_1[0])
+    parts = dict(zip(("exp_avg", "exp_avg_sq", "error"), payload[:-1].split(numel), strict=False))  # error: if kept
+    return AdamWState(step=payload[-1], **parts)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import ray
+import torch
 
 from lsp_ray.errors import WorkerLostError
-from lsp_ray.projection.reproject import Reprojection
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.optim.codec import Codec
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.shard_actor import ShardActor, SlotPair
 from lsp_ray.runtime.slots import new_slot_buffer
 from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.schedule.ops import Op
-from lsp_ray.sim.store import state_numel
+from lsp_ray.sim.store import payload_bytes, state_numel
 
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 MAX_DEATHS_IN_A_ROW = 3
-
-Projectors = Mapping[int, Sequence[tuple[int, SparseProjector]]]
 
 
 class ShardPool:
@@ -38,28 +37,20 @@ class ShardPool:
         self._pairs = [[pairs[unit] for unit in job.layout.units_of(index)] for index in range(job.layout.num_shards)]
         self._undo = [new_undo(own, is_shared=not job.speculates) for own in self._pairs]
         self._throttle = Throttle()
-        self._projectors: ray.ObjectRef[Projectors] | None = None
-        self._changed: dict[tuple[int, int], SparseProjector] = {}  # since then, by unit and first element
         self._deaths = [0 for _ in self._pairs]
         self._shards = [self._new(index) for index in range(len(self._pairs))]
         self._pids = [self._started(index) for index in range(len(self._pairs))]
 
-    def set_up(self, throttle: Throttle, projectors: ray.ObjectRef[Projectors] | None) -> None:
-        """Let every shard take the checkpoint's moments, if there is one, keep to the throttle, and whiten.
-
-        Args:
-            throttle: The run's.
-            projectors: All units'; they go from actor to actors. None where nothing is whitened.
-        """
-        self._throttle, self._projectors = throttle, projectors
+    def set_up(self, throttle: Throttle) -> None:
+        """Let every shard take the checkpoint's moments, if there is one, and keep to the throttle."""
         if self._job.saved is not None:
             self._all([shard.load.remote(self._job.saved) for shard in self._shards], "loading its state")
-        self._all([self._prepared(index) for index in range(len(self._shards))], "set-up")
+        self.keep_to(throttle)
 
     def keep_to(self, throttle: Throttle) -> None:
         """Between two steps: let the shards keep to this from now on, also those that come in a dead one's place."""
         self._throttle = throttle
-        self._all([shard.keep_to.remote(throttle, len(self._shards)) for shard in self._shards], "throttle")
+        self._all([self._throttled(index) for index in range(len(self._shards))], "throttle")
 
     def update(self, op: Op, reprojections: Sequence[Reprojection], grad_scale: float) -> ray.ObjectRef[Any]:
         """Let the unit's shard make its update, with gradients times `grad_scale`."""
@@ -73,11 +64,9 @@ class ShardPool:
         """The shard that owns the unit."""
         return self._job.layout.shard_of_unit[op.layer]
 
-    def updated(self, op: Op, reprojections: Sequence[Reprojection]) -> None:
-        """Note that an update is done, with these changes of projectors."""
+    def updated(self, op: Op) -> None:
+        """Note that an update is done."""
         self._deaths[self.index_of(op)] = 0
-        for change in reprojections:
-            self._changed[op.layer, change.first] = change.new
 
     def revive(self, index: int, error: WorkerLostError) -> None:
         """Put another actor in the place of a dead one; its updates that were under way must be asked for again.
@@ -92,7 +81,7 @@ class ShardPool:
         _wait_for_end(self._pids[index])  # two writers of one slot would be one too many
         self._shards[index] = self._new(index)
         self._pids[index] = self._started(index)
-        answer(self._prepared(index), f"shard {index}: set-up")
+        answer(self._throttled(index), f"shard {index}: throttle")
 
     def save(self, folder: str) -> dict[str, ray.ObjectRef[Any]]:
         """Let every shard write its part of a checkpoint; returns the calls by what they are."""
@@ -112,33 +101,35 @@ class ShardPool:
         pid: int = answer(self._shards[index].ready.remote(), f"shard {index}: start", START_TIMEOUT_S)
         return pid
 
-    def _prepared(self, index: int) -> ray.ObjectRef[Any]:
-        changed = {key: self._changed[key] for key in self._changed if self._owner(key[0]) == index}
-        ref: ray.ObjectRef[Any] = self._shards[index].set_up.remote(
-            self._throttle, len(self._shards), self._projectors, changed
-        )
+    def _throttled(self, index: int) -> ray.ObjectRef[Any]:
+        ref: ray.ObjectRef[Any] = self._shards[index].keep_to.remote(self._throttle, len(self._shards))
         return ref
-
-    def _owner(self, unit: int) -> int:
-        return self._job.layout.shard_of_unit[unit]
 
     def _all(self, calls: Sequence[ray.ObjectRef[Any]], what: str) -> None:
         for index, call in enumerate(calls):
             answer(call, f"shard {index}: {what}")
 
 
-def new_pair(unit: int, numel: int) -> SlotPair:
+def new_pair(unit: int, numel: int, codec: Codec) -> SlotPair:
     """Allocate a unit's slots, for a payload of `numel` elements; `sim.store` counts them."""
-    down, up, state = (ray.put(new_slot_buffer(size)) for size in (numel, numel, state_numel(numel)))
-    return SlotPair(unit=unit, numel=numel, down=down, up=up, state=state)
+    wire_bytes = payload_bytes(numel, codec.payload_dtype)
+    down, up, state = (ray.put(new_slot_buffer(size)) for size in (wire_bytes, wire_bytes, _state_bytes(numel, codec)))
+    pair = SlotPair(unit=unit, numel=numel, codec=codec, down=down, up=up, state=state)
+    pair.open_state().publish(0)  # zeros: the state before the first update
+    return pair
 
 
 def new_undo(pairs: Sequence[SlotPair], *, is_shared: bool) -> dict[int, ray.ObjectRef[Any]]:
     """Allocate, for a shard's units, a slot for each one's state: the same for all, or one each."""
+    sizes = [_state_bytes(pair.numel, pair.codec) for pair in pairs]
     if not is_shared:
-        return {pair.unit: ray.put(new_slot_buffer(state_numel(pair.numel))) for pair in pairs}
-    shared = ray.put(new_slot_buffer(state_numel(max(pair.numel for pair in pairs))))
+        return {pair.unit: ray.put(new_slot_buffer(size)) for pair, size in zip(pairs, sizes, strict=True)}
+    shared = ray.put(new_slot_buffer(max(sizes)))
     return {pair.unit: shared for pair in pairs}
+
+
+def _state_bytes(numel: int, codec: Codec) -> int:
+    return torch.float32.itemsize * state_numel(numel, codec.payload_dtype)
 
 
 def _wait_for_end(pid: int) -> None:

@@ -4,8 +4,8 @@ Ray promises neither that an object may be written nor that anyone notices: ther
 hand-over is by message, and the header's generation (the step of its payload) exposes a reader who came too early or
 too late.
 
-Layout: one page of header (int64 generation), then the float32 payload, both page-aligned so that each slot can be
-page-locked on its own.
+Layout: one page of header (int64 generation: 0 for no payload, else its step + 1), then the payload, both page-aligned
+so that each slot can be page-locked on its own.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 from lsp_ray.errors import StaleSlotError
 from lsp_ray.sim.store import PAGE_BYTES, slot_bytes
 
-_EMPTY = -1
+_EMPTY = 0  # as in a new buffer
 
 
-def new_slot_buffer(numel: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """Return the zeroed buffer to put into the object store for a slot of `numel` elements."""
-    return np.zeros(slot_bytes(numel), dtype=np.uint8)
+def new_slot_buffer(num_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Return the zeroed buffer to put into the object store for a slot with so many bytes of payload."""
+    return np.zeros(slot_bytes(num_bytes), dtype=np.uint8)
 
 
-def new_slot(numel: int, name: str) -> Slot:
+def new_slot(numel: int, name: str, dtype: torch.dtype = torch.float32) -> Slot:
     """Return a slot in this process's own memory, for threads in the actors' place."""
-    return Slot(new_slot_buffer(numel), numel, name)
+    return Slot(new_slot_buffer(dtype.itemsize * numel), numel, name, dtype)
 
 
 class Slot:
@@ -37,11 +37,18 @@ class Slot:
     Args:
         buffer: What `ray.get` returned for the slot's object: shared memory, read-only by flag alone. Holding it keeps
             the object in its place; the store neither spills nor moves what is held.
-        numel: Payload length in float32 elements.
+        numel: Payload length in elements.
         name: For error messages.
+        dtype: Of the payload's elements.
     """
 
-    def __init__(self, buffer: np.ndarray[tuple[int], np.dtype[np.uint8]], numel: int, name: str) -> None:
+    def __init__(
+        self,
+        buffer: np.ndarray[tuple[int], np.dtype[np.uint8]],
+        numel: int,
+        name: str,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._buffer = buffer
         self._name = name
         first = -buffer.ctypes.data % PAGE_BYTES
@@ -50,31 +57,32 @@ class Slot:
         memory = np.frombuffer(memoryview(writable), dtype=np.uint8)
         self._generation = memory[first : first + 8].view(np.int64)
         payload_start = first + PAGE_BYTES
-        self.payload = torch.from_numpy(memory[payload_start : payload_start + 4 * numel].view(np.float32))
+        payload = memory[payload_start : payload_start + dtype.itemsize * numel]
+        self.payload = torch.from_numpy(payload).view(dtype)
 
     def to_write(self) -> torch.Tensor:
-        """Return the flat float32 payload for writing; until `publish` every reader is refused."""
+        """Return the flat payload for writing; until `publish` every reader is refused."""
         self._generation[0] = _EMPTY
         return self.payload
 
     def publish(self, step: int) -> None:
         """Say that the payload is complete and belongs to `step`."""
-        self._generation[0] = step
+        self._generation[0] = step + 1
 
     @property
     def generation(self) -> int | None:
-        """What `publish` was called with last; None while the payload is being written."""
+        """What `publish` was called with last; None before that and while the payload is being written."""
         held = int(self._generation[0])
-        return None if held == _EMPTY else held
+        return None if held == _EMPTY else held - 1
 
     def to_read(self, step: int) -> torch.Tensor:
-        """Return the flat float32 payload of `step`, a view into the store.
+        """Return the flat payload of `step`, a view into the store.
 
         Raises:
             StaleSlotError: The slot holds another step's payload, or none.
         """
-        held = int(self._generation[0])
+        held = self.generation
         if held != step:
-            content = "no payload" if held == _EMPTY else f"the payload of step {held}"
+            content = "no payload" if held is None else f"the payload of step {held}"
             raise StaleSlotError(f"slot {self._name} holds {content}, expected step {step}")
         return self.payload

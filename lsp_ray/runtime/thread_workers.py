@@ -11,11 +11,10 @@ from pathlib import Path
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.errors import WorkerLostError
-from lsp_ray.methods.lsp_shard import carry_over, go_back, whiten
 from lsp_ray.optim.adamw import AdamWState
 from lsp_ray.optim.moments_file import load_moments, save_moments
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.projection.reproject import Reprojection
 from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.driver import Completion
@@ -39,15 +38,16 @@ class ThreadWorkers:
         self._job = job
         self._completions: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
         self.side = DeviceSide(job, self._completions.put)
-        self._down = [new_slot(numel, f"down {unit}") for unit, numel in enumerate(job.payload_sizes)]
-        self._up = [new_slot(numel, f"up {unit}") for unit, numel in enumerate(job.payload_sizes)]
+        wires = [job.codec.wire_numel(numel) for numel in job.payload_sizes]
+        self._down = [new_slot(numel, f"down {unit}", job.codec.dtype) for unit, numel in enumerate(wires)]
+        self._up = [new_slot(numel, f"up {unit}", job.codec.dtype) for unit, numel in enumerate(wires)]
         self._host_payloads = [slot.payload for slot in (*self._down, *self._up)]
         self._buckets: list[TokenBucket | None] = [None] * job.layout.num_shards
         self._reprojections: dict[int, Sequence[Reprojection]] = {}
         self._before: dict[int, tuple[int, AdamWState]] = {}  # unit -> its last update's step, the state before it
         layout = job.layout
         self._shards = [
-            OptimizerShard({unit: job.payload_sizes[unit] for unit in layout.units_of(index)})
+            OptimizerShard({unit: job.payload_sizes[unit] for unit in layout.units_of(index)}, codec=job.codec)
             for index in range(layout.num_shards)
         ]
         self._compute, self._d2h, self._h2d = (ThreadPoolExecutor(1, name) for name in ("compute", "d2h", "h2d"))
@@ -57,10 +57,6 @@ class ThreadWorkers:
         """See `DeviceSide.setup`; progress is not told."""
         report = self._compute.submit(self.side.setup, self._host_payloads).result()
         self.keep_to(report.throttle)
-        if self._job.whitens:
-            projectors = self.side.projectors()
-            for unit, index in enumerate(self._job.layout.shard_of_unit):
-                whiten(self._shards[index], unit, projectors[unit])
         if self._job.saved is not None and self._job.payload_sizes:
             with reading(self._job.saved.folder):
                 for shard in self._shards:
@@ -148,10 +144,10 @@ class ThreadWorkers:
         gradient, up = self._down[op.layer].to_read(op.step), self._up[op.layer]
         if self._job.speculates:
             self._begin_from_before(shard, op)
-        carry_over(shard, op.layer, self._reprojections[op.layer])
+        shard.carry_over(op.layer, self._reprojections[op.layer])
         shard.update(op.layer, gradient, up.to_write(), learning_rate=learning_rate, grad_scale=grad_scale)
         if bucket is not None:
-            bucket.take(gradient.numel(), start_s=start_s)
+            bucket.take(self._job.payload_sizes[op.layer], start_s=start_s)
         up.publish(op.step)
         span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=start_s, end_s=time.monotonic())
         return OpReport(span=span)
@@ -162,7 +158,6 @@ class ThreadWorkers:
         made = self._before.get(op.layer)
         if made is not None and made[0] == op.step:
             state.copy_(made[1])
-            go_back(shard, op.layer, self._reprojections[op.layer])
         else:
             self._before[op.layer] = op.step, state.clone()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.hardware import Proportions
 from lsp_ray.schedule.ops import LayerSeconds
+from lsp_ray.sim.store import payload_bytes
 from lsp_ray.trace import WorkStream
 
 TOLERANCE = 1.1  # a part counts as slower by itself from this factor on: clocks and sleeps are not exact
@@ -38,31 +39,32 @@ class Throttle:
 def emulating(machine: Proportions, *, compute_s: float, full_numel: int) -> Throttle:
     """Return the bounds that give this run the machine's proportions.
 
-    With n = `full_numel` gradient elements of all trained layers (float32 here), c = `compute_s`:
-    bytes/s in each direction = 4 n / (c · traffic_over_compute / 2), elements/s = n / (c · update_over_compute).
+    With n = `full_numel` gradient elements of all trained layers, which the paper sends as n numbers of 2 bytes,
+    c = `compute_s`:
+    bytes/s in each direction = 2 n / (c · traffic_over_compute / 2), elements/s = n / (c · update_over_compute).
     """
     each_way_s = compute_s * machine.traffic_over_compute / 2
     return Throttle(
-        link_gbps=4 * full_numel / each_way_s / 1e9,
+        link_gbps=payload_bytes(full_numel, "bfloat16") / each_way_s / 1e9,
         updates_per_s=full_numel / (compute_s * machine.update_over_compute),
         compute_s=compute_s,
     )
 
 
 def slower_by_themselves(
-    throttle: Throttle, layers: Sequence[LayerSeconds], payload_sizes: Sequence[int], num_shards: int
+    throttle: Throttle, layers: Sequence[LayerSeconds], *, numel: int, num_bytes: int, num_shards: int
 ) -> Iterator[str]:
     """Yield a line for each part that did not need to be slowed down: a throttle cannot make it any faster.
 
     Args:
         throttle: What was asked for.
         layers: What each layer's work took.
-        payload_sizes: Each layer's float32 elements.
+        numel: Elements that are sent and updated in a step.
+        num_bytes: In which they cross the link.
         num_shards: The shards that share `updates_per_s`.
     """
-    numel = sum(payload_sizes)
     if throttle.link_gbps is not None:
-        due_s = 4 * numel / (throttle.link_gbps * 1e9)
+        due_s = num_bytes / (throttle.link_gbps * 1e9)
         yield from _slower("the way down", sum(layer.d2h_s for layer in layers), due_s)
         yield from _slower("the way up", sum(layer.h2d_s for layer in layers), due_s)
     if throttle.updates_per_s is not None:

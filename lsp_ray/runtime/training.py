@@ -161,8 +161,14 @@ class Training:
                     raise StoppedError(f"after {done} of {job.num_steps} steps; {way_on(self._output_dir)}")
                 driver.ledger.add_pause(start_s, time.monotonic())
             if job.payload_sizes and done > job.first_step:
-                layers = driver.times.medians()
-                for line in slower_by_themselves(throttle, layers, job.payload_sizes, job.layout.num_shards):
+                slower = slower_by_themselves(
+                    throttle,
+                    driver.times.medians(),
+                    numel=sum(job.payload_sizes),
+                    num_bytes=job.bytes_each_way,
+                    num_shards=job.layout.num_shards,
+                )
+                for line in slower:
                     listener.note(line)
             return log.steps, self._peak_bytes(driver)
 

@@ -15,8 +15,9 @@ def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -
     - the answer of the activation function, as wide as the widest linear, and of attention;
     - keys and values once more for all heads where heads share them, as transformers does for a padded batch;
     - both norms: their input in float32 and what they scale;
-    - the linears' inputs (both norms' answers, attention's, the widest), or (X Q)ᵀ of each in their place; with
-      bfloat16 each of LoRA's adapters keeps its input in float32 for itself, as PEFT does, and X A of R columns.
+    - the linears' inputs (both norms' answers, attention's, the widest), or X Q of each in their place, and beside it
+      what linears that are not projected read; with bfloat16 each of LoRA's adapters keeps its input in float32 for
+      itself, as PEFT does, and X A of R columns.
 
     Norms that are frozen (lora) keep nothing of what they scale but for the linears.
     """
@@ -32,9 +33,9 @@ def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -
         if workload.bf16:
             inputs = 4 / element * sum(linear.columns for linear in layer.linears)
         inputs += 4 / element * workload.lora_rank * len(layer.linears)
-    dims = [workload.dim_of(linear) for linear in layer.linears]
-    projected = sum(dim for dim in dims if dim is not None)
+    projected = workload.projected_inputs(layer)
     if projected and not workload.full_gradient:
-        inputs = projected
+        whole = {linear.input: linear.columns for linear in layer.linears if workload.dims_of(linear) is None}
+        inputs = sum(dim for _, dim in projected) + sum(whole.values())
     repeated = 2 * model.attention_width if model.key_value_width < model.attention_width else 0
     return float(element * (given_out + widest + model.attention_width + repeated + inputs) + norms)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from lsp_ray.sim.costs import LayerCosts, StepCosts
 from lsp_ray.sim.device_work import (
-    ADAMW_BYTES,
-    SHARD_BYTES,
     DeviceWork,
     apply_work,
     backward_work,
@@ -42,14 +40,14 @@ class CostModel:
         forward_s = self._device_s(forward_work(self.model, self.workload, layer))
         backward_s = self._device_s(backward_work(self.model, self.workload, layer))
         if self.workload.stays_on_device:
-            update_s = self._device_s(device_update_work(self.workload, layer, on_gpu=self.hardware.on_gpu))
+            update_s = self._device_s(device_update_work(self.workload, layer))
             return LayerCosts(forward_s=forward_s, backward_s=backward_s, update_s=update_s)
         size_bytes = self.workload.payload_bytes(layer)
         rate = 1.0 if self.workload.pinned else self.hardware.pageable_fraction
         return LayerCosts(
             forward_s=forward_s,
             backward_s=backward_s,
-            apply_s=self._device_s(apply_work(self.workload, layer, on_gpu=self.hardware.on_gpu)),
+            apply_s=self._device_s(apply_work(self.workload, layer)),
             d2h_s=size_bytes / (rate * self.hardware.d2h_bytes_per_s),
             cpu_s=self._shard_update_s(layer),
             h2d_s=size_bytes / (rate * self.hardware.h2d_bytes_per_s),
@@ -61,23 +59,18 @@ class CostModel:
         return (
             work.flops / flops_per_s
             + work.float32_flops / machine.device_float32_flops
+            + work.block_flops / machine.block_flops
             + work.moved_bytes / machine.device_bytes_per_s
             + work.activation_bytes / machine.activation_bytes_per_s
-            + work.gathered_bytes / machine.gather_bytes_per_s
         )
 
     def _shard_update_s(self, layer: LayerShape) -> float:
-        """AdamW on the shard that owns the layer, bound by memory, and whitening, 8·D³ a matrix, by arithmetic.
+        """AdamW on the shard that owns the layer, bound by memory.
 
-        (Whitening takes four products of (D, D) matrices: A g B before Adam's step and A δ B after it.) Shards share
-        the host's memory evenly, as if all of them always worked; with slices all of them do.
+        Shards share the host's memory evenly, as if all of them always worked; with slices all of them do.
         """
         work, machine = self.workload, self.hardware
         threads = work.num_shards * work.shard_threads
         bytes_per_s = min(threads * machine.core_bytes_per_s, machine.host_bytes_per_s)
-        dims = map(work.dim_of, layer.linears) if work.whiten else ()
-        whitening = sum(8.0 * dim**3 for dim in dims if dim is not None)
         share = 1 if work.shard_by == "slice" else work.num_shards
-        element_bytes = ADAMW_BYTES if work.plain_updates else SHARD_BYTES
-        adam_s = element_bytes * work.payload_numel(layer) / bytes_per_s
-        return share * (adam_s + whitening / (threads * machine.core_float32_flops))
+        return share * work.update_bytes * work.payload_numel(layer) / bytes_per_s

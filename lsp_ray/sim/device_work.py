@@ -1,11 +1,12 @@
 """DeviceWork: operations and bytes of a layer on the device, whatever the device.
 
-Legend: T tokens, S tokens of a sequence, A features of all heads, M rows out, N columns in, F either of them, K any
-width, D subspace, R non-zeros a row; e bytes of an activation.
+Legend: T tokens, S tokens of a sequence, A features of all heads, M rows out, N columns in, F either of them, D and E
+columns of P and Q, R non-zeros a row.
 
 Sources: a product of (T, N) and (N, M) takes 2·T·M·N operations, and a backward twice a forward (Kaplan et al. 2020,
 Section 2.1). Attention's two products take 4·T·S·A (Chowdhery et al. 2022, Appendix B); nothing is taken off for causal
-masks. A sparse factor with R non-zeros in each of F rows, times a table of width K, gathers F·R rows of the table.
+masks. A product with a factor of F rows takes 2·F·R operations a row of what comes out, whatever D is: many small ones,
+which have a rate of their own.
 """
 
 from __future__ import annotations
@@ -14,61 +15,64 @@ from dataclasses import dataclass, replace
 
 from lsp_ray.sim.activations import activation_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
-from lsp_ray.sim.workload import Workload
+from lsp_ray.sim.store import payload_bytes
+from lsp_ray.sim.workload import ADAMW_BYTES, Workload
 
-ADAMW_BYTES = 28  # for an element: gradient, both moments and parameter read, all but the gradient written, 4 each
-SHARD_BYTES = ADAMW_BYTES + 16  # a shard copies both moments first, to go back to if it is lost
-_ROUNDING_BYTES = 44  # for an element of bfloat16: to float32 6, delta 12 and noise 12 added, masked 8, back 6
-_ROUNDING_KERNEL_BYTES = 12  # the same in one pass: weight, delta and noise read, weight written
-DENSE_DIM = 256  # as in projection/sparse_projector.py: up to it a GPU projects bfloat16 by a dense product
 _LOGIT_BYTES = 24  # for a logit: to float32, its softmax, both gradients, back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceWork:
-    """Operations of matrix products, in the run's type and in float32 whatever that is, and bytes.
+    """Operations, and bytes that are read and written.
 
-    Read and written in order; of activations, where small operators come with them; of rows gathered in any order.
+    Of matrix products in the run's type, in float32 whatever that is, and with a projector's blocks; bytes in order,
+    and of activations, where small operators come with them.
     """
 
     flops: float = 0.0
     float32_flops: float = 0.0
+    block_flops: float = 0.0
     moved_bytes: float = 0.0
     activation_bytes: float = 0.0
-    gathered_bytes: float = 0.0
 
     def __add__(self, other: DeviceWork) -> DeviceWork:
         return DeviceWork(
             flops=self.flops + other.flops,
             float32_flops=self.float32_flops + other.float32_flops,
+            block_flops=self.block_flops + other.block_flops,
             moved_bytes=self.moved_bytes + other.moved_bytes,
             activation_bytes=self.activation_bytes + other.activation_bytes,
-            gathered_bytes=self.gathered_bytes + other.gathered_bytes,
         )
 
 
 def forward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> DeviceWork:
-    """2·T·M·N a linear, attention, every activation written and read once, (X Q)ᵀ of projected linears."""
+    """2·T·M·N a linear, attention, every activation written and read once, X Q of every input that is projected."""
     tokens = workload.tokens
     work = DeviceWork(
         flops=sum(2.0 * tokens * linear.numel for linear in layer.linears) + _attention_flops(model, workload, layer),
         activation_bytes=2.0 * tokens * _passed_bytes(model, workload, layer),
     )
-    for linear in layer.linears:
-        if workload.method == "lora":
+    if workload.method == "lora":
+        for linear in layer.linears:
             work += _adapter_work(workload, linear)
-        elif not workload.full_gradient:
-            work += projection_work(workload, linear.columns, workload.dim_of(linear))
+    if not workload.full_gradient:
+        for columns, dim in workload.projected_inputs(layer):
+            work += projection_work(workload, columns, dim)
     return work
 
 
 def backward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> DeviceWork:
-    """Gradients of inputs and weights, attention and activations twice the forward's; checkpointing adds a forward."""
+    """Gradients of inputs and weights, and attention twice the forward's; checkpointing adds a forward.
+
+    Of activations, every gradient is written and read, and what the forward kept is read as often.
+    """
     tokens = workload.tokens
+    passed_bytes = _passed_bytes(model, workload, layer)
+    kept_bytes = activation_bytes(model, workload, layer) if workload.method == "lsp" else passed_bytes
     work = DeviceWork(
         flops=sum(2.0 * tokens * linear.numel for linear in layer.linears)
         + 2.0 * _attention_flops(model, workload, layer),
-        activation_bytes=4.0 * tokens * _passed_bytes(model, workload, layer),
+        activation_bytes=2.0 * tokens * (passed_bytes + kept_bytes),
     )
     for linear in layer.linears:
         work += _weight_gradient(workload, linear)
@@ -85,36 +89,29 @@ def loss_work(model: ModelShape, workload: Workload) -> DeviceWork:
     )
 
 
-def apply_work(workload: Workload, layer: LayerShape, *, on_gpu: bool) -> DeviceWork:
-    """W ← W + P δ Qᵀ: two gathers in float32, the delta written, and added.
-
-    The CPU's kernel for bfloat16 writes and reads no delta.
-    """
-    add_bytes = _add_bytes(workload, on_gpu=on_gpu)
-    written_bytes = 4 if add_bytes != _ROUNDING_KERNEL_BYTES else -4
-    work = DeviceWork(moved_bytes=float(add_bytes * layer.raw_numel))
+def apply_work(workload: Workload, layer: LayerShape) -> DeviceWork:
+    """W ← W + P δ Qᵀ in one pass over W; δ Qᵀ (D, N) is made R rows at a time and never moved. Else W ← W + δ."""
+    moved_bytes = _add_bytes(workload) * layer.numel + workload.payload_bytes(layer)
+    block_flops, raw_numel = 0.0, layer.raw_numel
     for linear in layer.linears:
-        dim = workload.dim_of(linear)
-        if dim is None:
-            work += DeviceWork(moved_bytes=float(add_bytes * linear.numel))
-            continue
-        table = linear.columns * dim
-        work += DeviceWork(
-            moved_bytes=float((written_bytes + add_bytes) * linear.numel + 12 * table),
-            gathered_bytes=float(4 * workload.nnz_per_row * (linear.numel + table)),
-        )
-    return work
+        if (dims := workload.dims_of(linear)) is None:
+            raw_numel += linear.numel
+        else:
+            block_flops += 2.0 * workload.nnz_per_row * (linear.numel + dims[0] * linear.columns)
+    if not workload.plain_updates and workload.payload_dtype != "float32":
+        moved_bytes += 8 * raw_numel  # made float32 first
+    return DeviceWork(block_flops=block_flops, moved_bytes=float(moved_bytes))
 
 
-def device_update_work(workload: Workload, layer: LayerShape, *, on_gpu: bool) -> DeviceWork:
-    """AdamW on the device, with the gradient made float32 before it and the delta added after it.
+def device_update_work(workload: Workload, layer: LayerShape) -> DeviceWork:
+    """AdamW on the device, with the gradient put into a float32 payload before it and the delta added after it.
 
     GaLore takes each gradient down to its K dimensions and the step up again, 2·K·M·N each; its singular value
     decompositions, one in hundreds of steps, are not counted.
     """
     if workload.method == "lora":  # adapters are float32
         return DeviceWork(moved_bytes=float((ADAMW_BYTES + 16 + 12) * workload.trained_numel(layer)))
-    moved_bytes = (_take_bytes(workload) + _add_bytes(workload, on_gpu=on_gpu)) * layer.numel
+    moved_bytes = (workload.element_bytes + 8 + _add_bytes(workload)) * layer.numel
     moved_bytes += ADAMW_BYTES * workload.state_numel(layer)
     projected = [linear for linear in layer.linears if workload.basis_numel(linear)]
     flops = sum(4.0 * workload.galore_rank * linear.numel for linear in projected)
@@ -122,60 +119,50 @@ def device_update_work(workload: Workload, layer: LayerShape, *, on_gpu: bool) -
     return DeviceWork(float32_flops=flops, moved_bytes=float(moved_bytes))
 
 
-def _take_bytes(workload: Workload) -> int:
-    """Of an element of a full gradient: made float32, then put into the payload."""
-    return workload.element_bytes + (4 if workload.plain_updates else 12)
-
-
-def _add_bytes(workload: Workload, *, on_gpu: bool) -> int:
-    """Of an element: delta and weight read, weight written; see `device.rounding` for bfloat16."""
-    if workload.plain_updates or not workload.bf16:
-        return 4 + 2 * workload.element_bytes
-    return _ROUNDING_BYTES if on_gpu else _ROUNDING_KERNEL_BYTES
+def _add_bytes(workload: Workload) -> int:
+    """Of an element of a weight: read and written, and the noise that rounds bfloat16 read; the delta comes on top."""
+    noise_bytes = 0 if workload.plain_updates or not workload.bf16 else 2
+    return 2 * workload.element_bytes + noise_bytes
 
 
 def _weight_gradient(workload: Workload, linear: LinearShape) -> DeviceWork:
-    """G = dYᵀX, 2·T·M·N; or (dY P)ᵀ(X Q), 2·T·D² and a gather; or, as in the paper, the former and then PᵀGQ."""
+    """G = dYᵀX, 2·T·M·N; or dY P and (dY P)ᵀ(X Q), 2·T·D·E; or, as in the paper, the former and then PᵀGQ."""
     if workload.method == "lora":  # products with A and B, for their gradients and for what passes through them
         return _adapter_work(workload, linear) + _adapter_work(workload, linear)
-    dim = workload.dim_of(linear)
+    dims = workload.dims_of(linear)
+    rows, columns = dims or (linear.rows, linear.columns)
     full = DeviceWork(flops=2.0 * workload.tokens * linear.numel)
-    if dim is None and (workload.stays_on_device or workload.plain_updates):
+    if dims is None and (workload.stays_on_device or workload.plain_updates):
         return full  # what native does with it belongs to its update
-    if dim is None:
-        return full + DeviceWork(moved_bytes=float(_take_bytes(workload) * linear.numel))
-    if not workload.full_gradient:
-        return projection_work(workload, linear.rows, dim) + DeviceWork(flops=2.0 * workload.tokens * dim * dim)
-    element, half = workload.element_bytes, dim * linear.columns
-    return full + DeviceWork(
-        moved_bytes=float(element * (3 * half + dim * dim)),
-        gathered_bytes=float(element * workload.nnz_per_row * (linear.numel + half)),
+    if dims is not None and workload.full_gradient:
+        right = _block_work(workload, linear.rows, linear.columns, columns)
+        return full + right + _block_work(workload, columns, linear.rows, rows)
+    sent = payload_bytes(rows * columns, workload.payload_dtype)
+    if dims is None:
+        return full + DeviceWork(moved_bytes=float(workload.element_bytes * linear.numel + sent))
+    # what is compressed is made float32 before it is put into the payload
+    work = DeviceWork(
+        flops=2.0 * workload.tokens * rows * columns,
+        moved_bytes=float((workload.element_bytes + 8) * rows * columns + sent),
     )
+    return work + projection_work(workload, linear.rows, rows)
 
 
-def projection_work(workload: Workload, width: int, dim: int | None) -> DeviceWork:
-    """(X Q)ᵀ or (dY P)ᵀ: 2·T·F·D and the factor made dense; or, where `gathering_work` is less, that."""
-    if dim is None:
-        return DeviceWork()
-    if not workload.bf16 or dim > DENSE_DIM:
-        return gathering_work(workload, width, dim)
-    element, tokens = workload.element_bytes, workload.tokens
-    moved = element * (2 * width * dim + tokens * (width + dim))
-    return DeviceWork(flops=2.0 * tokens * width * dim, moved_bytes=float(moved))
+def projection_work(workload: Workload, width: int, dim: int) -> DeviceWork:
+    """X Q or dY P: (T, F) read, (G, T, R) written, and put into the order of (T, D)."""
+    return _block_work(workload, workload.tokens, width, dim)
 
 
-def gathering_work(workload: Workload, width: int, dim: int) -> DeviceWork:
-    """The (T, F) matrix transposed, F·R rows of T gathered, (D, T) written."""
-    row_bytes = workload.tokens * workload.element_bytes
+def _block_work(workload: Workload, num_rows: int, width: int, dim: int) -> DeviceWork:
     return DeviceWork(
-        moved_bytes=float(row_bytes * (2 * width + dim)), gathered_bytes=float(row_bytes * width * workload.nnz_per_row)
+        block_flops=2.0 * num_rows * width * workload.nnz_per_row,
+        moved_bytes=float(workload.element_bytes * num_rows * (width + 3 * dim)),
     )
 
 
 def _passed_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
-    """Of a token's activations that a block writes and reads again; what LoRA's adapters add is in `_adapter_work`."""
-    plain = replace(workload, method="native") if workload.method == "lora" else workload
-    return activation_bytes(model, plain, layer)
+    """Of a token's activations that a block writes and reads; what adapters and projectors add is counted with them."""
+    return activation_bytes(model, replace(workload, method="native"), layer)
 
 
 def _adapter_work(workload: Workload, linear: LinearShape) -> DeviceWork:

@@ -12,6 +12,7 @@ from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.memory import DeviceMemory, HostMemory, device_memory, host_memory, peak_payload_bytes
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.simulator import Simulation, Simulator
+from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Exposed, WorkStream
 
@@ -61,7 +62,7 @@ def simulate(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
     num_lanes = 1 if workload.shard_by == "slice" else workload.num_shards
     owners = [layer % num_lanes for layer in range(len(model.layers))]
     sizes = [workload.payload_bytes(layer) for layer in model.layers]
-    room = delta_room(sizes, [workload.payload_element_bytes * layer.numel for layer in model.layers])
+    room = delta_room(sizes, [payload_bytes(layer.numel, workload.payload_dtype) for layer in model.layers])
     decides = None if policy is None or workload.stays_on_device else POLICIES[policy](owners, room=room)
     costs = CostModel(model=model, workload=workload, hardware=hardware).step()
     return Simulator(costs, decides, owners).run()

@@ -23,9 +23,9 @@ class HardwareProfile:
         device_memory_bytes: Memory of the device that computes.
         device_bf16_flops: Operations a second of large bfloat16 (or float16) matrix products on the device.
         device_float32_flops: The same in float32.
+        block_flops: Operations a second of products with a projector's blocks, what they read and write not counted.
         device_bytes_per_s: The device's own memory, reads and writes together.
         activation_bytes_per_s: What blocks write and read of activations, with what small operators take beside it.
-        gather_bytes_per_s: Rows of a matrix gathered and summed (embedding_bag), on the device.
         d2h_bytes_per_s: Copies from the device into page-locked memory.
         h2d_bytes_per_s: Copies from page-locked memory to the device.
         pageable_fraction: Rate of copies from and to memory that is not page-locked, relative to page-locked.
@@ -33,7 +33,6 @@ class HardwareProfile:
         host_memory_bytes: Memory of the host.
         host_bytes_per_s: The host's memory with all cores, reads and writes together.
         core_bytes_per_s: The same with one core.
-        core_float32_flops: Operations a second of large float32 matrix products on one core.
         num_cores: Cores of the host.
         hop_s: From an actor's end of work until the driver knows of it.
         on_gpu: Whether the device is a GPU, and not the cores of the host themselves.
@@ -43,9 +42,9 @@ class HardwareProfile:
     device_memory_bytes: float
     device_bf16_flops: float
     device_float32_flops: float
+    block_flops: float
     device_bytes_per_s: float
     activation_bytes_per_s: float
-    gather_bytes_per_s: float
     d2h_bytes_per_s: float
     h2d_bytes_per_s: float
     pageable_fraction: float
@@ -53,7 +52,6 @@ class HardwareProfile:
     host_memory_bytes: float
     host_bytes_per_s: float
     core_bytes_per_s: float
-    core_float32_flops: float
     num_cores: int
     hop_s: float
     on_gpu: bool

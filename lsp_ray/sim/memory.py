@@ -11,7 +11,6 @@ from lsp_ray.sim.store import balanced, store_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
-_INT16_ROWS = 1 << 15
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
 
@@ -22,7 +21,7 @@ class DeviceMemory:
 
     Attributes:
         weights: All of them, frozen ones as well; adapters in float32 (lora).
-        projectors: (M + N) · R values and row numbers a matrix (lsp); singular vectors in float32 (galore).
+        projectors: R values for each row of P and Q (lsp); singular vectors in float32 (galore).
         optimizer_state: m and v in float32, where they stay on the device.
         activations: At their most, with the loss's.
         block: The largest block's in its backward.
@@ -51,12 +50,10 @@ class HostMemory:
 
     Attributes:
         object_store: Shared memory, as `sim.store` counts it.
-        whitening: Two (D, D) matrices for each that is projected (lsp).
         processes: Python with torch, several times.
     """
 
     object_store: float
-    whitening: float
     processes: float
 
     @property
@@ -83,7 +80,7 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
         activations = workload.tokens * sum(kept) + loss
     return DeviceMemory(
         weights=float(element * model.num_parameters + (4 * sum(trained) if is_lora else 0)),
-        projectors=sum(_projector_bytes(workload, linear) for layer in model.layers for linear in layer.linears),
+        projectors=float(sum(_projector_bytes(workload, layer) for layer in model.layers)),
         optimizer_state=8.0 * sum(map(workload.state_numel, model.layers)) if on_device else 0.0,
         activations=activations,
         block=block,
@@ -95,15 +92,13 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
 def host_memory(model: ModelShape, workload: Workload) -> HostMemory:
     """Return the host's memory beside what the device needs where the host computes."""
     sizes = [] if workload.stays_on_device else [workload.payload_numel(layer) for layer in model.layers]
-    store = store_bytes(sizes, balanced(sizes, workload.num_shards), speculates=workload.speculates)
-    if not sizes:
-        return HostMemory(object_store=store, whitening=0, processes=2 * _PROCESS_BYTES)
-    dims = [workload.dim_of(linear) for layer in model.layers for linear in layer.linears] if workload.whiten else []
-    return HostMemory(
-        object_store=store,
-        whitening=sum(8.0 * dim * dim for dim in dims if dim is not None),
-        processes=(2 + workload.num_shards) * _PROCESS_BYTES,
+    store = store_bytes(
+        sizes,
+        balanced(sizes, workload.num_shards),
+        speculates=workload.speculates,
+        payload_dtype=workload.payload_dtype,
     )
+    return HostMemory(object_store=store, processes=(2 + (workload.num_shards if sizes else 0)) * _PROCESS_BYTES)
 
 
 def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:
@@ -138,7 +133,7 @@ def _read(run: Span, brought: Span) -> bool:
 
 
 def _compressing_bytes(workload: Workload, layer: LayerShape) -> float:
-    """Bytes a token while a compression works: output gradients of the widest and its partner, and one transposed.
+    """Bytes a token while a compression works: output gradients of the widest and its partner, and what comes of one.
 
     LoRA's adapters hold two of the widest in float32: the output's gradient and the input's. Plain autograd frees
     activations as it makes such gradients; there they do not add to the peak.
@@ -161,19 +156,16 @@ def _layer_gradient_bytes(workload: Workload, layer: LayerShape) -> int:
 
 
 def _gradient_bytes(workload: Workload, linear: LinearShape) -> int:
-    dim = workload.dim_of(linear)
-    if dim is None or workload.full_gradient:
+    dims = workload.dims_of(linear)
+    if dims is None or workload.full_gradient:
         return workload.element_bytes * linear.numel
-    return 4 * dim * dim
+    return 4 * dims[0] * dims[1]
 
 
-def _projector_bytes(workload: Workload, linear: LinearShape) -> float:
-    """Paper, Section 3: O((M + N)·R) for both; a value and a row number each, whatever D is."""
-    if workload.dim_of(linear) is None:
-        return 4.0 * workload.basis_numel(linear)
-    return float(
-        sum(
-            side * workload.nnz_per_row * (workload.element_bytes + (2 if side <= _INT16_ROWS else 4))
-            for side in (linear.rows, linear.columns)
-        )
-    )
+def _projector_bytes(workload: Workload, layer: LayerShape) -> int:
+    """Paper, Section 3: O((M + N)·R) for both, whatever D is; linears that read the same input share Q."""
+    if workload.method == "galore":
+        return 4 * sum(map(workload.basis_numel, layer.linears))
+    rows = sum(linear.rows for linear in layer.linears if workload.dims_of(linear))
+    columns = sum(columns for columns, _ in workload.projected_inputs(layer))
+    return workload.element_bytes * workload.nnz_per_row * (rows + columns)

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearShape:
-    """A trained linear with a weight of (rows, columns) = (M, N) = (out, in)."""
+    """A trained linear with a weight of (rows, columns) = (M, N) = (out, in).
+
+    `input` numbers what its layer's linears read: equal where the same tensor arrives at several.
+    """
 
     rows: int
     columns: int
+    input: int
 
     @property
     def numel(self) -> int:

@@ -1,42 +1,56 @@
 """Shared memory that a run's slots take, counted before they are there.
 
 Each unit has a slot for its payload on the way down, one for its delta on the way up and one for its optimizer state
-(m, v and the number of updates). Beside them are undo slots: where updates may be taken back once their step is judged,
-one for each unit's state; else one for each shard, as large as its largest state.
+(m, v, the number of updates and, where deltas are int8, what they have left out). Beside them are undo slots: where
+updates may be taken back once their step is judged, one for each unit's state; else one for each shard, as large as its
+largest state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lsp_ray.config import PayloadDtype
+
 PAGE_BYTES = 4096
 SPARE_BYTES = 96 << 20  # of the object store, beside the slots: the job's data, messages, and Ray's own minimum
 
 
-def slot_bytes(numel: int) -> int:
-    """Bytes of the object behind a slot for `numel` float32 elements: header, payload and room to align them."""
-    return 2 * PAGE_BYTES + -(-numel * 4 // PAGE_BYTES) * PAGE_BYTES
+def payload_bytes(numel: int, payload_dtype: PayloadDtype) -> int:
+    """Bytes in which `numel` values cross the link, see `optim.codec`."""
+    if payload_dtype == "int8":
+        return 66 * -(-numel // 64)  # blocks of 64, each with a scale of 2 bytes
+    return {"bfloat16": 2, "float32": 4}[payload_dtype] * numel
 
 
-def state_numel(numel: int) -> int:
-    """Elements of the slot for the optimizer's state of a payload of `numel`: m, v and the number of updates."""
-    return 2 * numel + 1
+def slot_bytes(num_bytes: int) -> int:
+    """Bytes of the object behind a slot for so many bytes: header, payload and room to align them."""
+    return 2 * PAGE_BYTES + -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def store_bytes(payload_sizes: Sequence[int], shard_of_unit: Sequence[int], *, speculates: bool) -> int:
+def state_numel(numel: int, payload_dtype: PayloadDtype) -> int:
+    """float32 elements of the slot for the optimizer's state of `numel` values: m, v, the number of updates, e."""
+    return (3 if payload_dtype == "int8" else 2) * numel + 1
+
+
+def store_bytes(
+    payload_sizes: Sequence[int], shard_of_unit: Sequence[int], *, speculates: bool, payload_dtype: PayloadDtype
+) -> int:
     """Return the size of the object store that a run needs.
 
     Args:
         payload_sizes: Elements of each unit's payload; empty where nothing leaves the device.
         shard_of_unit: Which shard owns it.
         speculates: Whether updates may have to be made again, so that every unit's state is kept until then.
+        payload_dtype: In which values cross the link.
     """
-    states = [slot_bytes(state_numel(numel)) for numel in payload_sizes]
+    ways = [slot_bytes(payload_bytes(numel, payload_dtype)) for numel in payload_sizes]
+    states = [slot_bytes(4 * state_numel(numel, payload_dtype)) for numel in payload_sizes]
     largest: dict[int, int] = {}
     for shard, state in zip(shard_of_unit, states, strict=True):
         largest[shard] = max(state, largest.get(shard, 0))
     undo = sum(states) if speculates else sum(largest.values())
-    return 2 * sum(map(slot_bytes, payload_sizes)) + sum(states) + undo + SPARE_BYTES
+    return 2 * sum(ways) + sum(states) + undo + SPARE_BYTES
 
 
 def balanced(sizes: Sequence[int], num_shards: int) -> tuple[int, ...]:

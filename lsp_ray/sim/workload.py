@@ -1,6 +1,6 @@
 """Workload: what a step computes and sends, by method; no seconds yet.
 
-Legend: T tokens, M rows out, N columns in, D subspace, R non-zeros a row.
+Legend: T tokens, M rows out, N columns in, D and E columns of P and Q, R non-zeros a row.
 """
 
 from __future__ import annotations
@@ -8,12 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lsp_ray.config import Method
+from lsp_ray.config import Method, PayloadDtype
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.model_shape import LayerShape, LinearShape
+from lsp_ray.sim.store import payload_bytes
 
 ShardBy = Literal["layer", "slice"]
 MIN_SIDE_PER_NNZ = 4  # as in methods/lsp.py: a linear with a smaller side than this times R is sent as it is
+ADAMW_BYTES = 28  # for an element: gradient, both moments and parameter read, all but the gradient written, 4 each
+_UNDO_BYTES = 16  # a shard copies both moments first, to go back to if it is lost
+# an update with the payload's element on its way from slot to slot: bfloat16 is read twice and made float32 in parts
+# that stay in a cache; of int8, as measured, torch's operators take a dozen passes, with what its rounding leaves out
+_UPDATE_BYTES: dict[PayloadDtype, int] = {"float32": ADAMW_BYTES, "bfloat16": 16 + 3 * 2, "int8": ADAMW_BYTES + 66}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,17 +35,16 @@ class Workload:
         num_micro_batches: In an optimizer update.
         bf16: Weights and activations of 2 bytes, else of 4.
         gradient_checkpointing: Whether the backward runs each block's forward again.
-        subspace_dim: D asked for (lsp).
+        subspace_dim: Columns asked for of P and of Q (lsp).
         nnz_per_row: R (lsp).
         lora_rank: Of the adapters (lora).
         galore_rank: Dimensions that a gradient's shorter side is projected onto (galore).
-        whiten: Whether shards take Adam's step in whitened coordinates (lsp).
         num_shards: Optimizer shards.
         shard_threads: Threads of each.
         shard_by: Whether a shard owns whole layers or a slice of every layer.
         pinned: Whether slots are page-locked.
         speculates: Whether updates may have to be made again once their step is judged, as with clipping.
-        payload_element_bytes: 4 here; the paper sends 2.
+        payload_dtype: What crosses the link, both ways; the paper's float16 is as wide as bfloat16.
         plain_updates: Whether deltas are added without rounding and shards keep nothing to go back to, as in the paper.
         full_gradient: Whether the (M, N) gradient is formed before it is compressed, as in the paper (lsp).
     """
@@ -53,22 +58,21 @@ class Workload:
     bf16: bool = True
     gradient_checkpointing: bool = False
     subspace_dim: int = 256
-    nnz_per_row: int = 4
+    nnz_per_row: int = 8
     lora_rank: int = 8
     galore_rank: int = 128
-    whiten: bool = True
     num_shards: int = 1
     shard_threads: int = 1
     shard_by: ShardBy = "layer"
     pinned: bool = True
     speculates: bool = False
-    payload_element_bytes: int = 4
+    payload_dtype: PayloadDtype = "bfloat16"
     full_gradient: bool = False
     plain_updates: bool = False
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "seq_length", "num_micro_batches", "subspace_dim", "nnz_per_row")
-        for name in (*counts, "lora_rank", "galore_rank", "num_shards", "shard_threads", "payload_element_bytes"):
+        for name in (*counts, "lora_rank", "galore_rank", "num_shards", "shard_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"workload.{name}", "be at least 1", getattr(self, name))
 
@@ -127,19 +131,32 @@ class Workload:
         is_projected = self.method == "galore" and linear.small_side > self.galore_rank
         return self.galore_rank * linear.small_side if is_projected else 0
 
-    def dim_of(self, linear: LinearShape) -> int | None:
-        """D of a linear, at most half of its smaller side; None where it is not projected."""
+    def dims_of(self, linear: LinearShape) -> tuple[int, int] | None:
+        """(D, E) of a linear, multiples of R, each at most half of its side; None where it is not projected."""
         if self.method != "lsp" or linear.small_side < MIN_SIDE_PER_NNZ * self.nnz_per_row:
             return None
-        return min(self.subspace_dim, linear.small_side // 2)
+        return self._dim(linear.rows), self._dim(linear.columns)
+
+    def _dim(self, width: int) -> int:
+        return max(1, min(self.subspace_dim, width // 2) // self.nnz_per_row) * self.nnz_per_row
+
+    def projected_inputs(self, layer: LayerShape) -> list[tuple[int, int]]:
+        """(N, E) of every input that projected linears read; those that read the same one share Q and X Q."""
+        pairs = [(linear, self.dims_of(linear)) for linear in layer.linears]
+        return list({linear.input: (linear.columns, dims[1]) for linear, dims in pairs if dims}.values())
 
     def payload_numel(self, layer: LayerShape) -> int:
         """Elements that a layer sends in each direction."""
         if self.stays_on_device:
             return 0
-        dims = [(linear, self.dim_of(linear)) for linear in layer.linears]
-        return layer.raw_numel + sum(linear.numel if dim is None else dim * dim for linear, dim in dims)
+        shapes = [self.dims_of(linear) or (linear.rows, linear.columns) for linear in layer.linears]
+        return layer.raw_numel + sum(rows * columns for rows, columns in shapes)
 
     def payload_bytes(self, layer: LayerShape) -> int:
         """Bytes that a layer sends in each direction."""
-        return self.payload_element_bytes * self.payload_numel(layer)
+        return payload_bytes(self.payload_numel(layer), self.payload_dtype)
+
+    @property
+    def update_bytes(self) -> int:
+        """Of an element that a shard reads and writes: AdamW's with the payload's coding, and the copy of its state."""
+        return ADAMW_BYTES if self.plain_updates else _UPDATE_BYTES[self.payload_dtype] + _UNDO_BYTES

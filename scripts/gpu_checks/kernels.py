@@ -1,6 +1,6 @@
 """Checks of what is computed on the device: against the CPU's results, in double precision where there is a formula.
 
-Legend: T tokens, M rows (out), N columns (in), D subspace.
+Legend: T tokens, M rows (out), N columns (in), D × E what is sent.
 """
 
 from __future__ import annotations
@@ -8,26 +8,29 @@ from __future__ import annotations
 import time
 from functools import partial
 from statistics import median
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lsp_ray.config import LspConfig
+from lsp_ray.device import torch_kernels
 from lsp_ray.device.calibrate import fit_projectors
-from lsp_ray.device.fits import ClosedFormFit, GradientSketch
+from lsp_ray.device.fits import ClosedFormFit
 from lsp_ray.device.kernels import kernels_for
-from lsp_ray.device.projected_linear import ProjectedLinear, add_decompressed
+from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.rounding import Rounding
-from lsp_ray.device.unit import Update
 from lsp_ray.methods.lsp import lsp_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import num_targets, summed_loss
+from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
-from lsp_ray.projection.bias import bias_of
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.bias import relative_bias
+from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector, UpdateSize
 from lsp_ray.trace import WorkStream
 from scripts.gpu_checks.check import Bench, Check, relative_error, require
 
@@ -43,9 +46,7 @@ MOST_FOR_NEW = 5.0  # of the time of a known length; a plan takes a hundred time
 class Draw(Protocol):
     """Makes projectors, as `SparseProjector.random` does."""
 
-    def __call__(
-        self, shape: tuple[int, int], dim: int, nnz_per_row: int, generator: torch.Generator
-    ) -> SparseProjector:
+    def __call__(self, sizes: ProjectorSizes, generator: torch.Generator) -> SparseProjector:
         """Return a projector on the CPU."""
         ...
 
@@ -54,7 +55,6 @@ def kernel_checks(bench: Bench) -> list[tuple[str, Check]]:
     """All of them, by name."""
     by_dtype = {
         "compress": compression,
-        "decompress": decompression,
         "projected linear": projected_linear,
         "decompress and add": added_delta,
     }
@@ -75,25 +75,14 @@ def kernel_checks(bench: Bench) -> list[tuple[str, Check]]:
 
 
 def compression(bench: Bench, dtype: torch.dtype, draw: Draw = SparseProjector.random) -> str:
-    """(dY P)ᵀ (X Q) from the sparse products, against Pᵀ (dYᵀ X) Q from dense ones in float64."""
+    """(dY P)ᵀ (X Q) from the block products, against Pᵀ (dYᵀ X) Q from dense ones in float64."""
     projector, grad_output_TM, input_TN = _drawn(bench, dtype, draw)
     on_device = projector.to(bench.device)
-    found_DD = on_device.compress_outer(
-        grad_output_TM.to(bench.device), on_device.project_input(input_TN.to(bench.device))
-    )
+    projected_TE = on_device.right.project(input_TN.to(bench.device))
+    found_DE = on_device.compress_outer(grad_output_TM.to(bench.device), projected_TE)
     left_MD, right_ND = projector.left.dense().double(), projector.right.dense().double()
-    expected_DD = (grad_output_TM.double() @ left_MD).t() @ (input_TN.double() @ right_ND)
-    return relative_error(found_DD, expected_DD, BOUND[dtype])
-
-
-def decompression(bench: Bench, dtype: torch.dtype, draw: Draw = SparseProjector.random) -> str:
-    """P δ Qᵀ from the sparse products, rows in pieces, against dense ones in float64."""
-    projector, _, _ = _drawn(bench, dtype, draw)
-    delta_DD = _normal(bench.sizes.dim, bench.sizes.dim, seed=3)
-    on_device, half = projector.to(bench.device), bench.sizes.rows // 2
-    parts = [on_device.decompress(delta_DD.to(bench.device), first, half) for first in (0, half)]
-    expected_MN = projector.left.dense().double() @ delta_DD.double() @ projector.right.dense().double().t()
-    return relative_error(torch.cat(parts), expected_MN[: 2 * half], BOUND[torch.float32])
+    expected_DE = (grad_output_TM.double() @ left_MD).t() @ (input_TN.double() @ right_ND)
+    return relative_error(found_DE, expected_DE, BOUND[dtype])
 
 
 def projected_linear(bench: Bench, dtype: torch.dtype) -> str:
@@ -117,23 +106,33 @@ def projected_linear(bench: Bench, dtype: torch.dtype) -> str:
     assert module.leaf.grad is not None
     relative_error(found_TM, exact_TM.detach(), BOUND[dtype])
     relative_error(found_input_TN.grad, exact_input_TN.grad, BOUND[dtype])
-    expected_DD = projector.left.dense().double().t() @ exact.weight.grad @ projector.right.dense().double()
-    return relative_error(module.leaf.grad, expected_DD, BOUND[dtype])
+    expected_DE = projector.left.dense().double().t() @ exact.weight.grad @ projector.right.dense().double()
+    return relative_error(module.leaf.grad, expected_DE, BOUND[dtype])
 
 
 def added_delta(bench: Bench, dtype: torch.dtype) -> str:
-    """W + P δ Qᵀ as a step adds it, with the CPU's own answer; bfloat16 may differ where rounding is at its edge."""
+    """W + P δ Qᵀ as a step adds it: the bits of torch's operators on the CPU, in one launch where there are kernels."""
     projector, _, _ = _drawn(bench, dtype, SparseProjector.random)
     weight_MN = _normal(bench.sizes.rows, bench.sizes.columns, seed=5).to(dtype)
-    delta_DD = _normal(bench.sizes.dim, bench.sizes.dim, seed=6) * 1e-2
-    answers = []
-    for device in (bench.device, torch.device("cpu")):
-        update = Update(step=3, learning_rate=1e-2, weight_decay=0.1, rounding=Rounding(7, device))
-        answer_MN = weight_MN.clone().to(device)
-        add_decompressed(answer_MN, delta_DD.to(device), projector.to(device), update, key=2)
-        answers.append(answer_MN)
-    by = "torch's operators" if kernels_for(answers[0]) is None else "kernels"
-    return f"{relative_error(answers[0], answers[1], BOUND[dtype] / 10)}, by {by}"
+    delta_DE = (_normal(*projector.dims, seed=6) * 1e-2).bfloat16()
+    size, host = UpdateSize(3.0, 2e-2, 1.7), torch.device("cpu")
+    found_MN, expected_MN = weight_MN.clone().to(bench.device), weight_MN.clone()
+    kernels, noise = kernels_for(found_MN), Rounding(7, bench.device).noise(step=3, key=2)
+    arguments = found_MN, projector.to(bench.device), delta_DE.to(bench.device), size, noise, 0.999
+    torch_kernels.add_decompressed_(
+        expected_MN, projector, delta_DE, size, Rounding(7, host).noise(step=3, key=2), 0.999
+    )
+    kernels.add_decompressed_(*arguments)
+    require(torch.equal(found_MN.cpu(), expected_MN), "the bits differ from those of torch's operators on the CPU")
+    by = kernels.__name__.rpartition(".")[2] if isinstance(kernels, ModuleType) else "others"
+    if not bench.on_gpu:
+        return f"equal bits, by {by}"
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        kernels.add_decompressed_(*arguments)
+        torch.cuda.synchronize(bench.device)
+    launches = sum(event.count for event in profiled.key_averages() if "sync" not in event.key.lower())
+    require(by != "gpu_kernels" or launches == 1, f"{launches} launches for a matrix")
+    return f"equal bits, by {by}, {launches} launches"
 
 
 def rounding(bench: Bench, make: type[Rounding] = Rounding) -> str:
@@ -166,21 +165,23 @@ def adamw_step(bench: Bench) -> str:
 
 def fitted(bench: Bench) -> str:
     """Projectors learned on the device lose no more of a gradient than those learned on the CPU."""
-    sizes = bench.sizes
-    width = sizes.dim // 2  # a gradient of low rank, which learning finds and chance does not
-    grad_MN = _normal(sizes.rows, width, seed=13) @ _normal(width, sizes.columns, seed=14)
+    sizes = _sizes(bench)
+    rows, columns = sizes.shape
+    # a gradient of low rank, which learning finds and chance does not
+    grad_MN = _normal(rows, bench.sizes.dim // 2, seed=13) @ _normal(bench.sizes.dim // 2, columns, seed=14)
     biases = []
     for device in (bench.device, torch.device("cpu")):
-        sketch = GradientSketch((sizes.rows, sizes.columns), sizes.dim, torch.Generator().manual_seed(0))
+        fit, generator = ClosedFormFit(balanced=False), torch.Generator().manual_seed(0)
+        sketch = fit.lesson(sizes.shape, generator)
         sketch.add_full(grad_MN.to(device))
-        projector = sketch.learn(sizes.dim, NNZ_PER_ROW, torch.Generator().manual_seed(1), device)
-        require(projector is not None, f"nothing was learned on {device}")
-        assert projector is not None
-        on_host = projector.to(torch.device("cpu"))
-        bias = bias_of(on_host, on_host.compress(grad_MN), float(grad_MN.double().square().sum()))
+        projectors = fit.learn([sketch], [sizes], generator, device)
+        require(projectors is not None, f"nothing was learned on {device}")
+        assert projectors is not None
+        compressed_DE = projectors[0].to(torch.device("cpu")).compress(grad_MN)
+        bias = relative_bias(compressed_DE, float(grad_MN.double().square().sum()))
         require(bias is not None, f"the bias of what was learned on {device} is not finite")
         assert bias is not None
-        biases.append(bias.relative)
+        biases.append(bias)
     figure = f"bias {biases[0]:.3f}, the CPU's {biases[1]:.3f}"
     require(biases[0] <= biases[1] + 0.02, figure)
     return figure
@@ -189,7 +190,8 @@ def fitted(bench: Bench) -> str:
 def fitted_together(bench: Bench) -> str:
     """Several threads learn projectors from a backward, as at the start of a run."""
     model = small_llama(bench)
-    _, linears = lsp_units(find_layers(model), LspConfig(subspace_dim=16, nnz_per_row=2), seed=0)
+    shared = shared_inputs(model)
+    _, linears = lsp_units(find_layers(model), LspConfig(subspace_dim=16, nnz_per_row=2), seed=0, shared=shared)
     unfitted = fit_projectors(
         model, linears, [_batch(bench)], ClosedFormFit(balanced=True), seed=0, num_threads=NUM_FITTING
     )
@@ -252,12 +254,16 @@ def _batch(bench: Bench) -> dict[str, torch.Tensor]:
 
 def _drawn(bench: Bench, dtype: torch.dtype, draw: Draw) -> tuple[SparseProjector, torch.Tensor, torch.Tensor]:
     """A projector, dY (T, M) and X (T, N), on the CPU."""
-    sizes = bench.sizes
-    projector = draw((sizes.rows, sizes.columns), sizes.dim, NNZ_PER_ROW, torch.Generator().manual_seed(0))
+    sizes = _sizes(bench)
+    projector = draw(sizes, torch.Generator().manual_seed(0))
     grad_output_TM, input_TN = (
-        _normal(sizes.num_tokens, side, seed=seed).to(dtype) for seed, side in enumerate((sizes.rows, sizes.columns))
+        _normal(bench.sizes.num_tokens, side, seed=seed).to(dtype) for seed, side in enumerate(sizes.shape)
     )
     return projector.to(torch.device("cpu"), dtype), grad_output_TM, input_TN
+
+
+def _sizes(bench: Bench) -> ProjectorSizes:
+    return ProjectorSizes.of((bench.sizes.rows, bench.sizes.columns), bench.sizes.dim, NNZ_PER_ROW)
 
 
 def _normal(rows: int, columns: int, *, seed: int) -> torch.Tensor:

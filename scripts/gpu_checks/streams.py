@@ -52,7 +52,7 @@ def ordered_copies(bench: Bench) -> str:
     known = torch.arange(numel, dtype=torch.float32)
     on_device, slot = known.to(bench.device), _slot(bench)
     backend.page_lock(slot.payload)
-    payload = backend.empty(WorkStream.GPU, numel)
+    payload = backend.empty(WorkStream.GPU, numel, torch.float32)
     with backend.launch(WorkStream.GPU, writes=(payload,)):
         payload.zero_()
         _compute(bench)
@@ -61,7 +61,7 @@ def ordered_copies(bench: Bench) -> str:
     backend.copy_async(WorkStream.D2H, slot.payload, payload)
     backend.record(WorkStream.D2H).synchronize()
     require(torch.equal(slot.payload, known), "the slot does not hold what the compute wrote")
-    delta = backend.empty(WorkStream.H2D, numel)
+    delta = backend.empty(WorkStream.H2D, numel, torch.float32)
     backend.copy_async(WorkStream.H2D, delta, slot.payload)
     fence = backend.record(WorkStream.H2D)
     backend.wait(WorkStream.GPU, fence)
@@ -75,7 +75,7 @@ def copies_beside_compute(bench: Bench) -> str:
     """A copy that depends on nothing is done long before the compute submitted ahead of it."""
     backend, slot = bench.backend, _slot(bench)
     backend.page_lock(slot.payload)
-    payload = backend.empty(WorkStream.D2H, slot.payload.numel())
+    payload = backend.empty(WorkStream.D2H, slot.payload.numel(), torch.float32)
     _compute(bench)  # loads its kernels
     backend.record(WorkStream.GPU).synchronize()
     start_s = time.monotonic()
@@ -103,7 +103,7 @@ def reused_buffers(bench: Bench) -> str:
     for index, slot in enumerate(slots):
         slot.payload.fill_(float(index))
         backend.page_lock(slot.payload)
-        delta = backend.empty(WorkStream.H2D, numel)
+        delta = backend.empty(WorkStream.H2D, numel, torch.float32)
         backend.copy_async(WorkStream.H2D, delta, slot.payload)
         backend.wait(WorkStream.GPU, backend.record(WorkStream.H2D))
         backend.hand_over(delta, WorkStream.GPU)
@@ -160,7 +160,7 @@ def _compute(bench: Bench) -> torch.Tensor:
 def _rate(bench: Bench, slot: Slot, stream: WorkStream) -> float:
     """10⁹ bytes a second of a slot's copy, the second one."""
     backend = bench.backend
-    buffer = backend.empty(stream, slot.payload.numel())
+    buffer = backend.empty(stream, slot.payload.numel(), torch.float32)
     pair = (slot.payload, buffer) if stream is WorkStream.D2H else (buffer, slot.payload)
     taken_s = 0.0
     for _ in range(2):

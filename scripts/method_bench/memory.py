@@ -13,14 +13,14 @@ from itertools import count
 from transformers import PreTrainedModel
 
 from lsp_ray.config import GaloreConfig, LoraConfig, LspConfig, Task
-from lsp_ray.methods.lsp import MIN_SIDE_PER_NNZ, subspace_dims
+from lsp_ray.methods.lsp import MIN_SIDE_PER_NNZ, projector_sizes
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_skeleton
 from lsp_ray.models.resolve import resolve_model
 
 TOLERANCE = 0.02
 PARTS = ("weights", "projectors, bases or adapters", "optimizer", "gradients of a step")
-_WEIGHT_BYTES, _INDEX_BYTES, _FLOAT_BYTES, _MOMENT_BYTES = 2, 2, 4, 8  # weights are bfloat16; two moments in float32
+_WEIGHT_BYTES, _FLOAT_BYTES, _MOMENT_BYTES = 2, 4, 8  # weights are bfloat16; two moments in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +110,11 @@ def _nearest(
 def _lsp(shapes: Shapes, options: Mapping[str, str]) -> tuple[int, int, int]:
     nnz = int(options.get("--lsp.nnz_per_row", LspConfig().nnz_per_row))
     lsp = LspConfig(subspace_dim=int(options.get("--lsp.subspace_dim", LspConfig().dim)), nnz_per_row=nnz)
-    dims = subspace_dims(shapes.layers, lsp)
-    sites = [site for layer in shapes.layers for site in layer.linears]
-    projected = [site.shape for site in sites if site.name in dims]
+    sizes = projector_sizes(shapes.layers, lsp).values()
+    projected = [size.shape for size in sizes]
     raw = shapes.num_trained - _numel(projected)
-    added = nnz * _sides(projected) * (_WEIGHT_BYTES + _INDEX_BYTES)
-    return added, 0, _FLOAT_BYTES * (sum(dim**2 for dim in dims.values()) + raw)
+    added = nnz * _sides(projected) * _WEIGHT_BYTES  # a right factor that linears share is counted for each of them
+    return added, 0, _FLOAT_BYTES * (_numel(size.dims for size in sizes) + raw)
 
 
 def _lora(shapes: Shapes, options: Mapping[str, str]) -> tuple[int, int, int]:

@@ -14,7 +14,9 @@ import torch
 
 from lsp_ray import __version__
 from lsp_ray.projection.paper_fit import LEARNING_RATE
+from scripts.projection_bench.kernels import KernelSize
 from scripts.projection_bench.measure import METHODS, PAPER_STEPS, Measured, Point
+from scripts.projection_bench.sharing import Shared
 from scripts.projection_bench.tables import LABELS, TextTable, sentence
 from scripts.projection_bench.transfer import Transfer
 
@@ -23,7 +25,7 @@ TOLD_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What the page is made of. `headline` and `grids` are by data set; `times_ms` by type, then kernel."""
+    """What the page is made of. `headline` and `grids` are by data set; `times_ms` by size, type, kernel."""
 
     command: str
     notes: tuple[str, ...]
@@ -31,7 +33,8 @@ class Findings:
     headline: dict[str, Measured]
     grids: dict[str, Measured]
     fit_seconds: dict[str, float]
-    times_ms: dict[str, dict[str, float]]
+    times_ms: dict[KernelSize, dict[str, dict[str, float]]]
+    sharing: tuple[Shared, ...]
     transfers: tuple[Transfer, ...]
     wall_s: float
 
@@ -54,59 +57,54 @@ def page(findings: Findings, tables: Sequence[TextTable], plot_name: str | None)
 def method_notes() -> tuple[str, ...]:
     """How the methods are set up, the same in every run."""
     return (
-        "Bias is ‖c · P Pᵀ G Q Qᵀ − G‖ / ‖G‖ on micro-batches that no method has learned from: c is the best scalar, "
-        "for the raw bias it is 1. Means over the micro-batches, then over the matrices.",
-        "Bytes: LSP has (M + N) · r bfloat16 values with an int16 row number each, 4 bytes. GaLore's factors are dense "
-        "bfloat16: two-sided (M + N) · k · 2 bytes, so k = 2 r; one-sided min(M, N) · k · 2 bytes, so k = "
-        "2 r (M + N) / min(M, N). The dense floor has rank d on both sides, d / (2 r) times the bytes.",
+        "Bias is ‖c · P Pᵀ G Q Qᵀ − G‖ / ‖G‖ on micro-batches that no method has learned from, c the best scalar. "
+        "Means over the micro-batches, then over the matrices, each with a P and a Q of its own.",
+        "Bytes: P and Q have (M + N) · r bfloat16 values. GaLore's factors are dense bfloat16: two-sided "
+        "(M + N) · k · 2 bytes, so k = r; one-sided min(M, N) · k · 2 bytes, so k = r (M + N) / min(M, N). The dense "
+        "floor has P's and Q's numbers of columns as ranks, d / r times the bytes.",
         "GaLore and the floor take their singular vectors from the same calibration gradients, by exact "
-        "eigendecompositions. A matrix whose smaller side is below 2 d uses half that side for d.",
+        "eigendecompositions. A side below 2 d has half of itself for d, a multiple of r.",
         "Values sent a matrix are those of the compressed gradient: what crosses the link each way in a step.",
-        "Orthonormal columns are P (PᵀP)^(-1/2), Q (QᵀQ)^(-1/2). The factor is (d, d) and not in the bytes: it can be "
-        "applied where the optimizer is, on the host.",
-        "Balanced is what a run's default makes: P and Q learned for S G Z, which has rows and columns of like size, "
-        "and whitened there. It trains better (docs/log.md), and by design not with the least bias for G itself.",
-        f"The paper's fit is given {PAPER_STEPS} Adam steps at learning rate {LEARNING_RATE}, the best of those tried "
-        "from 0.01 to 0.6 at r=4 d=256 (another point may want another), no bound on bias or time, and never forms an "
-        "(M, N) estimate. It starts from `random`.",
+        "Balanced is what a run's default makes: bases U and V learned for S G Z, which has rows and columns of like "
+        "size, and P = S U, Q = Z V. It trains better (docs/log.md), and by design not with the least bias for G "
+        "itself: so its bases are judged by S G Z as well, as they are when a run measures them.",
+        f"The paper's fit is given {PAPER_STEPS} Adam steps at learning rate {LEARNING_RATE}, no bound on bias or "
+        "time, and never forms an (M, N) estimate. It starts from `random`, and its bases are made orthonormal.",
         "Seconds to fit start from the gradients: the closed form's include its sketches, neither includes a backward "
         "pass. Both fits of a matrix are made one right after the other.",
     )
 
 
 def remarks(findings: Findings) -> Iterator[str]:
-    """Say in plain words where the closed form loses."""
+    """Say in plain words where the blocks lose."""
     for dataset, measured in findings.headline.items():
-        yield _ranking(
-            f"{dataset}, r={findings.main.nnz_per_row} d={findings.main.subspace_dim}", measured, findings.main
-        )
+        yield _ranking(f"{dataset}, {findings.main}", measured, findings.main)
     for dataset, measured in findings.grids.items():
         for rival in ("galore_one_sided", "galore_two_sided", "paper"):
-            for ours in ("closed_form_gram", "closed_form"):
-                yield from _losses(dataset, measured, ours, rival)
-    for dtype, times in findings.times_ms.items():
-        for rival in ("dense", "csr", "memcpy"):
-            if rival in times and times["ours"] > times[rival]:
-                yield f"{dtype}: compress takes {times['ours'] / times[rival]:.1f} times as long as {rival}."
+            yield from _losses(dataset, measured, rival)
+    for size, times_ms in findings.times_ms.items():
+        for dtype, times in times_ms.items():
+            for rival in ("dense", "memcpy"):
+                if times["ours"] > times[rival]:
+                    ratio = times["ours"] / times[rival]
+                    yield f"{size}, {dtype}: compress takes {ratio:.1f} times as long as {rival}."
     yield "Bias is not training: which fit trains best is another benchmark's question."
 
 
-def _losses(dataset: str, measured: Measured, ours: str, rival: str) -> Iterator[str]:
+def _losses(dataset: str, measured: Measured, rival: str) -> Iterator[str]:
     lost = [
-        f"r={point.nnz_per_row} d={point.subspace_dim}"
-        for point in sorted(measured.scores)
-        if measured.mean(point, rival).bias < measured.mean(point, ours).bias
+        str(point) for point in sorted(measured.biases) if measured.mean(point, rival) < measured.mean(point, "blocks")
     ]
     if lost:
-        total = len(measured.scores)
+        total = len(measured.biases)
         where = f"all {total} points" if len(lost) == total else f"{len(lost)} of {total} points: {sentence(lost)}"
-        yield f"{dataset}: {LABELS[rival]} has less bias than {LABELS[ours]} at {where}."
+        yield f"{dataset}: {LABELS[rival]} has less bias than {LABELS['blocks']} at {where}."
 
 
 def _ranking(where: str, measured: Measured, point: Point) -> str:
-    ranked = sorted(METHODS, key=lambda method: measured.mean(point, method).bias)
+    ranked = sorted(METHODS, key=lambda method: measured.mean(point, method))
     return f"{where}, least bias first: " + ", ".join(
-        f"{LABELS[method]} {measured.mean(point, method).bias:.3f}" for method in ranked
+        f"{LABELS[method]} {measured.mean(point, method):.3f}" for method in ranked
     )
 
 

@@ -6,14 +6,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from scripts.projection_bench.measure import Measured
+from scripts.projection_bench.measure import PAPER_STEPS, SCALED, Measured
 
 STYLE = {
-    "closed_form_gram": ("closed form, orthonormal columns", "#0072b2", "o", "-"),
-    "closed_form_balanced": ("closed form, balanced", "#004166", "o", ":"),
-    "closed_form": ("closed form, unit columns", "#56b4e9", "o", "--"),
-    "paper": ("paper (60 Adam steps)", "#d55e00", "s", "-"),
-    "random": ("random", "#999999", "x", "-"),
+    "blocks": ("blocks", "#0072b2", "o", "-"),
+    SCALED: ("blocks, balanced, bases for S G Z", "#56b4e9", "o", "--"),
+    "blocks_balanced": ("blocks, balanced", "#004166", "o", ":"),
+    "paper": (f"paper ({PAPER_STEPS} Adam steps)", "#d55e00", "s", "-"),
+    "random": ("random blocks", "#999999", "x", "-"),
     "galore_two_sided": ("GaLore, two-sided", "#009e73", "^", "-"),
     "galore_one_sided": ("GaLore, one-sided", "#009e73", "v", "--"),
     "dense_floor": ("dense rank d, far more bytes", "#000000", "", ":"),
@@ -28,7 +28,7 @@ def draw(measured_by_dataset: dict[str, Measured], path: Path) -> bool:
         return False
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    dims = sorted({point.subspace_dim for measured in measured_by_dataset.values() for point in measured.scores})
+    dims = sorted({point.subspace_dim for measured in measured_by_dataset.values() for point in measured.biases})
     figure, panels = pyplot.subplots(
         len(measured_by_dataset),
         len(dims),
@@ -53,10 +53,10 @@ def draw(measured_by_dataset: dict[str, Measured], path: Path) -> bool:
 
 
 def _panel(panel: Any, measured: Measured, dim: int) -> None:
-    points = sorted(point for point in measured.scores if point.subspace_dim == dim)
+    points = sorted(point for point in measured.biases if point.subspace_dim == dim)
     sizes_kib = [measured.mean_bytes(point) / 1024 for point in points]
     for method, (label, colour, marker, line) in STYLE.items():
-        biases = [measured.mean(point, method).bias for point in points]
+        biases = [measured.mean(point, method) for point in points]
         if points:
             panel.plot(sizes_kib, biases, line, marker=marker or None, markersize=4, color=colour, label=label)
     panel.set_xscale("log", base=2)

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 
-from scripts.projection_bench.measure import METHODS, Measured, Point
+from scripts.projection_bench.measure import SCALED, Measured, Point
+from scripts.projection_bench.sharing import Shared
 from scripts.projection_bench.transfer import Transfer
 
 LABELS = {
-    "closed_form": "closed form, unit columns",
-    "closed_form_gram": "closed form, orthonormal columns",
-    "closed_form_balanced": "closed form, balanced (a run's default)",
+    "blocks": "blocks",
+    "blocks_balanced": "blocks, balanced (a run's default)",
+    SCALED: "the same, bases for S G Z",
     "paper": "paper",
-    "random": "random",
+    "random": "random blocks",
     "galore_one_sided": "GaLore, one-sided",
     "galore_two_sided": "GaLore, two-sided",
     "dense_floor": "dense rank d (the floor)",
 }
 SHORT_LABELS = {
-    "closed_form": "closed, unit",
-    "closed_form_gram": "closed, orthonormal",
-    "closed_form_balanced": "closed, balanced",
+    "blocks": "blocks",
+    "blocks_balanced": "balanced",
+    SCALED: "balanced, S G Z",
     "paper": "paper",
     "random": "random",
     "galore_one_sided": "GaLore one",
     "galore_two_sided": "GaLore two",
     "dense_floor": "floor",
 }
-KERNEL_LABELS = {
-    "ours": "ours, transpose included",
-    "ours_transposed": "ours, from dYᵀ",
-    "dense": "dense product",
-    "csr": "torch CSR, transpose included",
-    "memcpy": "memory copy of as many bytes",
-}
+FIT_LABELS = {"closed_form": "closed form", "paper": "paper"}
+KERNEL_LABELS = {"ours": "ours", "dense": "dense product", "memcpy": "memory copy of as many bytes"}
+_SHOWN = tuple(LABELS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,38 +61,32 @@ class TextTable:
         return table
 
 
-def score_table(heading: str, measured: Measured, point: Point) -> TextTable:
-    """All three figures of every method at one point, and how much it sends."""
+def bias_table(heading: str, measured: Measured, point: Point) -> TextTable:
+    """Bias of every method at one point, and how much it sends."""
+    rows = tuple(
+        (LABELS[method], f"{measured.mean(point, method):.3f}", f"{measured.mean_sent(point, method):,.0f}")
+        for method in _SHOWN
+    )
+    return TextTable(heading=heading, columns=("method", "bias", "values sent a matrix"), rows=rows)
+
+
+def grid_table(heading: str, measured: Measured) -> TextTable:
+    """Bias of every method at every point."""
     rows = []
-    for method in METHODS:
-        score = measured.mean(point, method)
-        figures = (f"{score.bias:.3f}", f"{score.raw_bias:.3f}", f"{score.cosine:.3f}")
-        rows.append((LABELS[method], *figures, f"{measured.mean_sent(point, method):,.0f}"))
-    columns = ("method", "bias at the best scalar", "raw bias", "cosine", "values sent a matrix")
+    for point in sorted(measured.biases):
+        cells = [f"{measured.mean(point, method):.3f}" for method in _SHOWN]
+        rows.append((str(point), f"{measured.mean_bytes(point) / 1024:.0f}", *cells))
+    columns = ("point", "KiB a matrix", *(SHORT_LABELS[method] for method in _SHOWN))
     return TextTable(heading=heading, columns=columns, rows=tuple(rows))
 
 
-def grid_table(heading: str, measured: Measured, figure: str) -> TextTable:
-    """One figure (`bias`, `raw_bias` or `cosine`) of every method at every point."""
-    rows = []
-    for point in sorted(measured.scores):
-        cells = [f"{getattr(measured.mean(point, method), figure):.3f}" for method in METHODS]
-        rows.append(
-            (f"r={point.nnz_per_row} d={point.subspace_dim}", f"{measured.mean_bytes(point) / 1024:.0f}", *cells)
-        )
-    columns = ("point", "KiB a matrix", *(SHORT_LABELS[method] for method in METHODS))
-    return TextTable(heading=heading, columns=columns, rows=tuple(rows))
-
-
-def kernel_table(heading: str, times_ms: dict[str, dict[str, float]]) -> TextTable:
+def kernel_table(heading: str, times_ms: Mapping[str, Mapping[str, float]]) -> TextTable:
     """Milliseconds of every kernel by type, and how often the copy's time that is."""
     rows = []
     for name, label in KERNEL_LABELS.items():
         cells = []
         for by_kernel in times_ms.values():
-            known = name in by_kernel
-            cells.append(f"{by_kernel[name]:.2f}" if known else "none")
-            cells.append(f"{by_kernel[name] / by_kernel['memcpy']:.1f}" if known else "")
+            cells += [f"{by_kernel[name]:.2f}", f"{by_kernel[name] / by_kernel['memcpy']:.1f}"]
         rows.append((label, *cells))
     columns = ["kernel"]
     for dtype in times_ms:
@@ -103,19 +94,31 @@ def kernel_table(heading: str, times_ms: dict[str, dict[str, float]]) -> TextTab
     return TextTable(heading=heading, columns=tuple(columns), rows=tuple(rows))
 
 
-def fit_table(heading: str, seconds: dict[str, float]) -> TextTable:
+def fit_table(heading: str, seconds: Mapping[str, float]) -> TextTable:
     """Seconds of each fit for the whole model."""
-    rows = tuple((LABELS[method], f"{fit_s:.1f}") for method, fit_s in seconds.items())
+    rows = tuple((FIT_LABELS[fit], f"{fit_s:.1f}") for fit, fit_s in seconds.items())
     return TextTable(heading=heading, columns=("fit", "seconds"), rows=rows)
+
+
+def sharing_table(heading: str, kinds: Sequence[Shared]) -> TextTable:
+    """Own Q against a shared one, by kind of linear."""
+    rows = tuple(
+        (each.kind, str(each.num_matrices), *(f"{bias:.3f}" for bias in (*each.plain, *each.scaled))) for each in kinds
+    )
+    columns = ("linear", "matrices", "blocks, own Q", "shared", "balanced for S G Z, own Q", "shared")
+    return TextTable(heading=heading, columns=columns, rows=rows)
 
 
 def transfer_table(heading: str, transfers: Sequence[Transfer]) -> TextTable:
     """What projectors learned elsewhere cost in bias; what they save is the fit's seconds."""
     rows = tuple(
-        (f"{each.learned_on}, judged by {each.judged_by}", f"{each.orthonormal.bias:.3f}", f"{each.balanced.bias:.3f}")
+        (
+            f"{each.learned_on}, judged by {each.judged_by}",
+            *(f"{bias:.3f}" for bias in (each.plain, each.balanced, each.scaled)),
+        )
         for each in transfers
     )
-    columns = ("learned on", LABELS["closed_form_gram"], LABELS["closed_form_balanced"])
+    columns = ("learned on", LABELS["blocks"], LABELS["blocks_balanced"], LABELS[SCALED])
     return TextTable(heading=heading, columns=columns, rows=rows)
 
 

@@ -5,48 +5,51 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from statistics import fmean
 
 from lsp_ray.device.rounding import mixed
-from lsp_ray.projection.sparse_projector import subspace_dim_for
-from scripts.projection_bench.estimates import Score, balanced_score, whitened_score
+from scripts.projection_bench.estimates import block_bias, scaled_bias
 from scripts.projection_bench.gradients import SEED, Gradients, Source
 from scripts.projection_bench.measure import Point, fitted, sketched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """Means over matrices of projectors learned on one data set's gradients and judged by another's held-out ones."""
+    """Mean biases of projectors learned on one data set's gradients and judged by another's held-out ones.
+
+    `plain` and `balanced` are for G, `scaled` is of the balanced bases for S G Z.
+    """
 
     learned_on: str
     judged_by: str
-    orthonormal: Score
-    balanced: Score
+    plain: float
+    balanced: float
+    scaled: float
 
 
 def transfers(sources: Mapping[str, Source], layers: Sequence[int], point: Point) -> list[Transfer]:
     """Every pair of data sets, a data set with itself included; all sources have the same model's layers."""
-    scores: dict[tuple[str, str], list[tuple[Score, Score]]] = {
+    biases: dict[tuple[str, str], list[tuple[float, float, float]]] = {
         (learned_on, judged_by): [] for learned_on, judged_by in product(sources, repeat=2)
     }
     by_matrix = zip(*(source.gradients(layers) for source in sources.values()), strict=True)
     for key, matrices in enumerate(by_matrix):
         of_dataset = dict(zip(sources, matrices, strict=True))
-        for learned_on, judged_by in scores:
-            both = _scores(of_dataset[learned_on], of_dataset[judged_by], point, mixed(SEED, key))
-            scores[learned_on, judged_by].append(both)
+        for learned_on, judged_by in biases:
+            found = _biases(of_dataset[learned_on], of_dataset[judged_by], point, mixed(SEED, key))
+            biases[learned_on, judged_by].append(found)
+    means = {pair: tuple(map(fmean, zip(*held, strict=True))) for pair, held in biases.items()}
     return [
-        Transfer(
-            learned_on=learned_on,
-            judged_by=judged_by,
-            orthonormal=Score.mean(orthonormal for orthonormal, _ in held),
-            balanced=Score.mean(balanced for _, balanced in held),
-        )
-        for (learned_on, judged_by), held in scores.items()
+        Transfer(learned_on=learned_on, judged_by=judged_by, plain=plain, balanced=balanced, scaled=scaled)
+        for (learned_on, judged_by), (plain, balanced, scaled) in means.items()
     ]
 
 
-def _scores(learned_on: Gradients, judged_by: Gradients, point: Point, seed: int) -> tuple[Score, Score]:
-    dim = subspace_dim_for(learned_on.shape, point.subspace_dim)
-    sketch = sketched(learned_on, dim, seed)
-    plain, balanced = (fitted(sketch, dim, point.nnz_per_row, seed, balanced=choice) for choice in (False, True))
-    return whitened_score(plain, judged_by.held_out), balanced_score(balanced, judged_by.held_out)
+def _biases(learned_on: Gradients, judged_by: Gradients, point: Point, seed: int) -> tuple[float, float, float]:
+    sketch, sizes = sketched(learned_on, seed), point.sizes(learned_on.shape)
+    (plain,), (balanced,) = (fitted([sketch], [sizes], balanced=choice) for choice in (False, True))
+    return (
+        block_bias(plain, judged_by.held_out),
+        block_bias(balanced, judged_by.held_out),
+        scaled_bias(balanced, judged_by.held_out),
+    )

@@ -1,0 +1,37 @@
+"""InputProjection: X Q once for all linears that read the same X.
+
+Legend: T tokens, N columns of the weights, E columns of Q.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lsp_ray.projection.block_factor import BlockFactor
+
+
+class InputProjection:
+    """Keeps X Q from the first of some linears that share Q to the last; what the backward needs autograd keeps.
+
+    Which tensor arrives decides, so a linear that for once reads another one, or is called twice, gets its own product.
+
+    Args:
+        num_readers: Linears that share Q.
+    """
+
+    def __init__(self, num_readers: int = 1) -> None:
+        self._num_readers = num_readers
+        self._num_uses = 0
+        self._held: tuple[torch.Tensor, int, BlockFactor, torch.Tensor] | None = None
+
+    def of(self, input_TN: torch.Tensor, right: BlockFactor) -> torch.Tensor:
+        """Return X Q, (T, E), in X's dtype, without a graph; X is (…, N)."""
+        held = self._held
+        if held is None or held[0] is not input_TN or held[1] != input_TN._version or held[2] is not right:
+            with torch.no_grad():
+                projected_TE = right.project(input_TN.detach().reshape(-1, input_TN.shape[-1]))
+            held = input_TN, input_TN._version, right, projected_TE
+            self._num_uses = 0
+        self._num_uses += 1
+        self._held = held if self._num_uses < self._num_readers else None
+        return held[3]

@@ -1,0 +1,125 @@
+"""BlockFactor: one side of a projector, orthonormal blocks on consecutive rows.
+
+The F rows are cut into G groups of consecutive rows, the D = G · R columns into G groups of R. Rows of group g have
+their R non-zeros in the columns of group g, an orthonormal (S, R) basis: so every row has exactly R non-zeros (paper,
+Definition 1), Pᵀ P = I holds by construction, and where a non-zero stands follows from (F, G, R) alone. Memory is F · R
+values, whatever D is. Where G does not divide F, the first F mod G groups have one row more than the others.
+
+Legend: F rows of the factor (M for the left one, N for the right one), D columns, G groups, S rows of a group, R
+non-zeros a row, T and K any other number of rows or columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+
+class BlockFactor:
+    """A (F, D) matrix diag(scale) · blockdiag(U_1 … U_G), every U_g an orthonormal (S, R) basis.
+
+    Args:
+        value_FR: The non-zeros of every row, in the dtype of the products; kept as it is.
+        groups: G, such that every group has R rows at least.
+        scale_F: What each row of the bases was multiplied by (float32, on the CPU); None for 1. Products know nothing
+            of it: it tells how to see gradients as the bases were learned from them.
+    """
+
+    def __init__(self, value_FR: torch.Tensor, groups: int, scale_F: torch.Tensor | None = None) -> None:
+        assert value_FR.shape[0] // groups >= value_FR.shape[1], "a group has fewer rows than directions"
+        self.value_FR, self.groups, self.scale_F = value_FR, groups, scale_F
+
+    @classmethod
+    def random(cls, num_rows: int, groups: int, nnz_per_row: int, generator: torch.Generator) -> BlockFactor:
+        """Orthonormal bases of random directions, float32 on the CPU."""
+        drawn = cls(torch.randn(num_rows, nnz_per_row, generator=generator), groups)
+        return drawn.with_bases(torch.linalg.qr(block_GSR).Q for block_GSR in drawn.blocks())
+
+    @property
+    def num_rows(self) -> int:
+        """F."""
+        return self.value_FR.shape[0]
+
+    @property
+    def nnz_per_row(self) -> int:
+        """R."""
+        return self.value_FR.shape[1]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.groups * self.nnz_per_row
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device: F · R values and nothing else."""
+        return self.value_FR.nbytes
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of a group, but for the first `long_groups`, which have one more."""
+        return self.num_rows // self.groups
+
+    @property
+    def long_groups(self) -> int:
+        """F mod G."""
+        return self.num_rows % self.groups
+
+    def split(self, tensor: torch.Tensor, dim: int) -> Iterator[torch.Tensor]:
+        """Yield views of a tensor with F entries along `dim`, which becomes two: groups as long as each other, S."""
+        long, rows = self.long_groups, self.group_rows
+        border = long * (rows + 1)
+        if long:
+            yield tensor.narrow(dim, 0, border).unflatten(dim, (long, rows + 1))
+        yield tensor.narrow(dim, border, self.num_rows - border).unflatten(dim, (self.groups - long, rows))
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Yield the bases, times the scale of their rows: (G, S, R) views, at most two, for both numbers of rows."""
+        return self.split(self.value_FR, 0)
+
+    def project(self, table_TF: torch.Tensor) -> torch.Tensor:
+        """Return the (T, D) product of a (T, F) table with this factor, in the table's dtype."""
+        pairs = zip(self.split(table_TF, 1), self.blocks(), strict=True)
+        parts = [torch.bmm(part_TGS.transpose(0, 1), block.to(part_TGS.dtype)) for part_TGS, block in pairs]
+        projected_GTR = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return projected_GTR.transpose(0, 1).reshape(table_TF.shape[0], self.dim)
+
+    def spread(self, table_DK: torch.Tensor) -> torch.Tensor:
+        """Return the (F, K) product of this factor with a (D, K) table, in the table's dtype."""
+        long_columns = self.long_groups * self.nnz_per_row
+        tables = [table_DK[:long_columns], table_DK[long_columns:]] if long_columns else [table_DK]
+        pairs = zip(self.blocks(), tables, strict=True)
+        parts = [
+            torch.bmm(block.to(part.dtype), part.reshape(block.shape[0], self.nnz_per_row, -1)) for block, part in pairs
+        ]
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    def dense(self) -> torch.Tensor:
+        """The (F, D) matrix with its zeros; for tests and measurements."""
+        return self.spread(torch.eye(self.dim, dtype=self.value_FR.dtype, device=self.value_FR.device))
+
+    def square_sum(self) -> float:
+        """Square of the Frobenius norm."""
+        return float(self.value_FR.double().square().sum())
+
+    @property
+    def unscaled(self) -> torch.Tensor:
+        """The bases without the scale of their rows, float64 (F, R) on the CPU."""
+        value_FR = self.value_FR.detach().cpu().double()
+        return value_FR if self.scale_F is None else value_FR / self.scale_F.double().unsqueeze(1)
+
+    def scale_columns(self, table_KF: torch.Tensor) -> torch.Tensor:
+        """Return the (K, F) table that the bases alone must see to give what this factor gives for `table_KF`."""
+        return table_KF if self.scale_F is None else table_KF * self.scale_F.to(table_KF)
+
+    def with_bases(self, bases: Iterator[torch.Tensor], scale_F: torch.Tensor | None = None) -> BlockFactor:
+        """A factor of the same groups with other bases, (G, S, R) each as `blocks` yields them, and their scale."""
+        value_FR = torch.cat([basis.flatten(0, 1) for basis in bases])
+        if scale_F is None:
+            return BlockFactor(value_FR, self.groups)
+        return BlockFactor(value_FR * scale_F.to(value_FR).unsqueeze(1), self.groups, scale_F.float().cpu())
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> BlockFactor:
+        """The same factor on `device`, its values in `dtype` (default: unchanged)."""
+        return BlockFactor(self.value_FR.to(device, dtype or self.value_FR.dtype), self.groups, self.scale_F)
