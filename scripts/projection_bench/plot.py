@@ -47,7 +47,7 @@ def draw(measured_by_dataset: dict[str, Measured], path: Path) -> bool:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.16 / len(measured_by_dataset), 1, 1))
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
     return True
 
