@@ -34,7 +34,7 @@ def shared_inputs(model: PreTrainedModel) -> list[list[str]]:
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     handles = [note(name) for name in linears]
-    was_training = model.training
+    training = [(module, module.training) for module in model.modules()]
     token = int(model.config.pad_token_id == 0)  # of padding alone some models warn
     ids_BT = torch.full((1, _TOKENS), token, device=next(model.parameters()).device)
     try:
@@ -44,7 +44,8 @@ def shared_inputs(model: PreTrainedModel) -> list[list[str]]:
     except (RuntimeError, NotImplementedError, ValueError, TypeError):  # whatever a model says that wants more inputs
         return []
     finally:
-        model.train(was_training)
+        for module, was_training in training:
+            module.training = was_training
         for handle in handles:
             handle.remove()
     groups = [list(dict.fromkeys(names)) for names in readers.values()]
