@@ -145,6 +145,8 @@ class RuntimeConfig:
     """CPU threads of each shard; default: what a GPU run leaves, or a quarter of a CPU run's cores, over num_shards."""
     payload_dtype: PayloadDtype = "bfloat16"
     """Type of what crosses the link; int8, a quarter of float32's bytes, is for slow links."""
+    cuda_graphs: bool = True
+    """On a GPU, launch each block's forward and backward as one graph; examples are padded to multiples of 64."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
     emulate: EmulatedMachine | None = None

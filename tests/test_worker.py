@@ -187,14 +187,18 @@ def test_a_layer_that_the_forward_does_not_use_sends_zeros_and_stays_as_it_is() 
     assert torch.equal(unused.weight, before)
 
 
-def test_a_loss_that_is_not_finite_stops_before_any_gradient_leaves() -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_no_number_of_its_gradients_can_be_used() -> None:
     model = square_llama()
     run = Loopback(model, full_units(find_layers(model)), learning_rates=LEARNING_RATES)
     with torch.no_grad():
         model.get_output_embeddings().get_parameter("weight").fill_(float("nan"))
     with pytest.raises(NonFiniteLossError, match=r"loss of step 0 is nan; learning_rate was 0\.001 there"):
         run.step(0, [batch(0)])
-    assert not run.announced
+    assert run.announced
+    for ready in run.announced:
+        slot = torch.zeros(run.worker.units[ready.layer].numel)
+        run.worker.send(0, ready.layer, slot)
+        assert slot.isnan().all()
 
 
 def test_the_peak_of_live_memory_is_measured_in_its_step_alone_and_covers_weights_and_activations() -> None:

@@ -85,6 +85,23 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether `record_graph` works."""
+        ...
+
+    def record_graph(self, run: Callable[[], None], *, apart: bool) -> Callable[[], None]:
+        """Record what `run` launches on the compute stream, without doing it; return what launches all of it again.
+
+        Args:
+            run: Its operators must not depend on values; tensors that it makes and that live on keep their places.
+            apart: Whether its memory is its own; else graphs share a pool, and are launched as they were recorded.
+
+        Raises:
+            RuntimeError: It cannot be recorded.
+        """
+        ...
+
     def page_lock(self, slot: torch.Tensor) -> bool:
         """Lock a host buffer's pages so that copies run at the link's full rate; False where that is impossible."""
         ...
@@ -94,6 +111,7 @@ class CpuBackend:
     """Model and slots share one memory: a copy is a memory copy, done when the call returns."""
 
     device = torch.device("cpu")
+    has_graphs = False
 
     def record(self, stream: WorkStream) -> Fence:
         """See `Backend`."""
@@ -129,6 +147,10 @@ class CpuBackend:
         told: Future[None] = Future()
         told.set_result(None)
         return told
+
+    def record_graph(self, run: Callable[[], None], *, apart: bool) -> Callable[[], None]:
+        """See `Backend`."""
+        raise NotImplementedError("a CPU launches nothing")
 
     def page_lock(self, slot: torch.Tensor) -> bool:
         """See `Backend`. Nothing to gain on a CPU."""

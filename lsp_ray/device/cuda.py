@@ -27,6 +27,8 @@ class CudaBackend:
         # cuDNN's attention, which torch prefers on large cards, plans anew for every length of a batch: some tenths of
         # a second, and our batches are as long as their examples
         torch.backends.cuda.enable_cudnn_sdp(False)
+        self._recorder = torch.cuda.Stream(self.device)
+        self._pool = torch.cuda.graph_pool_handle()
         self._announcer = ThreadPoolExecutor(1, thread_name_prefix="announce")
         self._streams = {
             WorkStream.GPU: torch.cuda.default_stream(self.device),
@@ -79,6 +81,24 @@ class CudaBackend:
         """See `Backend`."""
         # the host runs far ahead of the device: what it has submitted is not there yet
         return self._announcer.submit(_wait_then, fence, then)
+
+    has_graphs = True
+
+    def record_graph(self, run: Callable[[], None], *, apart: bool) -> Callable[[], None]:
+        """See `Backend`."""
+        graph, compute = torch.cuda.CUDAGraph(), self._streams[WorkStream.GPU]
+        self._recorder.wait_stream(compute)
+        # the default stream cannot be recorded; other threads go on copying meanwhile, which only this mode allows
+        with torch.cuda.stream(self._recorder):
+            graph.capture_begin(
+                pool=None if apart else self._pool, capture_error_mode="thread_local"
+            )
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        compute.wait_stream(self._recorder)
+        return graph.replay
 
     def page_lock(self, slot: torch.Tensor) -> bool:
         """See `Backend`."""

@@ -16,8 +16,9 @@ NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The norm of all of a step's gradients as they are sent, and their factor: 1, less to clip them, 0 to skip it."""
+    """A step's loss, the norm of all its gradients as they are sent, their factor: 1, less to clip them, 0 to skip it."""
 
+    loss: float
     grad_norm: float
     grad_scale: float
 
@@ -35,42 +36,43 @@ class Judge:
 
     def __init__(self, units: Sequence[Unit], *, max_grad_norm: float = 0.0, skips: bool = False) -> None:
         self._units, self._max_grad_norm, self._skips = units, max_grad_norm, skips
-        self._norms: dict[int, torch.Tensor] = {}
-        self._is_lost = False
+        self._norms: dict[int, Sequence[torch.Tensor]] = {}
+        self._losses: list[torch.Tensor] = []
 
-    def accepts(self, step: int, loss: float, learning_rate: float) -> bool:
-        """Whether the backward of a micro-batch with this loss may run; once it may not, the step is skipped.
+    def weigh(self, loss: torch.Tensor) -> torch.Tensor:
+        """Note a micro-batch's share of the loss; return what its backward begins with, without waiting for it.
 
-        Raises:
-            NonFiniteLossError: The loss is NaN or infinite, and nothing is skipped.
+        1, or NaN where the loss is not finite: no gradient of such a loss may pass for one.
         """
-        if math.isfinite(loss):
-            return True
-        if not self._skips:
-            raise NonFiniteLossError(f"loss of step {step} is {loss}; learning_rate was {learning_rate:g} there")
-        self._is_lost = True
-        return False
+        loss = loss.detach()
+        self._losses.append(loss)
+        return torch.where(torch.isfinite(loss), 1.0, math.nan)
 
-    def see(self, unit: Unit) -> None:
-        """Note the norm of a unit's complete gradients, before they are taken from their leaves."""
-        gradients = [target.leaf.grad.detach() for target in unit.targets if target.leaf.grad is not None]
+    def see(self, unit: Unit, gradients: Sequence[torch.Tensor]) -> None:
+        """Note the norms of a unit's complete gradients, one a target."""
         if gradients:
-            norms = torch._foreach_norm(gradients, 2, torch.float32)  # on a GPU few kernels, however many gradients
-            self._norms[unit.index] = torch.linalg.vector_norm(torch.stack(norms).double())
+            self._norms[unit.index] = torch._foreach_norm(gradients, 2, torch.float32)  # on a GPU three kernels for all
 
-    def verdict(self, step: int) -> Verdict:
-        """Judge the step whose gradients were seen, and forget them; waits for the device.
+    def verdict(self, step: int, learning_rate: float) -> Verdict:
+        """Judge the step whose losses and gradients were noted, and forget them; waits for the device.
 
         scale = min(1, max_grad_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it.
 
         Raises:
+            NonFiniteLossError: The loss is NaN or infinite, and nothing is skipped.
             NonFiniteGradientError: The norm of a layer's gradients is NaN or infinite, and nothing is skipped; names
                 the layer at which the backward met it first.
         """
         seen = [unit for unit in self._units if unit.index in self._norms]
-        norms = torch.stack([self._norms[unit.index] for unit in seen]).tolist() if seen else []
-        is_lost, self._norms, self._is_lost = self._is_lost, {}, False
-        grad_norm = math.hypot(*norms)
+        noted = [*self._losses, *(norm for unit in seen for norm in self._norms[unit.index])]
+        numbers = iter(torch.stack(noted).tolist() if noted else [])
+        losses = [next(numbers) for _ in self._losses]
+        norms = [math.hypot(*(next(numbers) for _ in self._norms[unit.index])) for unit in seen]
+        self._losses, self._norms = [], {}
+        loss, grad_norm = sum(losses), math.hypot(*norms)
+        is_lost = not math.isfinite(loss)
+        if is_lost and not self._skips:
+            raise NonFiniteLossError(f"loss of step {step} is {loss}; learning_rate was {learning_rate:g} there")
         for unit, norm in zip(reversed(seen), reversed(norms), strict=True):
             if math.isfinite(norm):
                 continue
@@ -81,6 +83,6 @@ class Judge:
                 )
             is_lost = True
         if is_lost:
-            return Verdict(grad_norm=grad_norm, grad_scale=0.0)
+            return Verdict(loss=loss, grad_norm=grad_norm, grad_scale=0.0)
         bound = self._max_grad_norm or math.inf
-        return Verdict(grad_norm=grad_norm, grad_scale=min(1.0, bound / (grad_norm + NORM_EPS)))
+        return Verdict(loss=loss, grad_norm=grad_norm, grad_scale=min(1.0, bound / (grad_norm + NORM_EPS)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -38,28 +38,40 @@ class Payloads:
         on_gradients: Told, on any thread, that a payload is ready to be sent.
         codec: Of the payloads.
         rounding: Has the noise for coarse ones.
+        see: Shown each unit's gradients as they are sent, on the compute stream.
 
     Attributes:
         link: Slows copies down, in bytes; None does not.
     """
 
     def __init__(
-        self, backend: Backend, on_gradients: Callable[[GradientReady], None], codec: Codec, rounding: Rounding
+        self,
+        backend: Backend,
+        on_gradients: Callable[[GradientReady], None],
+        codec: Codec,
+        rounding: Rounding,
+        see: Callable[[Unit, Sequence[torch.Tensor]], None],
     ) -> None:
         self._backend = backend
         self._on_gradients = on_gradients
-        self._codec, self._rounding = codec, rounding
+        self._codec, self._rounding, self._see = codec, rounding, see
         self.link: TokenBucket | None = None
         self._payloads: dict[tuple[int, int], _Payload] = {}
         self._announcements: list[Future[None]] = []
         self._lock = threading.Lock()
 
-    def announce(self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...]) -> None:
+    def announce(
+        self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...], flat: torch.Tensor | None = None
+    ) -> None:
         """Gather the unit's gradients and tell that they are ready.
 
-        `reprojections`: the matrices of which this payload is the first in a new subspace.
+        Args:
+            step: Whose gradients they are.
+            unit: The layer.
+            reprojections: The matrices of which this payload is the first in a new subspace.
+            flat: The gradients, where they are not at the leaves.
         """
-        fence = self._gather(step, unit, reprojections)
+        fence = self._gather(step, unit, reprojections, flat)
         ready = GradientReady(step=step, layer=unit.index)
         self._announcements.append(self._backend.when_passed(fence, lambda: self._on_gradients(ready)))
 
@@ -86,16 +98,24 @@ class Payloads:
         span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
         return span, payload.reprojections
 
-    def _gather(self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...]) -> Fence:
+    def _gather(
+        self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...], flat: torch.Tensor | None
+    ) -> Fence:
         """Apart from `announce`: once `send` may run, `send` alone must hold the buffer and decide when it goes."""
         gradient = self._backend.empty(WorkStream.GPU, self._codec.wire_numel(unit.numel), self._codec.dtype)
         with self._backend.launch(WorkStream.GPU, writes=(gradient,)), torch.no_grad():
             if self._codec.is_coarse:
                 # a key of the unit's own: those of targets, which round weights, begin at 0
                 bits = self._rounding.noise(step=step, key=-1 - unit.index)
-                self._codec.encode_(gradient, unit.take_gradient(), bits)
+                whole = unit.take_gradient() if flat is None else flat
+                self._codec.encode_(gradient, whole, bits)
+                self._see(unit, unit.split(whole))
             else:  # rounds as it gathers: no float32 copy of all of it exists
-                unit.take_gradient(gradient)
+                if flat is None:
+                    unit.take_gradient(gradient)
+                else:
+                    gradient.copy_(flat)
+                self._see(unit, unit.split(gradient))
         fence = self._backend.record(WorkStream.GPU)
         with self._lock:
             self._payloads[step, unit.index] = _Payload(gradient=gradient, fence=fence, reprojections=reprojections)

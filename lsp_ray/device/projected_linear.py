@@ -5,7 +5,7 @@ Legend: T tokens, M rows (out), N columns (in), D × E what is sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lsp_ray.device.fits import Lesson
 from lsp_ray.device.input_projection import InputProjection
 from lsp_ray.device.kernels import kernels_for
 from lsp_ray.device.unit import Update
+from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.bias import grad_square_sum, relative_bias
 from lsp_ray.projection.sparse_projector import SparseProjector
 
@@ -60,6 +61,15 @@ class ProjectedLinear(nn.Module):
         """The (D, E) autograd leaf; its own value is never read."""
         return self._leaf[0]
 
+    def stand_in(self, leaf: torch.Tensor) -> Callable[[], None]:
+        """Let the forward read another leaf; returns what ends that."""
+        own, self._leaf = self._leaf, (leaf,)  # type: ignore[assignment]
+
+        def put_back() -> None:
+            self._leaf = own
+
+        return put_back
+
     @property
     def weight_MN(self) -> torch.Tensor:
         """The weight as (out, in), a view."""
@@ -87,6 +97,10 @@ class ProjectedTarget:
         """The (D, E) leaf."""
         return self.owner.leaf
 
+    def stand_in(self, leaf: torch.Tensor) -> Callable[[], None]:
+        """See `Target`."""
+        return self.owner.stand_in(leaf)
+
     def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
         """See `Target`: W ← (1 − lr · decay) W + scale · P clamp(gain · δ) Qᵀ."""
         module = self.owner
@@ -101,14 +115,35 @@ class ProjectedTarget:
         )
 
 
-def set_projectors(modules: Sequence[ProjectedLinear], projectors: Sequence[SparseProjector]) -> None:
-    """Give linears that share Q, all of them at once, their projectors, brought to the weights' device and type."""
+def on_device(modules: Sequence[ProjectedLinear], projectors: Sequence[SparseProjector]) -> list[SparseProjector]:
+    """These projectors on the device and in the type of the weights of linears that share Q, with one Q."""
     weight = modules[0].weight
     right = projectors[0].right.to(weight.device, weight.dtype)
-    projection = InputProjection(len(modules))
+    return [SparseProjector(projector.left.to(weight.device, weight.dtype), right) for projector in projectors]
+
+
+def set_projectors(modules: Sequence[ProjectedLinear], projectors: Sequence[SparseProjector]) -> None:
+    """Give linears that share Q, all of them at once, their projectors, brought to where they compute.
+
+    Values take the place of old ones of the same size that the same linears share: a graph reads them where they were.
+    """
+    projectors = on_device(modules, projectors)
+    projection, right = InputProjection(len(modules)), projectors[0].right
+    if len({id(module.projector.right) for module in modules}) == 1:
+        right = _in_place(modules[0].projector.right, right)
     for module, projector in zip(modules, projectors, strict=True):
         module.input_projection = projection
-        module.set_projector(SparseProjector(projector.left.to(weight.device, weight.dtype), right))
+        module.set_projector(SparseProjector(_in_place(module.projector.left, projector.left), right))
+
+
+def _in_place(old: BlockFactor, new: BlockFactor) -> BlockFactor:
+    """The new factor, in the old one's memory if it is of the same size."""
+    before, after = old.value_FR, new.value_FR
+    if before.shape != after.shape or before.dtype != after.dtype or before.device != after.device:
+        return new
+    if before is not after:
+        before.copy_(after)
+    return BlockFactor(before, new.groups, new.scale_F)
 
 
 class BiasProbe:

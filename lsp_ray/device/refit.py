@@ -20,7 +20,7 @@ from statistics import fmean
 import torch
 
 from lsp_ray.device.fits import Fit
-from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear, ProjectedTarget, set_projectors
+from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear, ProjectedTarget, on_device, set_projectors
 from lsp_ray.device.rounding import mixed
 from lsp_ray.device.unit import Unit
 from lsp_ray.optim.reproject import Reprojection
@@ -139,12 +139,12 @@ class Refitter:
         """
         switched = []
         for group, new in self._takeovers.pop(unit, ()):
-            olds = [module.projector for module in group.modules]
-            set_projectors(group.modules, new)
-            right_HRR = transition(olds[0].right, group.modules[0].projector.right)
-            for site, old in zip(group.sites, olds, strict=True):
-                left_GRR = transition(old.left, site.module.projector.left)
+            projectors = on_device(group.modules, new)
+            right_HRR = transition(group.modules[0].projector.right, projectors[0].right)
+            for site, projector in zip(group.sites, projectors, strict=True):
+                left_GRR = transition(site.module.projector.left, projector.left)
                 switched.append(Reprojection(first=site.first, left_GRR=left_GRR, right_HRR=right_HRR))
+            set_projectors(group.modules, projectors)
         return tuple(switched)
 
     def after_step(self, step: int) -> BiasReport | None:

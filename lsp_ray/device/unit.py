@@ -5,10 +5,10 @@ Legend: M rows (out), N columns (in).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -39,6 +39,10 @@ class Target(Protocol):
         """The module whose forward reads what `apply` changes."""
         ...
 
+    def stand_in(self, leaf: torch.Tensor) -> Callable[[], None]:
+        """Let the owner's forward read another tensor in the leaf's place; returns what ends that."""
+        ...
+
     def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
         """Add a flat delta of the leaf's length, −lr included; `key` numbers the target in the model.
 
@@ -53,6 +57,17 @@ class RawTarget:
     def __init__(self, parameter: nn.Parameter, owner: nn.Module) -> None:
         self.leaf = parameter
         self.owner = owner
+
+    def stand_in(self, leaf: torch.Tensor) -> Callable[[], None]:
+        """See `Target`."""
+        slots: dict[str, Any] = self.owner._parameters
+        name = next(name for name, parameter in slots.items() if parameter is self.leaf)
+        slots[name] = leaf
+
+        def put_back() -> None:
+            slots[name] = self.leaf
+
+        return put_back
 
     def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
         """See `Target`. Biases and norms (one dimension) have no weight decay."""
@@ -86,6 +101,11 @@ class Unit:
         sizes = [target.leaf.numel() for target in self.targets]
         return [0, *accumulate(sizes)][:-1]
 
+    def split(self, flat: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The targets' parts of a flat tensor of `numel` elements, as views."""
+        parts: Sequence[torch.Tensor] = flat.split([target.leaf.numel() for target in self.targets])
+        return parts
+
     def take_gradient(self, payload: torch.Tensor | None = None) -> torch.Tensor:
         """Move the targets' gradients from their leaves into a flat payload of `numel` elements.
 
@@ -94,10 +114,18 @@ class Unit:
         """
         return torch.cat([_taken_gradient(target) for target in self.targets], out=payload)
 
+    def add_gradient(self, flat: torch.Tensor) -> None:
+        """Add flat gradients to those at the leaves, each in its leaf's type, as autograd does; `flat` is copied."""
+        for target, part in zip(self.targets, self.split(flat), strict=True):
+            leaf, gradient = target.leaf, part.view(target.leaf.shape)
+            if leaf.grad is None:
+                leaf.grad = gradient.to(leaf.dtype, copy=True)
+            else:
+                leaf.grad += gradient.to(leaf.dtype)
+
     def apply(self, delta: torch.Tensor, update: Update) -> None:
         """Add a flat float32 or bfloat16 delta of `numel` elements to the unit's targets."""
-        parts = delta.split([target.leaf.numel() for target in self.targets])
-        for offset, (target, part) in enumerate(zip(self.targets, parts, strict=True)):
+        for offset, (target, part) in enumerate(zip(self.targets, self.split(delta), strict=True)):
             target.apply(part, update, self.first_key + offset)
 
 

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lsp_ray.device.backend import Backend
+from lsp_ray.device.block_graphs import BlockGraphs
 from lsp_ray.device.compute_trace import ComputeTrace
 from lsp_ray.device.deltas import Deltas
 from lsp_ray.device.judge import Judge, Verdict
@@ -52,6 +53,7 @@ class DeviceWorker:
         measured_step: The step over which `peak_device_bytes` is measured.
         staleness: The delta of step t is added before the forward of step t + 1 + staleness.
         codec: Of what crosses the link; default: float32 as it is.
+        graphs: Whether blocks are launched as graphs where they can be.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class DeviceWorker:
         measured_step: int = 1,
         staleness: int = 0,
         codec: Codec | None = None,
+        graphs: bool = False,
     ) -> None:
         self.model = model
         self.units = units
@@ -86,14 +89,15 @@ class DeviceWorker:
         self._measured_step = measured_step
         self._live: LiveStorage | None = None
         self._on_due = on_due
-        codec = codec or Codec()
+        self._codec = codec = codec or Codec()
         self._deltas = Deltas(units, backend, codec, update_of=self._update, staleness=staleness, on_due=on_due)
-        self._payloads = Payloads(backend, on_gradients, codec, self._rounding)
+        self._payloads = Payloads(backend, on_gradients, codec, self._rounding, self._judge.see)
         self._step = -1
         self._staleness = staleness
         self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
         self._trace = ComputeTrace(backend, is_on=False)
         self._hooks = self._add_hooks()
+        self._graphs = BlockGraphs(units, backend, self._take_gradients) if graphs else None
 
     def slow_down(self, link: Mapping[WorkStream, TokenBucket]) -> None:
         """While nothing is copied: slow down later copies, in bytes, each direction that is named by itself."""
@@ -111,7 +115,7 @@ class DeviceWorker:
             host_slots: Host memory that does not count as the device's.
 
         Raises:
-            NonFiniteLossError: The loss is NaN or infinite, and the judge does not skip.
+            NonFiniteLossError: The loss is NaN or infinite, and the judge does not skip; noticed after the backward.
             NonFiniteGradientError: The same of a gradient.
             DeadlineError: A delta that this step's forward reads did not come.
         """
@@ -175,6 +179,8 @@ class DeviceWorker:
         """Take the hooks off the model: Python's collector does not see those of parameters, so they keep it alive."""
         for hook in self._hooks:
             hook.remove()
+        if self._graphs is not None:
+            self._graphs.close()
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()
@@ -185,23 +191,21 @@ class DeviceWorker:
             self._refitter.before_step(step)
         torch.manual_seed(mixed(self._seed, step))  # dropout depends on the step alone, not on what ran before
         total_targets = max(1, sum(num_targets(batch) for batch in micro_batches))
-        mean_loss = forward_s = 0.0
+        began = self._backend.stamp()
         for position, batch in enumerate(micro_batches):
-            forward_start_s = time.monotonic()
+            if self._graphs is not None:
+                self._graphs.begin(
+                    batch, may_record=step > self._measured_step, payload_dtype=self._flat_dtype(len(micro_batches))
+                )
             loss = summed_loss(self.model, self._on_device(batch)) / total_targets
-            loss_part = float(loss.detach())  # also waits for the device
-            mean_loss += loss_part
-            backward_start_s = time.monotonic()
+            weight = self._judge.weigh(loss)
+            forward_end, waited_s = self._backend.stamp(), sum(wait.end_s - wait.start_s for wait in waits)
             if position == 0:
-                forward_s = backward_start_s - forward_start_s - sum(wait.end_s - wait.start_s for wait in waits)
-            # a loss that is not finite goes no further: a gradient of it must never reach the optimizer's state
-            if not self._judge.accepts(step, loss_part, self._learning_rates[step]):
-                self._drop_gradients()
-                break
+                forward = forward_end, waited_s
             if position == len(micro_batches) - 1:
                 self._arm()
             trace.begin_backward()
-            loss.backward()
+            loss.backward(weight)
             trace.end_backward()
         verdict = self._conclude()
         trace_end = trace.end()
@@ -212,12 +216,12 @@ class DeviceWorker:
         end_s = time.monotonic()
         return StepReport(
             step=step,
-            loss=mean_loss,
+            loss=verdict.loss,
             num_tokens=sum(num_tokens(batch) for batch in micro_batches),
             start_s=start_s,
             end_s=end_s,
-            forward_s=forward_s,
-            backward_s=end_s - backward_start_s,
+            forward_s=began.seconds_until(forward[0]) - forward[1],
+            backward_s=forward_end.seconds_until(trace_end),
             waits=tuple(waits),
             grad_norm=verdict.grad_norm,
             grad_scale=verdict.grad_scale,
@@ -227,24 +231,22 @@ class DeviceWorker:
         )
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self._backend.device) for name, tensor in batch.items()}
+        return {name: tensor.to(self._backend.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _flat_dtype(self, num_micro_batches: int) -> torch.dtype | None:
+        """Of gradients that a graph leaves: as they are sent, or as they are added up."""
+        is_sent = num_micro_batches == 1 and self._local_shard is None and not self._codec.is_coarse
+        return self._codec.dtype if is_sent else None
 
     def _conclude(self) -> Verdict:
         """After the last backward: send or use what is left, and judge the step."""
         if self._local_shard is not None:
             return self._update_in_place(self._local_shard)
         self._announce_rest()
-        verdict = self._judge.verdict(self._step)
+        verdict = self._judge.verdict(self._step, self._learning_rates[self._step])
         if verdict.grad_scale == 0.0:
             self._deltas.void(self._step)
         return verdict
-
-    def _drop_gradients(self) -> None:
-        """Forget what earlier micro-batches left; the step still sends, so that it takes its way like any other."""
-        for unit in self.units:
-            for target in unit.targets:
-                target.leaf.grad = None
-        self._arm()
 
     # gradients on their way down
 
@@ -272,11 +274,20 @@ class DeviceWorker:
 
         return note
 
-    def _announce(self, unit: Unit) -> None:
-        """Gather the unit's gradients into one payload and tell that it is ready."""
+    def _announce(self, unit: Unit, flat: torch.Tensor | None = None) -> None:
+        """Gather the unit's gradients, at the leaves or in `flat`, into one payload and tell that it is ready."""
         self._deltas.expect(self._step, unit)
-        self._judge.see(unit)
-        self._payloads.announce(self._step, unit, self._reprojections.pop(unit.index, ()))
+        self._payloads.announce(self._step, unit, self._reprojections.pop(unit.index, ()), flat)
+
+    def _take_gradients(self, unit: Unit, flat: torch.Tensor) -> None:
+        """What the hooks do, for gradients that a graph left in one piece, all of the unit's at once."""
+        is_whole = bool(self._missing) and all(target.leaf.grad is None for target in unit.targets)
+        if not is_whole:
+            unit.add_gradient(flat)
+        if self._missing:
+            self._missing[unit.index].clear()
+            self._announce(unit, flat if is_whole else None)
+        self._trace.gradient_done(unit.index)
 
     def _announce_rest(self) -> None:
         """Units that this step's forward did not use in full send zeros for what is missing.
@@ -314,10 +325,11 @@ class DeviceWorker:
     def _update_in_place(self, shard: OptimizerShard) -> Verdict:
         """Native's update after the backward, one unit at a time."""
         for unit in self.units:
-            self._judge.see(unit)
-        verdict = self._judge.verdict(self._step)
+            self._judge.see(unit, [target.leaf.grad for target in unit.targets if target.leaf.grad is not None])
+        verdict = self._judge.verdict(self._step, self._learning_rates[self._step])
         if verdict.grad_scale == 0.0:
-            self._drop_gradients()
+            for target in (target for unit in self.units for target in unit.targets):
+                target.leaf.grad = None
             return verdict
         update = self._update(self._step)
         with torch.no_grad():

@@ -122,6 +122,7 @@ class DeviceSide:
             measured_step=job.measured_step,
             staleness=job.staleness,
             codec=job.codec,
+            graphs=self.backend.has_graphs and config.runtime.cuda_graphs,
         )
         self.keep_to(throttle)
         if job.saved is not None:
