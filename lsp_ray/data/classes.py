@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
-
-from datasets import ClassLabel, Dataset, Value
+from typing import TYPE_CHECKING, ClassVar
 
 from lsp_ray.data.dataset import Rows
 from lsp_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _CLASS_DTYPES = ("int", "uint", "bool", "string", "large_string")
 _NUMBER_DTYPES = ("float", "int", "uint")
@@ -55,6 +56,8 @@ def read_labels(rows: Rows) -> Classes | Numbers:
     Raises:
         ConfigError: Labels are neither (lists), there are fewer than two different ones, or one is no finite number.
     """
+    from datasets import ClassLabel, Value
+
     feature = rows.train.features["label"]
     if isinstance(feature, ClassLabel):
         return _named_classes(rows, tuple(feature.names))
@@ -69,6 +72,8 @@ def read_labels(rows: Rows) -> Classes | Numbers:
 
 
 def _numbers(rows: Rows) -> Numbers:
+    from datasets import Value
+
     for split in (rows.train, rows.eval):
         feature = split.features["label"]
         if not (isinstance(feature, Value) and feature.dtype.startswith(_NUMBER_DTYPES)):
@@ -105,6 +110,8 @@ def _labels(name: str, rows: Dataset) -> set[str]:
 
 
 def _dtype(rows: Dataset) -> str:
+    from datasets import ClassLabel, Value
+
     feature = rows.features["label"]
     return feature.dtype if isinstance(feature, Value | ClassLabel) else str(feature)
 

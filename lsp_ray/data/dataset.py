@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Value
 
 from lsp_ray.config import Task
 from lsp_ray.data.quiet import quiet
-from lsp_ray.data.source import Splits, read_splits
 from lsp_ray.data.stdlib_docstrings import DocstringPair, stdlib_pairs
 from lsp_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from lsp_ray.data.source import Splits
 
 STDLIB_DOCSTRINGS = "stdlib-docstrings"
 
@@ -88,6 +91,8 @@ def load_rows(name: str, *, seed: int, cache_dir: Path | None = None) -> Rows:
     """
     if name == STDLIB_DOCSTRINGS:
         return _load_stdlib()
+    from lsp_ray.data.source import read_splits
+
     splits = read_splits(name, cache_dir=cache_dir)
     with quiet():
         return _rows_of(name, splits, seed)
@@ -116,6 +121,8 @@ def _load_stdlib() -> Rows:
 
 
 def _as_dataset(pairs: Sequence[DocstringPair]) -> Dataset:
+    from datasets import Dataset
+
     columns = {"prompt": [pair.prompt for pair in pairs], "completion": [pair.completion for pair in pairs]}
     return Dataset.from_dict(columns)
 
@@ -165,6 +172,8 @@ def _without_nulls(rows: Dataset, column: str) -> Dataset:
 
 
 def _as_text(name: str, spelled: str, column: str, rows: Dataset) -> Dataset:
+    from datasets import Value
+
     feature = rows.features[column]
     dtype = feature.dtype if isinstance(feature, Value) else ""
     if dtype in ("string", "large_string", "null"):
@@ -191,6 +200,8 @@ def check_length(name: str, spelled: str, num_bytes: int | None) -> None:
 
 def _is_labelled(rows: Dataset) -> bool:
     """Tell whether any row has a label: public test splits of benchmarks have null, -1 or nothing there."""
+    from datasets import ClassLabel, Value
+
     feature = rows.features["label"]
     return isinstance(feature, ClassLabel | Value) and any(
         value not in (None, "", -1) for value in rows.unique("label")

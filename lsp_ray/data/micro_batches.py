@@ -8,15 +8,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Batch = dict[str, torch.Tensor]
 """int64 CPU tensors: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S) or (B,), maybe `token_type_ids`.
@@ -135,7 +137,7 @@ def _order(seed: int, draw: int, epoch: int, total: int) -> np.ndarray[tuple[int
 
 def _rows(rows: Dataset, indices: Sequence[int]) -> list[Any]:
     """Return rows in the order of `indices`, which may repeat."""
-    if not isinstance(rows, Dataset):
+    if not hasattr(rows, "column_names"):  # anything but a Dataset of `datasets`, which may not be there
         return [rows[index] for index in indices]
     columns: dict[str, list[Any]] = rows[list(indices)]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

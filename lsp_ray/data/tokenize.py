@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lsp_ray.config import Task
@@ -16,6 +15,9 @@ from lsp_ray.data.classes import Classes, Numbers, read_labels
 from lsp_ray.data.dataset import Rows, Shape
 from lsp_ray.data.quiet import quiet
 from lsp_ray.errors import ConfigError
+
+if TYPE_CHECKING:  # rows of one's own need no data sets' library
+    from datasets import Dataset
 
 IGNORED = -100  # transformers' label of a token without loss
 

@@ -21,7 +21,6 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from gguf import GGUFReader
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
@@ -225,6 +224,8 @@ def _moved(folder: Path, target: Path) -> Path:
 
 
 def _read_gguf(gguf: Path, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from gguf import GGUFReader
+
     folder, file = str(gguf.parent), gguf.name
     auto_class: Any = AutoModelForCausalLM
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

@@ -1,0 +1,93 @@
+"""Runs of lsp_ray itself: the live policy, driver and streams, the shards as threads of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig
+from lsp_ray.runtime.driver import Driver
+from lsp_ray.runtime.job import Job, prepare_job
+from lsp_ray.runtime.ledger import ClosedStep
+from lsp_ray.runtime.thread_workers import ThreadWorkers
+from lsp_ray.schedule.policy import POLICIES
+from scripts.gpu_bench_parts.phases import Phase, Ran, peak_bytes, reset_peak, synchronize
+from scripts.gpu_bench_parts.random_model import made_on, random_rows
+from scripts.gpu_bench_parts.settings import OURS, SIZES, Setting
+
+MAX_STEPS = 10_000  # of which few are made: a run records the times of layers in its first steps and in its middle
+
+
+def run_ours(setting: Setting, folder: Path, device: torch.device, phases: Sequence[Phase]) -> Ran:
+    """Run the phases one after the other; the first only warms up."""
+    job = prepare_job(_config(setting, folder, device), _ignore, random_rows(SIZES[setting.size]))
+    workers = ThreadWorkers(job)
+    closed: list[ClosedStep] = []
+    try:
+        with made_on(device):
+            workers.setup(_ignore)
+        _spread_shards(workers, job)
+        decides = POLICIES[job.config.policy](job.layout.shard_of_unit, room=job.delta_room)
+        driver = Driver(workers, decides, job.learning_rates, on_step=closed.append)
+        ends = _train(workers, driver, device, phases)
+        peak = peak_bytes(device) or driver.ledger.peak_device_bytes or 0
+    finally:
+        workers.close()
+    steps = [step.metrics for step in closed]
+    spans = [slice(end - phase.num_steps, end) for phase, end in zip(phases, ends, strict=True)]
+    return Ran(
+        step_s=[[step.step_time_s for step in steps[span]] for span in spans],
+        exposed_s=[[step.exposed_s for step in steps[span]] for span in spans] if job.config.offloads else None,
+        peak_bytes=peak,
+        last_loss=steps[-1].loss,
+    )
+
+
+def _train(workers: ThreadWorkers, driver: Driver, device: torch.device, phases: Sequence[Phase]) -> list[int]:
+    """Returns the number of steps made at the end of each phase."""
+
+    def on_compute_thread(action: Callable[[], object]) -> None:
+        workers._compute.submit(action).result()
+
+    end, ends = 0, []
+    for phase in phases:
+        end += phase.num_steps
+        ends.append(end)
+        on_compute_thread(partial(synchronize, device))
+        on_compute_thread(phase.watch.start)
+        driver.train(end)
+        on_compute_thread(partial(synchronize, device))
+        on_compute_thread(phase.watch.stop)
+        if phase is phases[0]:
+            reset_peak(device)
+    return ends
+
+
+def _spread_shards(workers: ThreadWorkers, job: Job) -> None:
+    """Give every shard the threads that it would have as an actor; torch keeps a number for each thread."""
+    for lane in workers._cpu:
+        lane.submit(torch.set_num_threads, job.layout.shard_threads).result()
+
+
+def _config(setting: Setting, folder: Path, device: torch.device) -> RunConfig:
+    size = SIZES[setting.size]
+    return RunConfig(
+        model_name_or_path=str(folder),
+        dataset="random tokens",
+        method=OURS[setting.name],
+        max_steps=MAX_STEPS,
+        per_device_train_batch_size=size.batch_size,
+        max_seq_length=size.seq_length,
+        learning_rate=1e-5,
+        bf16=True,
+        gradient_checkpointing=size.gradient_checkpointing,
+        lsp=LspConfig(subspace_dim=setting.dim or 256, fit="random"),
+        runtime=RuntimeConfig(device="cuda" if device.type == "cuda" else "cpu"),
+    )
+
+
+def _ignore(_line: str) -> None:
+    pass
