@@ -50,6 +50,7 @@ class MicroBatches:
         max_steps: int,
         num_train_epochs: float,
         max_eval_samples: int,
+        length_multiple: int | None = None,
     ) -> None:
         """Prepare collation; nothing is collated yet.
 
@@ -63,6 +64,7 @@ class MicroBatches:
             max_steps: Optimizer updates, or -1 for `num_train_epochs`.
             num_train_epochs: Passes over the train rows where `max_steps` is -1.
             max_eval_samples: Eval rows used, at most.
+            length_multiple: Language models' batches are padded to multiples of it.
         """
         self._train, self._eval = tokenized.train, tokenized.eval
         self._batch_size, self._accumulation, self._seed = batch_size, accumulation, seed
@@ -70,7 +72,9 @@ class MicroBatches:
         self._num_steps = epochs_of_steps if max_steps == -1 else max_steps
         self._max_eval_samples = max_eval_samples
         self._sorts = tokenized.collate is None  # else nothing is known of a row
-        self._collate = _collator(tokenized, tokenizer) if tokenized.collate is None else _checked(tokenized.collate)
+        self._collate = (
+            _checked(tokenized.collate) if tokenized.collate else _collator(tokenized, tokenizer, length_multiple)
+        )
 
     @property
     def num_steps(self) -> int:
@@ -143,7 +147,7 @@ def _rows(rows: Dataset, indices: Sequence[int]) -> list[Any]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _collator(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _collator(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase, length_multiple: int | None) -> Any:
     """Return transformers' collator for the task, on a tokenizer of its own."""
     padding = copy.deepcopy(tokenizer)
     # left padding would move the positions of models that learn them
@@ -153,7 +157,7 @@ def _collator(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase) -> A
     if tokenized.task == "sequence_classification":
         collate: Any = DataCollatorWithPadding(padding, return_tensors="pt")
     else:
-        collate = DataCollatorForSeq2Seq(padding, label_pad_token_id=-100, return_tensors="pt")
+        collate = DataCollatorForSeq2Seq(padding, label_pad_token_id=-100, return_tensors="pt", pad_to_multiple_of=length_multiple)
 
     def collated(rows: list[dict[str, Any]]) -> Batch:
         features = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]

@@ -39,6 +39,7 @@ from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.store import payload_bytes, store_bytes
 
 SAMPLE_TOKENS = 48
+GRAPH_LENGTHS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +187,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         max_steps=config.max_steps,
         num_train_epochs=config.num_train_epochs,
         max_eval_samples=config.max_eval_samples,
+        length_multiple=_length_multiple(skeleton, config, device),
     )
     _check_sizes(config, micro_batches.num_steps, len(tokenized.train))
     sample_inputs, sample_expected = _sample(_first_held_out(tokenized), tokenized, tokenizer)
@@ -262,6 +264,13 @@ def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     bound = min(getattr(skeleton.config, "max_position_embeddings", sys.maxsize), tokenizer.model_max_length)
     if config.max_seq_length > bound:
         raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", config.max_seq_length)
+
+
+def _length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: str) -> int | None:
+    """A graph is recorded for every length of a batch: with few lengths there are few."""
+    longest = -(-config.max_seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
+    fits = longest <= getattr(skeleton.config, "max_position_embeddings", sys.maxsize)
+    return GRAPH_LENGTHS if device == "cuda" and config.runtime.cuda_graphs and fits else None
 
 
 def _note_data(tokenized: TokenizedRows, config: RunConfig, note: Callable[[str], None]) -> None:
