@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from lsp_ray.device.backend import CpuBackend
+from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.judge import Judge
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.step_report import StepReport
@@ -35,6 +35,7 @@ class Loopback:
         refitter: Refitter | None = None,
         judge: Judge | None = None,
         codec: Codec | None = None,
+        backend: Backend | None = None,
     ) -> None:
         codec = codec or Codec()
         sizes = {unit.index: unit.numel for unit in units}
@@ -47,7 +48,7 @@ class Loopback:
         self.worker = DeviceWorker(
             model,
             units,
-            CpuBackend(),
+            backend or CpuBackend(),
             learning_rates=learning_rates,
             weight_decay=weight_decay,
             seed=seed,
@@ -57,6 +58,7 @@ class Loopback:
             refitter=refitter,
             judge=judge,
             codec=codec,
+            graphs=backend is not None and backend.has_graphs,
         )
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
