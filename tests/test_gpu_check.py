@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lsp_ray.device.backend import Backend, CpuBackend, Fence, HostStamp
-from lsp_ray.device.rounding import Rounding
+from lsp_ray.device.rounding import Rounding, StepNoise
 from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.trace import WorkStream
 from scripts.gpu_check import main, report
@@ -92,12 +92,9 @@ class LosesTheLastToken(SparseProjector):
 class RoundsDown(Rounding):
     """Truncates, as an addition without noise would."""
 
-    def add_(
-        self, weight: torch.Tensor, delta: torch.Tensor, *, keep: float, step: int, key: int, first: int = 0
-    ) -> None:
-        exact = weight.float() + delta
-        exact.view(torch.int32).bitwise_and_(-(1 << 16))
-        weight.copy_(exact)
+    def of_step(self, step: int) -> StepNoise:
+        block, state = super().of_step(step)
+        return StepNoise(torch.zeros_like(block), state)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lsp_ray.device import cpu_kernels, gpu_kernels, torch_kernels
-from lsp_ray.device.kernels import Kernels, kernels_for
+from lsp_ray.device.addition import Addition
+from lsp_ray.device.kernels import Adder, Kernels, kernels_for
 from lsp_ray.device.noise import MAX_ELEMENTS, NOISE_ELEMENTS, Noise, noise_block
-from lsp_ray.device.rounding import Rounding
+from lsp_ray.device.rounding import Rounding, StepNoise
 from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import SparseProjector, UpdateSize
 
@@ -31,7 +32,8 @@ BLOCK = noise_block(torch.Generator().manual_seed(0), torch.device("cpu"))
 STARTS = st.one_of(st.integers(0, NOISE_ELEMENTS - 1), st.integers(NOISE_ELEMENTS - 3000, NOISE_ELEMENTS - 1))
 DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
 KEEPS = st.sampled_from([1.0, 0.999, 0.5, 0.0])
-EVERYWHERE = ("numba", "triton", "torch")
+RATES = st.sampled_from([1e-2, 0.0])
+ROUNDING = Rounding(3, torch.device("cpu"))
 
 
 @contextmanager
@@ -57,17 +59,25 @@ def interpreted_copy() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=EVERYWHERE)
+@pytest.fixture(scope="module")
+def on_gpu() -> Any:
+    """gpu_kernels, interpreted."""
+    return interpreted_copy()
+
+
+@pytest.fixture(scope="module", params=["numba", "torch"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return {"numba": lambda: cpu_kernels, "torch": lambda: torch_kernels, "triton": interpreted_copy}[request.param]()
+    """Those that add one delta at a time."""
+    by_name: dict[str, Kernels] = {"numba": cpu_kernels, "torch": torch_kernels}
+    return by_name[request.param]
 
 
-def rounded(weight: torch.Tensor, delta: torch.Tensor, start: int, keep: float, *, first: int = 0) -> torch.Tensor:
+def rounded(weight: torch.Tensor, delta: torch.Tensor, start: int, keep: float) -> torch.Tensor:
     """keep · weight + delta, one float32 operation after the other; the noise goes round."""
     exact = weight.float() * keep + delta
     if weight.dtype == torch.float32:
         return exact
-    at = (start + first + torch.arange(weight.numel())) % NOISE_ELEMENTS
+    at = (start + torch.arange(weight.numel())) % NOISE_ELEMENTS
     drawn = (BLOCK.int() & 0xFFFF)[at].view(weight.shape)
     return (exact.view(torch.int32) + drawn).bitwise_and(-(1 << 16)).view(torch.float32).bfloat16()
 
@@ -102,9 +112,9 @@ def test_a_full_delta_is_added_in_float32_and_rounded_by_the_noise(
     generator = torch.Generator().manual_seed(num)
     weight = torch.randn(num, generator=generator).to(dtype)
     delta = torch.randn(num, generator=generator) * 1e-2
-    expected = rounded(weight, delta, start, keep, first=5)
+    expected = rounded(weight, delta, start, keep)
     with threads(num_threads):
-        kernels.add_dense_(weight, delta, Noise(block=BLOCK, start=start), keep, first=5)
+        kernels.add_dense_(weight, delta, Noise(block=BLOCK, start=start), keep)
     assert torch.equal(weight, expected)
 
 
@@ -151,6 +161,129 @@ def test_a_weight_that_is_not_finite_stays_what_it_is(kernels: Any, special: flo
     assert torch.equal(weight, before) or (special != special and weight.isnan().all())
 
 
+def balanced(projector: SparseProjector) -> SparseProjector:
+    left = projector.left
+    return SparseProjector(BlockFactor(left.value_FR, left.groups, torch.ones(left.num_rows)), projector.right)
+
+
+@st.composite
+def additions(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES) -> list[Addition]:
+    """A unit's weights: matrices with and without projectors, norms and biases, in any order."""
+    dtype, generator = draw(dtypes), torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    made = []
+    for kind in draw(st.lists(st.sampled_from(["flat", "rows", "columns", "float32"]), min_size=1, max_size=5)):
+        if kind in ("flat", "float32"):
+            numel = draw(st.sampled_from([1, 7, 64, 2048, 4100]))
+            weight = torch.randn(numel, generator=generator).to(dtype if kind == "flat" else torch.float32)
+            made.append(Addition(weight, decays=draw(st.booleans())))
+            continue
+        projector = draw(projectors())
+        if draw(st.booleans()):
+            projector = balanced(projector)
+        weight_MN = torch.randn(projector.shape, generator=generator).to(dtype)
+        if kind == "columns":
+            weight_MN = weight_MN.t().contiguous().t()
+        made.append(Addition(weight_MN, projector, projector.update_scale))
+    return made
+
+
+def aligned() -> list[Addition]:
+    """Weights of a unit in which every row can be loaded in whole vectors."""
+    made = []
+    for rows, columns in ((24, 520), (40, 64)):
+        factors = [
+            BlockFactor.random(side, side // 16, 4, torch.Generator().manual_seed(side)).to(
+                torch.device("cpu"), torch.bfloat16
+            )
+            for side in (rows, columns)
+        ]
+        projector = SparseProjector(*factors)
+        made.append(Addition(torch.randn(rows, columns).bfloat16(), projector, projector.update_scale))
+    return [*made, Addition(torch.randn(128).bfloat16(), decays=False)]
+
+
+def check_a_step(table: Any, on_cpu: list[Addition], delta: torch.Tensor, *, step: int, rate: float = 1e-2) -> None:
+    """Add a delta by the table, and one by one to weights of their own: with equal bits."""
+    twins = [addition._replace(weight=addition.weight.clone()) for addition in on_cpu]
+    noise, decay = ROUNDING.of_step(step), 0.5
+    table.add_(delta, noise.after(7), rate, decay)
+    Adder().add_(twins, delta, noise, first_key=7, learning_rate=rate, weight_decay=decay)
+    for addition, twin in zip(on_cpu, twins, strict=True):
+        assert torch.equal(addition.weight, twin.weight)
+
+
+def random_delta(of: list[Addition], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    numel = sum(addition.numel for addition in of)
+    return (torch.randn(numel, generator=torch.Generator().manual_seed(seed)) * 1e-2).to(dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(unit=additions(), delta_dtype=DTYPES, step=st.integers(0, 10**6), rate=RATES)
+def test_a_gpu_adds_a_units_deltas_with_the_cpus_bits(
+    on_gpu: Any, unit: list[Addition], delta_dtype: torch.dtype, step: int, rate: float
+) -> None:
+    check_a_step(on_gpu.Table(unit), unit, random_delta(unit, step, delta_dtype), step=step, rate=rate)
+
+
+def test_a_unit_is_added_in_one_launch_whose_rows_are_loaded_in_vectors(on_gpu: Any) -> None:
+    unit = aligned()
+    table = on_gpu.Table(unit)
+    assert [launch._constants["VECTOR"] for launch in table._launches] == [on_gpu._VECTOR]
+    for step in (0, 1):  # 10⁶ steps on the table would be the same
+        check_a_step(table, unit, random_delta(unit, step), step=step)
+
+
+@pytest.mark.parametrize("special", [float("inf"), float("-inf"), float("nan"), 3.38e38])
+def test_a_weight_on_a_gpu_that_is_not_finite_stays_what_it_is(on_gpu: Any, special: float) -> None:
+    weight = torch.full((1000,), special).bfloat16()
+    before, noise = weight.clone(), StepNoise(torch.full_like(BLOCK, -1), 0)
+    on_gpu.Table([Addition(weight)]).add_(torch.zeros(1000), noise, 0.0, 0.0)
+    assert torch.equal(weight, before) or (special != special and weight.isnan().all())
+
+
+def test_a_table_is_of_its_weights_and_projectors_as_long_as_they_are_where_they_were(on_gpu: Any) -> None:
+    unit = aligned()
+    table, first = on_gpu.Table(unit), unit[0]
+    assert first.projector is not None
+    assert table.is_of([addition._replace() for addition in unit])
+    moved = first._replace(weight=first.weight.clone())
+    refitted = first._replace(
+        projector=SparseProjector(first.projector.left.to(torch.device("cpu"), torch.float32), first.projector.right)
+    )
+    for other in (moved, refitted, first._replace(scale=2.0)):
+        assert not table.is_of([other, *unit[1:]])
+    assert not table.is_of(unit[1:])
+    # what is in a projector's memory may change
+    first.projector.left.value_FR.mul_(0.5)
+    assert table.is_of(unit)
+    check_a_step(table, unit, random_delta(unit, 0), step=0)
+
+
+def test_an_adder_makes_a_table_once_and_again_when_a_weight_has_moved(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def table(unit: list[Addition]) -> Any:
+        made.append(on_gpu.Table(unit))
+        return made[-1]
+
+    monkeypatch.setattr(gpu_kernels, "has_kernel", lambda _weight: True)
+    monkeypatch.setattr(gpu_kernels, "Table", table)
+    weights, adder = [torch.ones(100), torch.ones(100)], Adder()
+    for weight in (weights[0], weights[0], weights[1]):
+        adder.add_(
+            [Addition(weight)],
+            torch.ones(100),
+            ROUNDING.of_step(0),
+            first_key=0,
+            learning_rate=0.0,
+            weight_decay=0.0,
+        )
+    assert [float(weight[0]) for weight in weights] == [3.0, 2.0]
+    assert len(made) == 2
+
+
 def test_code_that_may_be_kept_nowhere_is_compiled_for_this_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     compile_ = numba.njit
@@ -170,13 +303,13 @@ def test_code_that_may_be_kept_nowhere_is_compiled_for_this_process_alone(monkey
     "num", [3000, MAX_ELEMENTS + 100, 3 * MAX_ELEMENTS]
 )  # in one part, in two, once round the noise
 def test_where_numba_is_missing_torchs_operators_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, num: int) -> None:
-    rounding, generator = Rounding(3, torch.device("cpu")), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     weight, delta = torch.randn(num, generator=generator).bfloat16(), torch.randn(num, generator=generator)
-    with_kernel, without = weight.clone(), weight.clone()
-    rounding.add_(with_kernel, delta, keep=0.9, step=1, key=2)
+    with_kernel, without, noise = weight.clone(), weight.clone(), ROUNDING.noise(step=1, key=2)
+    kernels_for(weight).add_dense_(with_kernel, delta, noise, 0.9)
     monkeypatch.setattr(cpu_kernels, "numba", None)
     assert kernels_for(weight) is torch_kernels
-    rounding.add_(without, delta, keep=0.9, step=1, key=2)
+    kernels_for(weight).add_dense_(without, delta, noise, 0.9)
     assert torch.equal(with_kernel, without)
     assert not torch.equal(without, weight)
 
@@ -198,14 +331,13 @@ def test_a_card_for_which_triton_builds_nothing_gets_torchs_operators(monkeypatc
     real_zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: real_zeros(*size, **options))
     assert module.runs_on(Gpu())
-    monkeypatch.setattr(module, "add_dense_", fails)
+    monkeypatch.setattr(module, "Table", fails)
     assert not module.runs_on(Gpu())
 
 
-def test_a_weight_gets_the_kernels_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_gets_the_kernels_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(4, dtype=torch.bfloat16)
     assert kernels_for(weight) is kernels_for(weight.float()) is cpu_kernels
     monkeypatch.setattr(cpu_kernels, "has_kernel", lambda _weight: False)
-    assert kernels_for(weight) is torch_kernels  # it is on no GPU
-    monkeypatch.setattr(gpu_kernels, "runs_on", lambda _device: True)
-    assert kernels_for(weight) is kernels_for(weight.float()) is gpu_kernels
+    assert kernels_for(weight) is torch_kernels
+    assert not gpu_kernels.has_kernel(weight)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lsp_ray.device.noise import MAX_ELEMENTS
 from lsp_ray.device.projected_linear import ProjectedLinear, ProjectedTarget
 from lsp_ray.device.rounding import Rounding
-from lsp_ray.device.unit import Update
+from lsp_ray.device.unit import Unit, Update
 from lsp_ray.projection.sparse_projector import ProjectorSizes
 from tests.linears import TRANSPOSED, D, M, N, R, normal, projector, wrapped
 
@@ -28,6 +28,10 @@ class Case:
     transposed: bool
     weight_decay: float
     dtype: torch.dtype = torch.float32
+
+
+def unit_of(module: ProjectedLinear) -> Unit:
+    return Unit(index=0, name="layers.0", targets=[ProjectedTarget(module)], readers=[], first_key=2)
 
 
 def applied(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +46,7 @@ def applied(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     update = Update(
         step=1, learning_rate=0.1, weight_decay=case.weight_decay, rounding=Rounding(3, torch.device("cpu"))
     )
-    ProjectedTarget(module).apply(delta_DE.view(-1), update, key=2)
+    unit_of(module).apply(delta_DE.view(-1), update)
     full_MN = by.left.dense().double() @ delta_DE.double() @ by.right.dense().double().t()
     expected_MN = (1 - 0.1 * case.weight_decay) * before_MN + by.update_scale * full_MN
     return module.weight_MN.detach(), expected_MN
@@ -84,7 +88,7 @@ def test_the_parts_of_a_weight_are_rounded_apart() -> None:
     module = ProjectedLinear(nn.Linear(columns, rows).bfloat16(), transposed=False, projector=by)
     nn.init.ones_(module.weight)
     update = Update(step=1, learning_rate=1e-3, weight_decay=1.0, rounding=Rounding(3, torch.device("cpu")))
-    ProjectedTarget(module).apply(torch.zeros(math.prod(by.dims)), update, key=2)
+    unit_of(module).apply(torch.zeros(math.prod(by.dims)), update)
     # every element was to become 0.999: only the noise tells one from another
     assert not torch.equal(module.weight[second:], module.weight[:second])
 

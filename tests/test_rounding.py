@@ -9,16 +9,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lsp_ray.device.addition import Addition
+from lsp_ray.device.kernels import Adder
+from lsp_ray.device.noise import NOISE_ELEMENTS
 from lsp_ray.device.rounding import Rounding, mixed
 
 CPU = torch.device("cpu")
+ROUNDING = Rounding(seed=7, device=CPU)
 LAST_BIT = 2.0**-7  # of a bfloat16 in [1, 2)
 STANDARD_ERRORS = 5
 
 
 @pytest.fixture(scope="module")
 def rounding() -> Rounding:
-    return Rounding(seed=7, device=CPU)
+    return ROUNDING
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,17 +30,10 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def added(
-    rounding: Rounding,
-    weight: torch.Tensor,
-    delta: torch.Tensor,
-    *,
-    keep: float = 1.0,
-    step: int = 3,
-    key: int = 5,
-    first: int = 0,
+    rounding: Rounding, weight: torch.Tensor, delta: torch.Tensor, *, keep: float = 1.0, step: int = 3, key: int = 5
 ) -> torch.Tensor:
-    copy = weight.clone()
-    rounding.add_(copy, delta, keep=keep, step=step, key=key, first=first)
+    copy, noise = weight.clone(), rounding.of_step(step)
+    Adder().add_([Addition(copy)], delta.view(-1), noise, first_key=key, learning_rate=1.0 - keep, weight_decay=1.0)
     return copy
 
 
@@ -101,7 +98,7 @@ def test_small_deltas_add_up_where_a_plain_add_loses_them_all(rounding: Rounding
     plain, weight = torch.ones(num).bfloat16(), torch.ones(num).bfloat16()
     for step in range(num_steps):
         plain += delta.bfloat16()
-        rounding.add_(weight, delta, keep=1.0, step=step, key=0, first=0)
+        weight = added(rounding, weight, delta, step=step, key=0)
     assert torch.equal(plain, torch.ones(num).bfloat16())
     grown_bits = float((weight.double() - 1.0).mean()) / LAST_BIT
     standard_error = (num_steps * share * (1 - share) / num) ** 0.5
@@ -117,26 +114,15 @@ def test_the_same_seed_step_key_and_position_give_the_same_bits_in_any_order(rou
     assert torch.equal(here[1], there[0])
 
 
-def test_another_seed_step_key_or_position_gives_other_bits(rounding: Rounding) -> None:
+def test_another_seed_step_or_key_gives_other_bits(rounding: Rounding) -> None:
     weight, delta = normal(512).bfloat16(), normal(512, seed=1) * 1e-3
     rounded = [
-        added(rounding, weight, delta, step=1, key=2, first=0),
-        added(rounding, weight, delta, step=2, key=1, first=0),
-        added(rounding, weight, delta, step=1, key=3, first=0),
-        added(rounding, weight, delta, step=1, key=2, first=64),
-        added(Rounding(seed=8, device=CPU), weight, delta, step=1, key=2, first=0),
+        added(rounding, weight, delta, step=1, key=2),
+        added(rounding, weight, delta, step=2, key=1),
+        added(rounding, weight, delta, step=1, key=3),
+        added(Rounding(seed=8, device=CPU), weight, delta, step=1, key=2),
     ]
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(rounded, 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_transposed_weight_is_changed_in_place_as_a_contiguous_one(rounding: Rounding, dtype: torch.dtype) -> None:
-    stored_NM = normal(40, 24).to(dtype)
-    weight_MN, delta_MN = stored_NM.t(), normal(24, 40, seed=1) * 1e-3
-    assert not weight_MN.is_contiguous()
-    expected_MN = added(rounding, weight_MN.contiguous(), delta_MN, keep=0.9)
-    rounding.add_(weight_MN, delta_MN, keep=0.9, step=3, key=5, first=0)
-    assert torch.equal(stored_NM.t(), expected_MN)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -146,6 +132,16 @@ def test_a_weight_that_is_not_finite_is_not_hidden(rounding: Rounding, value: fl
 
 
 NUMBERS = st.integers(0, 2**70)
+
+
+@given(step=NUMBERS, key=NUMBERS, first_key=NUMBERS)
+def test_a_targets_noise_is_the_same_however_its_key_is_counted(step: int, key: int, first_key: int) -> None:
+    noise = ROUNDING.of_step(step)
+    assert (
+        noise.of(first_key + key).start
+        == noise.after(first_key).of(key).start
+        == mixed(7, step, first_key + key) % NOISE_ELEMENTS
+    )
 
 
 @given(numbers=st.lists(NUMBERS, min_size=1, max_size=4))

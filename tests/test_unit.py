@@ -8,7 +8,7 @@ from torch import nn
 
 from lsp_ray.device.noise import MAX_ELEMENTS
 from lsp_ray.device.rounding import Rounding
-from lsp_ray.device.unit import RawTarget, Unit, Update
+from lsp_ray.device.unit import RawTarget, Target, Unit, Update
 
 STEP = 4
 
@@ -30,28 +30,19 @@ def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
     return module.to(dtype)
 
 
-class Recorder:
-    """A target that remembers what it was given."""
-
-    def __init__(self, numel: int) -> None:
-        self.leaf = nn.Parameter(torch.zeros(numel))
-        self.owner = nn.Module()
-        self.given: list[tuple[list[float], int]] = []
-
-    def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
-        assert update.step == STEP
-        self.given.append((delta.tolist(), key))
+def unit_of(*targets: Target, first_key: int = 0) -> Unit:
+    return Unit(index=0, name="layers.0", targets=targets, readers=[], first_key=first_key)
 
 
 def test_a_matrix_decays_and_gets_its_delta_in_its_own_shape() -> None:
     module, delta = linear(), normal(24, seed=1)
-    RawTarget(module.get_parameter("weight"), module).apply(delta, update(weight_decay=0.5), key=0)
+    unit_of(RawTarget(module.get_parameter("weight"), module)).apply(delta, update(weight_decay=0.5))
     torch.testing.assert_close(module.weight.detach(), 0.95 * normal(4, 6) + delta.view(4, 6), rtol=1e-6, atol=1e-6)
 
 
 def test_a_bias_has_no_decay() -> None:
     module, delta = linear(), normal(4, seed=1)
-    RawTarget(module.get_parameter("bias"), module).apply(delta, update(weight_decay=0.5), key=0)
+    unit_of(RawTarget(module.get_parameter("bias"), module)).apply(delta, update(weight_decay=0.5))
     assert torch.equal(module.bias.detach(), normal(4) + delta)
 
 
@@ -66,28 +57,31 @@ def test_a_targets_owner_and_leaf_are_what_it_was_made_of() -> None:
 def test_a_parameter_above_the_limit_is_changed_in_parts(dtype: torch.dtype) -> None:
     numel = MAX_ELEMENTS + 100
     parameter = nn.Parameter(torch.ones(numel, dtype=dtype))
-    RawTarget(parameter, nn.Module()).apply(torch.full((numel,), 0.5), update(), key=0)
+    unit_of(RawTarget(parameter, nn.Module())).apply(torch.full((numel,), 0.5), update())
     assert torch.equal(parameter.detach(), torch.full((numel,), 1.5, dtype=dtype))
 
 
 def test_a_unit_gives_each_target_its_part_and_a_key_of_its_own() -> None:
-    targets = [Recorder(2), Recorder(3), Recorder(1)]
-    unit = Unit(index=1, name="layers.1", targets=targets, readers=[], first_key=10)
-    assert unit.numel == 6
-    unit.apply(torch.arange(6.0), update())
-    assert [target.given for target in targets] == [[([0, 1], 10)], [([2, 3, 4], 11)], [([5], 12)]]
+    parameters = [nn.Parameter(normal(size, seed=size).bfloat16()) for size in (20, 30, 10)]
+    one_by_one = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    delta = normal(60, seed=1) * 1e-2
+    unit = unit_of(*(RawTarget(parameter, nn.Module()) for parameter in parameters), first_key=10)
+    assert unit.numel == 60
+    unit.apply(delta, update())
+    for key, (parameter, part) in enumerate(zip(one_by_one, delta.split([20, 30, 10]), strict=True), 10):
+        unit_of(RawTarget(parameter, nn.Module()), first_key=key).apply(part, update())
+    assert all(torch.equal(one, other) for one, other in zip(parameters, one_by_one, strict=True))
 
 
 def test_equal_targets_of_a_unit_are_rounded_apart() -> None:
     modules = [linear(torch.bfloat16) for _ in range(2)]
     targets = [RawTarget(module.get_parameter("weight"), module) for module in modules]
-    unit = Unit(index=0, name="layers.0", targets=targets, readers=modules, first_key=0)
-    unit.apply(torch.cat([normal(24, seed=1)] * 2) * 1e-2, update())
+    unit_of(*targets).apply(torch.cat([normal(24, seed=1)] * 2) * 1e-2, update())
     assert not torch.equal(modules[0].weight, modules[1].weight)
     torch.testing.assert_close(modules[0].weight, modules[1].weight, rtol=2.0**-7, atol=0)
 
 
 def test_a_payload_of_another_length_is_refused() -> None:
-    unit = Unit(index=0, name="layers.0", targets=[Recorder(2)], readers=[], first_key=0)
+    unit = unit_of(RawTarget(nn.Parameter(torch.zeros(2)), nn.Module()))
     with pytest.raises(RuntimeError, match="split_with_sizes"):
         unit.apply(torch.zeros(3), update())

@@ -157,7 +157,9 @@ def _collator(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase, leng
     if tokenized.task == "sequence_classification":
         collate: Any = DataCollatorWithPadding(padding, return_tensors="pt")
     else:
-        collate = DataCollatorForSeq2Seq(padding, label_pad_token_id=-100, return_tensors="pt", pad_to_multiple_of=length_multiple)
+        collate = DataCollatorForSeq2Seq(
+            padding, label_pad_token_id=-100, return_tensors="pt", pad_to_multiple_of=length_multiple
+        )
 
     def collated(rows: list[dict[str, Any]]) -> Batch:
         features = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -395,9 +394,7 @@ def _obstacle(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> st
         if "scaled_dot_product" not in name:
             return "it draws random numbers"
         rates = [
-            value
-            for argument, value in zip(func._schema.arguments, args, strict=False)
-            if argument.name == "dropout_p"
+            value for argument, value in zip(func._schema.arguments, args, strict=False) if argument.name == "dropout_p"
         ]
         return "it draws random numbers" if any([*rates, kwargs.get("dropout_p", 0.0)]) else ""
     if torch.Tag.data_dependent_output in func.tags:

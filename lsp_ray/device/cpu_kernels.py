@@ -36,7 +36,7 @@ def has_kernel(weight: torch.Tensor) -> bool:
     return numba is not None and weight.device.type == "cpu"
 
 
-def add_dense_(weight_K: torch.Tensor, delta_K: torch.Tensor, noise: Noise, keep: float, first: int = 0) -> None:
+def add_dense_(weight_K: torch.Tensor, delta_K: torch.Tensor, noise: Noise, keep: float) -> None:
     """weight ← keep · weight + delta; bfloat16 is rounded by the noise; all flat and contiguous.
 
     Args:
@@ -44,12 +44,11 @@ def add_dense_(weight_K: torch.Tensor, delta_K: torch.Tensor, noise: Noise, keep
         delta_K: float32.
         noise: Of the target.
         keep: Factor of the weight.
-        first: Position of the weight's first element within the target.
     """
     if weight_K.dtype == torch.float32:
-        torch_kernels.add_dense_(weight_K, delta_K, noise, keep, first)
+        torch_kernels.add_dense_(weight_K, delta_K, noise, keep)
         return
-    weight, delta, block, start = _numbers(weight_K), delta_K.numpy(), _drawn(noise), noise.start + first
+    weight, delta, block, start = _numbers(weight_K), delta_K.numpy(), _drawn(noise), noise.start
     _in_threads(
         lambda part: _add_dense(weight[part], delta[part], block, start + part.start, np.float32(keep)),
         weight_K.numel(),

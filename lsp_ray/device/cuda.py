@@ -90,9 +90,7 @@ class CudaBackend:
         self._recorder.wait_stream(compute)
         # the default stream cannot be recorded; other threads go on copying meanwhile, which only this mode allows
         with torch.cuda.stream(self._recorder):
-            graph.capture_begin(
-                pool=None if apart else self._pool, capture_error_mode="thread_local"
-            )
+            graph.capture_begin(pool=None if apart else self._pool, capture_error_mode="thread_local")
             try:
                 run()
             finally:

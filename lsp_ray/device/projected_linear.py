@@ -12,12 +12,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lsp_ray.device.addition import Addition
 from lsp_ray.device.fits import Lesson
 from lsp_ray.device.input_projection import InputProjection
-from lsp_ray.device.kernels import kernels_for
-from lsp_ray.device.unit import Update
-from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.bias import grad_square_sum, relative_bias
+from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 
@@ -101,18 +100,10 @@ class ProjectedTarget:
         """See `Target`."""
         return self.owner.stand_in(leaf)
 
-    def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
+    @property
+    def addition(self) -> Addition:
         """See `Target`: W ← (1 − lr · decay) W + scale · P clamp(gain · δ) Qᵀ."""
-        module = self.owner
-        weight_MN = module.weight_MN.detach()
-        kernels_for(weight_MN).add_decompressed_(
-            weight_MN,
-            module.projector,
-            delta.view(self.leaf.shape),
-            module.projector.update_size(module.update_scale, update.learning_rate),
-            update.rounding.noise(step=update.step, key=key),
-            1.0 - update.learning_rate * update.weight_decay,
-        )
+        return Addition(self.owner.weight_MN, self.owner.projector, self.owner.update_scale)
 
 
 def on_device(modules: Sequence[ProjectedLinear], projectors: Sequence[SparseProjector]) -> list[SparseProjector]:

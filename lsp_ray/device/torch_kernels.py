@@ -13,7 +13,10 @@ from lsp_ray.projection.sparse_projector import SparseProjector, UpdateSize
 
 
 def add_dense_(weight_K: torch.Tensor, delta_K: torch.Tensor, noise: Noise, keep: float, first: int = 0) -> None:
-    """See cpu_kernels.py. In parts, as each makes a float32 copy; a weight of one part may have any layout."""
+    """See cpu_kernels.py. In parts, as each makes a float32 copy; a weight of one part may have any layout.
+
+    `first` is the position of the weight's first element within its target, where it is a part of one.
+    """
     if weight_K.dtype == torch.float32:
         if keep != 1.0:
             weight_K.mul_(keep)

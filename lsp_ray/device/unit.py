@@ -6,13 +6,15 @@ Legend: M rows (out), N columns (in).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from lsp_ray.device.addition import Addition
+from lsp_ray.device.kernels import Adder
 from lsp_ray.device.rounding import Rounding
 
 
@@ -27,7 +29,7 @@ class Update:
 
 
 class Target(Protocol):
-    """Something trained: autograd leaves its payload in `leaf.grad`, `apply` adds the answer."""
+    """Something trained: autograd leaves its payload in `leaf.grad`, the answer is added as `addition` says."""
 
     @property
     def leaf(self) -> nn.Parameter:
@@ -36,18 +38,16 @@ class Target(Protocol):
 
     @property
     def owner(self) -> nn.Module:
-        """The module whose forward reads what `apply` changes."""
+        """The module whose forward reads the weight."""
         ...
 
     def stand_in(self, leaf: torch.Tensor) -> Callable[[], None]:
         """Let the owner's forward read another tensor in the leaf's place; returns what ends that."""
         ...
 
-    def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
-        """Add a flat delta of the leaf's length, −lr included; `key` numbers the target in the model.
-
-        float32 or, where deltas come up so, bfloat16.
-        """
+    @property
+    def addition(self) -> Addition:
+        """The weight as it is now, to which a delta of the leaf's length is added."""
         ...
 
 
@@ -69,12 +69,10 @@ class RawTarget:
 
         return put_back
 
-    def apply(self, delta: torch.Tensor, update: Update, key: int) -> None:
+    @property
+    def addition(self) -> Addition:
         """See `Target`. Biases and norms (one dimension) have no weight decay."""
-        decay = update.weight_decay if self.leaf.ndim > 1 else 0.0
-        keep = 1.0 - update.learning_rate * decay
-        flat = self.leaf.detach().view(-1)
-        update.rounding.add_(flat, delta.float(), keep=keep, step=update.step, key=key)
+        return Addition(self.leaf, decays=self.leaf.ndim > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +87,7 @@ class Unit:
     targets: Sequence[Target]
     readers: Sequence[nn.Module]
     first_key: int
+    _adder: Adder = field(default_factory=Adder, init=False, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -125,8 +124,14 @@ class Unit:
 
     def apply(self, delta: torch.Tensor, update: Update) -> None:
         """Add a flat float32 or bfloat16 delta of `numel` elements to the unit's targets."""
-        for offset, (target, part) in enumerate(zip(self.targets, self.split(delta), strict=True)):
-            target.apply(part, update, self.first_key + offset)
+        self._adder.add_(
+            [target.addition for target in self.targets],
+            delta,
+            update.rounding.of_step(update.step),
+            first_key=self.first_key,
+            learning_rate=update.learning_rate,
+            weight_decay=update.weight_decay,
+        )
 
 
 def _taken_gradient(target: Target) -> torch.Tensor:

@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lsp_ray.config import LspConfig
-from lsp_ray.device.kernels import kernels_for
+from lsp_ray.device.addition import Addition
+from lsp_ray.device.kernels import Adder
 from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.unit import Update
 from lsp_ray.errors import ConfigError
@@ -165,9 +166,8 @@ class LSPAdamW(Optimizer):
             self.state[weight] = Moments.zeros(tuple(weight.shape), weight.device).state()
         moments = Moments.from_state(self.state[weight])
         update = self._update(group, moments)
-        flat, keep = weight.view(-1), 1.0 - update.learning_rate * update.weight_decay
-        delta = moments.delta(grad, learning_rate=update.learning_rate, hyper=_hyper(group)).view(-1)
-        update.rounding.add_(flat, delta, keep=keep, step=update.step, key=key)
+        delta = moments.delta(grad, learning_rate=update.learning_rate, hyper=_hyper(group))
+        self._add(Addition(weight), delta, update, key)
 
     def _projected_step(self, weight: nn.Parameter, grad_MN: torch.Tensor, group: dict[str, Any], key: int) -> None:
         matrix = self._matrix(weight, grad_MN, group, key)
@@ -183,10 +183,18 @@ class LSPAdamW(Optimizer):
                 self.state[weight] = matrix.state()
                 compressed_DE = new.compress(grad_MN).float()
         delta_DE = matrix.moments.delta(compressed_DE, learning_rate=update.learning_rate, hyper=_hyper(group))
-        noise = update.rounding.noise(step=update.step, key=key)
-        keep = 1.0 - update.learning_rate * update.weight_decay
-        size = matrix.projector.update_size(matrix.update_scale, update.learning_rate)
-        kernels_for(weight).add_decompressed_(weight, matrix.projector, delta_DE, size, noise, keep)
+        self._add(Addition(weight, matrix.projector, matrix.update_scale), delta_DE, update, key)
+
+    def _add(self, addition: Addition, delta: torch.Tensor, update: Update, key: int) -> None:
+        adders: dict[int, Adder] = self.__dict__.setdefault("_adders", {})
+        adders.setdefault(key, Adder()).add_(
+            [addition],
+            delta.view(-1),
+            update.rounding.of_step(update.step),
+            first_key=key,
+            learning_rate=update.learning_rate,
+            weight_decay=update.weight_decay,
+        )
 
     def _matrix(
         self, weight: nn.Parameter, grad_MN: torch.Tensor, group: dict[str, Any], key: int

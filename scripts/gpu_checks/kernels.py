@@ -6,9 +6,9 @@ Legend: T tokens, M rows (out), N columns (in), D × E what is sent.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from statistics import median
-from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -18,10 +18,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lsp_ray.config import LspConfig
-from lsp_ray.device import torch_kernels
+from lsp_ray.device import gpu_kernels
+from lsp_ray.device.addition import Addition
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.fits import ClosedFormFit
-from lsp_ray.device.kernels import kernels_for
+from lsp_ray.device.kernels import Adder
 from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.rounding import Rounding
 from lsp_ray.methods.lsp import lsp_units
@@ -30,7 +31,8 @@ from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.projection.bias import relative_bias
-from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector, UpdateSize
+from lsp_ray.projection.block_factor import BlockFactor
+from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
 from lsp_ray.trace import WorkStream
 from scripts.gpu_checks.check import Bench, Check, relative_error, require
 
@@ -39,6 +41,7 @@ NNZ_PER_ROW = 4
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a sum of products: its terms' own rounding, and some to spare
 NUM_ROUNDED = 64
 NUM_FITTING = 4
+NUM_TIMED = 50
 NUM_LENGTHS = 9
 MOST_FOR_NEW = 5.0  # of the time of a known length; a plan takes a hundred times as much
 
@@ -111,28 +114,72 @@ def projected_linear(bench: Bench, dtype: torch.dtype) -> str:
 
 
 def added_delta(bench: Bench, dtype: torch.dtype) -> str:
-    """W + P δ Qᵀ as a step adds it: the bits of torch's operators on the CPU, in one launch where there are kernels."""
-    projector, _, _ = _drawn(bench, dtype, SparseProjector.random)
-    weight_MN = _normal(bench.sizes.rows, bench.sizes.columns, seed=5).to(dtype)
-    delta_DE = (_normal(*projector.dims, seed=6) * 1e-2).bfloat16()
-    size, host = UpdateSize(3.0, 2e-2, 1.7), torch.device("cpu")
-    found_MN, expected_MN = weight_MN.clone().to(bench.device), weight_MN.clone()
-    kernels, noise = kernels_for(found_MN), Rounding(7, bench.device).noise(step=3, key=2)
-    arguments = found_MN, projector.to(bench.device), delta_DE.to(bench.device), size, noise, 0.999
-    torch_kernels.add_decompressed_(
-        expected_MN, projector, delta_DE, size, Rounding(7, host).noise(step=3, key=2), 0.999
-    )
-    kernels.add_decompressed_(*arguments)
-    require(torch.equal(found_MN.cpu(), expected_MN), "the bits differ from those of torch's operators on the CPU")
-    by = kernels.__name__.rpartition(".")[2] if isinstance(kernels, ModuleType) else "others"
-    if not bench.on_gpu:
-        return f"equal bits, by {by}"
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        kernels.add_decompressed_(*arguments)
-        torch.cuda.synchronize(bench.device)
-    launches = sum(event.count for event in profiled.key_averages() if "sync" not in event.key.lower())
-    require(by != "gpu_kernels" or launches == 1, f"{launches} launches for a matrix")
-    return f"equal bits, by {by}, {launches} launches"
+    """A unit's deltas as a step adds them: the bits of the CPU, in one launch where there is a kernel."""
+    host, delta_dtypes = torch.device("cpu"), DTYPES
+    launches = []
+    for is_transposed in (False, True):
+        unit = _unit(bench, dtype, is_transposed=is_transposed)
+        numel = sum(addition.numel for addition in unit)
+        there, adder = [_moved(addition, bench.device) for addition in unit], Adder()
+        for step, delta_dtype in enumerate(delta_dtypes):
+            delta = (_normal(1, numel, seed=6)[0] * 1e-2).to(delta_dtype)
+            add, add_on_cpu = (
+                partial(
+                    by.add_,
+                    weights,
+                    delta.to(device),
+                    Rounding(7, device).of_step(step),
+                    first_key=2,
+                    learning_rate=2e-2,
+                    weight_decay=0.05,
+                )
+                for by, weights, device in ((adder, there, bench.device), (Adder(), unit, host))
+            )
+            add_on_cpu()
+            if step and bench.on_gpu:
+                with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                    add()
+                    torch.cuda.synchronize(bench.device)
+                launches += [sum(event.count for event in profiled.key_averages() if "sync" not in event.key.lower())]
+            else:
+                add()
+            for position, (expected, found) in enumerate(zip(unit, there, strict=True)):
+                is_equal = torch.equal(found.weight.cpu(), expected.weight)
+                require(is_equal, f"weight {position}, transposed: {is_transposed}: not the CPU's bits in step {step}")
+    if not gpu_kernels.has_kernel(there[0].weight):
+        return "equal bits, one weight after the other"
+    require(max(launches) == 1, f"{max(launches)} launches for a unit of {len(unit)} weights")
+    return f"equal bits of {len(unit)} weights, one launch; {_seconds(bench, add) * 1e6:.0f} µs of the host"
+
+
+def _unit(bench: Bench, dtype: torch.dtype, *, is_transposed: bool) -> list[Addition]:
+    """On the CPU: two matrices with projectors, of which one is balanced and one has groups of two sizes, two norms."""
+    shapes = (bench.sizes.rows, bench.sizes.columns), (bench.sizes.columns + 3, bench.sizes.rows + 1)
+    unit = [Addition(_normal(1, bench.sizes.rows, seed=4)[0].to(dtype), decays=False)]
+    for seed, shape in enumerate(shapes):
+        generator = torch.Generator().manual_seed(seed)
+        projector = SparseProjector.random(ProjectorSizes.of(shape, bench.sizes.dim, NNZ_PER_ROW), generator)
+        left, right = projector.to(torch.device("cpu"), dtype).left, projector.right.to(torch.device("cpu"), dtype)
+        if seed:
+            left = BlockFactor(left.value_FR, left.groups, torch.ones(shape[0]))
+        weight_MN = _normal(*shape, seed=5).to(dtype)
+        weight_MN = weight_MN.t().contiguous().t() if is_transposed else weight_MN
+        unit.append(Addition(weight_MN, SparseProjector(left, right), projector.update_scale))
+    return [*unit, Addition(_normal(1, 3, seed=7)[0].to(dtype))]
+
+
+def _moved(addition: Addition, device: torch.device) -> Addition:
+    projector = addition.projector and addition.projector.to(device)
+    return addition._replace(weight=addition.weight.clone().to(device), projector=projector)
+
+
+def _seconds(bench: Bench, work: Callable[[], object]) -> float:
+    """Of the host, for one of many calls."""
+    bench.backend.record(WorkStream.GPU).synchronize()
+    start_s = time.monotonic()
+    for _ in range(NUM_TIMED):
+        work()
+    return (time.monotonic() - start_s) / NUM_TIMED
 
 
 def rounding(bench: Bench, make: type[Rounding] = Rounding) -> str:
@@ -142,8 +189,15 @@ def rounding(bench: Bench, make: type[Rounding] = Rounding) -> str:
     exact, total = weight.double() + delta.double(), torch.zeros(4096, dtype=torch.float64)
     for step in range(NUM_ROUNDED):
         found, expected = weight.clone().to(bench.device), weight.clone()
-        ours.add_(found, delta.to(bench.device), keep=1.0, step=step, key=5, first=0)
-        theirs.add_(expected, delta, keep=1.0, step=step, key=5, first=0)
+        for weight_there, by in ((found, ours), (expected, theirs)):
+            Adder().add_(
+                [Addition(weight_there)],
+                delta.to(weight_there.device),
+                by.of_step(step),
+                first_key=5,
+                learning_rate=0.0,
+                weight_decay=0.0,
+            )
         require(torch.equal(found.cpu(), expected), f"bits differ from the CPU's in step {step}")
         total += expected.double()
     mean_error = float((total / NUM_ROUNDED - exact).mean())

@@ -44,7 +44,10 @@ RECORDED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("zero_offload", {"method": "zero_offload"}),
     ("checkpointed", {"method": "lsp", "bf16": True, "gradient_checkpointing": True}),
     ("delayed", {"method": "lsp", "policy": "delayed"}),
-    ("accumulated and clipped", {"method": "lsp", "bf16": True, "gradient_accumulation_steps": 3, "max_grad_norm": 0.1}),
+    (
+        "accumulated and clipped",
+        {"method": "lsp", "bf16": True, "gradient_accumulation_steps": 3, "max_grad_norm": 0.1},
+    ),
     (
         "with refits",
         {"method": "lsp", "lsp": LspConfig(subspace_dim=32, calibration_batches=1, check_every=4, max_bias=0.0)},
