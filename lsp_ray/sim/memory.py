@@ -11,8 +11,8 @@ from lsp_ray.sim.store import balanced, store_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
-# of models/chunked_loss.py: more logits than this are made in chunks, each of 8 bytes a logit at its most
-_CHUNK_LOGITS, _CHUNK_BYTES = 1 << 25, 8
+CHUNK_LOGITS = 1 << 25  # as in models/chunked_loss.py: more logits than this are made in chunks
+_CHUNK_BYTES = 8  # for a logit of a chunk: itself and its log-softmax in float32
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
 
@@ -73,7 +73,7 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
     kept = [activation_bytes(model, workload, layer) for layer in model.layers]
     compressing = [_compressing_bytes(workload, layer) for layer in model.layers]
     block = workload.tokens * max(map(sum, zip(kept, compressing, strict=True)))
-    loss = float(loss_bytes(model, workload))
+    loss = float(loss_bytes(workload.targets, model.num_logits, model.hidden_size, element_bytes=element))
     if workload.gradient_checkpointing:  # blocks are computed again after the loss's own bytes are free
         inputs = sum(element * model.hidden_size for bytes_kept in kept if bytes_kept)
         activations = workload.tokens * inputs + max(loss, block)
@@ -90,15 +90,16 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
     )
 
 
-def loss_bytes(model: ModelShape, workload: Workload) -> int:
+def loss_bytes(
+    positions: int, vocabulary: int, hidden: int, *, element_bytes: int, chunk_logits: int = CHUNK_LOGITS
+) -> int:
     """Bytes of the loss at their most: of all logits, or of a chunk's beside the gradient of the hidden states."""
-    targets, logits = workload.targets, workload.targets * model.num_logits
-    if logits <= _CHUNK_LOGITS:
-        return _LOSS_BYTES * logits
-    num_chunks = -(-targets // max(1, _CHUNK_LOGITS // model.num_logits))
-    at_once = -(-targets // num_chunks)
-    gradient = workload.element_bytes * targets * model.hidden_size  # and once more when it is multiplied
-    return max(_CHUNK_BYTES * at_once * model.num_logits, gradient) + gradient
+    if positions * vocabulary <= chunk_logits:
+        return _LOSS_BYTES * positions * vocabulary
+    num_chunks = -(-positions // max(1, chunk_logits // vocabulary))
+    at_once = -(-positions // num_chunks)
+    gradient = element_bytes * positions * hidden  # and once more when it is multiplied
+    return max(_CHUNK_BYTES * at_once * vocabulary, gradient) + gradient
 
 
 def host_memory(model: ModelShape, workload: Workload) -> HostMemory:
