@@ -164,7 +164,7 @@ def _model(linears: tuple[LinearShape, ...], hidden: int, num_layers: int, vocab
         num_parameters=num_layers * layer.numel + vocabulary * hidden,
         hidden_size=hidden,
         attention_width=hidden,
-        key_value_width=hidden,
+        repeated_width=0,
         num_logits=vocabulary,
     )
 

@@ -40,7 +40,7 @@ def test_what_would_be_late_with_a_larger_subspace_is_named() -> None:
         num_parameters=4 * layer.numel,
         hidden_size=1024,
         attention_width=1024,
-        key_value_width=1024,
+        repeated_width=0,
         num_logits=1000,
     )
     machine = replace(load_hardware("rtx4090-threadripper"), d2h_bytes_per_s=1e8)

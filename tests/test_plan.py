@@ -17,7 +17,7 @@ from lsp_ray.methods.lsp import lsp_payload_sizes, lsp_units
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_skeleton, load_tokenizer
-from lsp_ray.models.loss import IGNORED, summed_loss
+from lsp_ray.models.loss import IGNORED, summed_loss, target_positions
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.plan.__main__ import main
 from lsp_ray.plan.measure import measure
@@ -168,6 +168,7 @@ def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_
         labels_BS[:, 1:] = IGNORED
         labels_BS[:, 10:35] = 0
     batch = {"input_ids": ids_BS, "labels": labels_BS, "attention_mask": mask_BS}
+    batch["positions"] = target_positions(labels_BS)
     with peak_of(torch.device("cpu")) as live:
         before = live.live_bytes
         summed_loss(model, batch).backward()

@@ -49,7 +49,7 @@ MODEL = ModelShape(
     num_parameters=5000,
     hidden_size=32,
     attention_width=16,
-    key_value_width=16,
+    repeated_width=0,
     num_logits=7,
 )
 LSP = Workload(method="lsp", batch_size=2, seq_length=3, subspace_dim=8, nnz_per_row=2)
@@ -303,7 +303,7 @@ def llama(num_layers: int = 4, hidden: int = 1024) -> ModelShape:
         num_parameters=num_layers * layer.numel,
         hidden_size=hidden,
         attention_width=hidden,
-        key_value_width=hidden,
+        repeated_width=0,
         num_logits=1000,
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lsp_ray.data.tokenize import TokenizedRows
+from lsp_ray.data.tokenize import IGNORED, TokenizedRows
 from lsp_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 """int64 CPU tensors: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S) or (B,), maybe `token_type_ids`.
 
-The labels of a regression are float32."""
+The labels of a regression are float32. A language model's batch that is padded on the right alone has `positions`, too:
+the K of (B·S) whose next token has a label, so that nobody need look for them where that makes a CPU wait for a GPU."""
 
 _STEPS_AHEAD = 2
 
@@ -158,12 +159,12 @@ def _collator(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase, leng
         collate: Any = DataCollatorWithPadding(padding, return_tensors="pt")
     else:
         collate = DataCollatorForSeq2Seq(
-            padding, label_pad_token_id=-100, return_tensors="pt", pad_to_multiple_of=length_multiple
+            padding, label_pad_token_id=IGNORED, return_tensors="pt", pad_to_multiple_of=length_multiple
         )
 
     def collated(rows: list[dict[str, Any]]) -> Batch:
         features = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
-        return dict(collate(features))
+        return _with_positions(dict(collate(features)))
 
     return collated
 
@@ -181,6 +182,16 @@ def _checked(collate: Callable[[list[Any]], Mapping[str, Any]]) -> Callable[[lis
             if not isinstance(batch.get(name), torch.Tensor):
                 raise ConfigError("data_collator", f"return a tensor {name}", sorted(batch))
         batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-        return batch
+        return _with_positions(batch)
 
     return collated
+
+
+def _with_positions(batch: Batch) -> Batch:
+    labels, mask_BS = batch["labels"], batch["attention_mask"]
+    is_language = labels.ndim == 2 and not labels.is_floating_point()
+    if not is_language or mask_BS.ndim != 2 or (mask_BS[:, 1:] > mask_BS[:, :-1]).any():
+        return batch
+    has_target_BS = torch.zeros_like(labels, dtype=torch.bool)
+    has_target_BS[:, :-1] = labels[:, 1:] != IGNORED
+    return batch | {"positions": has_target_BS.flatten().nonzero()[:, 0]}

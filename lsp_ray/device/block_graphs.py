@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from lsp_ray.device.backend import Backend
 from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.unit import Unit
-from lsp_ray.models.loss import Batch
+from lsp_ray.models.loss import NOT_THE_MODELS, Batch
 
 Key = tuple[Any, ...]
 
@@ -127,7 +127,10 @@ class BlockGraphs:
         shared.places.clear()
         if any(block.has_graph(shared.batch) for block in self._blocks):
             shared.recorded.add(shared.batch)
-        shared.batch = (payload_dtype, *((name, tensor.shape) for name, tensor in batch.items()))
+        shared.batch = (
+            payload_dtype,
+            *((name, tensor.shape) for name, tensor in batch.items() if name not in NOT_THE_MODELS),
+        )
         shared.is_on, shared.may_record, shared.payload_dtype = True, may_record, payload_dtype
         if any(block.has_moved() for block in self._blocks):
             self.forget()

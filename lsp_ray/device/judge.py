@@ -16,7 +16,7 @@ NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """A step's loss, the norm of all its gradients as they are sent, their factor: 1, less to clip them, 0 to skip it."""
+    """A step's loss, the norm of its gradients as they are sent, their factor: 1, less to clip them, 0 to skip it."""
 
     loss: float
     grad_norm: float

@@ -1,18 +1,27 @@
-"""The training loss: a sum over what is predicted, so that micro-batches add up to exactly one larger batch."""
+"""The training loss: a sum over what is predicted, so that micro-batches add up to exactly one larger batch.
+
+Legend: B rows, S tokens of each, K positions with a target, H hidden features, V tokens of the vocabulary, C classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
+from lsp_ray.models.attention import is_plainly_causal, without_mask
+from lsp_ray.models.chunked_loss import CHUNK_LOGITS, chunked_loss, is_frozen_and_plain
+
 IGNORED = -100  # transformers' label of a token without loss
 
 Batch = Mapping[str, torch.Tensor]
+
+NOT_THE_MODELS = ("labels", "positions")
+"""What a batch holds for the loss alone."""
 
 
 def num_targets(batch: Batch) -> int:
@@ -27,25 +36,46 @@ def num_tokens(batch: Batch) -> int:
     return int(batch["attention_mask"].sum())
 
 
-def summed_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def summed_loss(model: PreTrainedModel, batch: Batch, *, chunk_logits: int = CHUNK_LOGITS) -> torch.Tensor:
     """Return the loss summed over the batch's targets, a float32 scalar with its graph.
 
     It is the cross entropy, or where labels are floats the squared error of the only output (transformers' regression).
 
     For a causal LM only positions with a target go through the output embedding: with masked prompts most of the
-    logits, the largest activation of a small model, are never computed.
+    logits, the largest activation of a small model, are never computed; what is more than `chunk_logits` goes through
+    it in chunks, see `chunked_loss`.
+
+    Where the batch brings `positions`, as `MicroBatches` makes them, the host never waits for the model's device.
+
+    Args:
+        model: Its output embedding is not trained, or it fits in a chunk.
+        batch: On the model's device.
+        chunk_logits: Logits made at one time.
     """
     labels = batch["labels"]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in NOT_THE_MODELS}
     if labels.is_floating_point() or labels.ndim == 1:
         return label_loss(model(**inputs).logits, labels)
-    targets_BS = torch.full_like(labels, IGNORED)
-    targets_BS[:, :-1] = labels[:, 1:]
-    keep_BS = targets_BS != IGNORED
+    positions_K = batch.get("positions")
+    # positions come with right padding alone
+    needs_mask = positions_K is None or not is_plainly_causal(model.config, labels.shape[1])
+    if positions_K is None:
+        positions_K = target_positions(labels)
+    targets_K = labels.flatten()[1:].index_select(0, positions_K)
     head = model.get_output_embeddings()
-    with _only_positions(head, keep_BS):
+    is_chunked = _num_logits(head, positions_K) > chunk_logits and is_frozen_and_plain(model)
+    with nullcontext() if needs_mask else without_mask(model), _only(head, positions_K, dry=is_chunked) as hidden:
         logits_KV = model(**inputs, use_cache=False).logits
-    return cross_entropy(logits_KV.float(), targets_BS[keep_BS], reduction="sum")
+    if is_chunked:
+        return chunked_loss(hidden[0], head, targets_K, chunk_logits)
+    return cross_entropy(logits_KV.float(), targets_K, reduction="sum")
+
+
+def target_positions(labels_BS: torch.Tensor) -> torch.Tensor:
+    """Return the K positions of (B·S) whose next token has a label, in row-major order; for a GPU's it waits."""
+    is_kept_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+    is_kept_BS[:, :-1] = labels_BS[:, 1:] != IGNORED
+    return is_kept_BS.flatten().nonzero()[:, 0]
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -55,15 +85,24 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.float(), labels, reduction="sum")
 
 
+def _num_logits(head: nn.Module, positions_K: torch.Tensor) -> int:
+    return positions_K.shape[0] * head.get_parameter("weight").shape[0]
+
+
 @contextmanager
-def _only_positions(head: nn.Module, keep_BS: torch.Tensor) -> Iterator[None]:
-    """Within the context `head` sees (K, H): the hidden states of the positions kept, in row-major order."""
+def _only(head: nn.Module, positions_K: torch.Tensor, *, dry: bool) -> Iterator[list[torch.Tensor]]:
+    """Within the context `head` sees (K, H): the hidden states of the positions; dry, none, and the list gets them."""
+    hidden: list[torch.Tensor] = []
 
     def select(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][keep_BS], *args[1:])
+        hidden_KH = args[0].flatten(0, 1).index_select(0, positions_K)
+        if dry:
+            hidden.append(hidden_KH)
+            hidden_KH = hidden_KH[:0]
+        return (hidden_KH, *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
-        yield
+        yield hidden
     finally:
         handle.remove()

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.models.attention import is_plainly_causal
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_skeleton
 from lsp_ray.models.shared_inputs import shared_inputs
@@ -29,13 +30,16 @@ def shape_of_model(model: PreTrainedModel) -> ModelShape:
     first_reader = {name: names[0] for names in shared_inputs(model) for name in names}
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     head_width = int(getattr(config, "head_dim", None) or hidden // heads)
+    is_repeated = heads > int(getattr(config, "num_key_value_heads", None) or heads) and not is_plainly_causal(
+        config, 0
+    )
     output = model.get_output_embeddings()
     return ModelShape(
         layers=tuple(_layer_shape(layer, first_reader) for layer in layers),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         hidden_size=hidden,
         attention_width=heads * head_width,
-        key_value_width=int(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        repeated_width=2 * heads * head_width if is_repeated else 0,
         num_logits=2 if output is None else int(output.get_parameter("weight").shape[0]),
     )
 

@@ -13,7 +13,7 @@ def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -
 
     - what the linears give out, but for the two that end in the residual stream;
     - the answer of the activation function, as wide as the widest linear, and of attention;
-    - keys and values once more for all heads where heads share them, as transformers does for a padded batch;
+    - keys and values once more for all heads where heads share them and attention gets a mask (transformers);
     - both norms: their input in float32 and what they scale;
     - the linears' inputs (both norms' answers, attention's, the widest), or X Q of each in their place, and beside it
       what linears that are not projected read; with bfloat16 each of LoRA's adapters keeps its input in float32 for
@@ -37,5 +37,4 @@ def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -
     if projected and not workload.full_gradient:
         whole = {linear.input: linear.columns for linear in layer.linears if workload.dims_of(linear) is None}
         inputs = sum(dim for _, dim in projected) + sum(whole.values())
-    repeated = 2 * model.attention_width if model.key_value_width < model.attention_width else 0
-    return float(element * (given_out + widest + model.attention_width + repeated + inputs) + norms)
+    return float(element * (given_out + widest + model.attention_width + model.repeated_width + inputs) + norms)

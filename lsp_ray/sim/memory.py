@@ -11,6 +11,8 @@ from lsp_ray.sim.store import balanced, store_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
+CHUNK_LOGITS = 1 << 25  # as in models/chunked_loss.py: more logits than this are made in chunks
+_CHUNK_BYTES = 8  # for a logit of a chunk: itself and its log-softmax in float32
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
 
@@ -69,15 +71,14 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
     trained = [workload.trained_numel(layer) for layer in model.layers]
     gradients = [_layer_gradient_bytes(workload, layer) for layer in model.layers]
     kept = [activation_bytes(model, workload, layer) for layer in model.layers]
-    block = workload.tokens * max(
-        bytes_kept + _compressing_bytes(workload, layer) for layer, bytes_kept in zip(model.layers, kept, strict=True)
-    )
-    loss = float(_LOSS_BYTES * workload.targets * model.num_logits)
+    compressing = [_compressing_bytes(workload, layer) for layer in model.layers]
+    block = workload.tokens * max(map(sum, zip(kept, compressing, strict=True)))
+    loss = float(loss_bytes(workload.targets, model.num_logits, model.hidden_size, element_bytes=element))
     if workload.gradient_checkpointing:  # blocks are computed again after the loss's own bytes are free
         inputs = sum(element * model.hidden_size for bytes_kept in kept if bytes_kept)
         activations = workload.tokens * inputs + max(loss, block)
-    else:
-        activations = workload.tokens * sum(kept) + loss
+    else:  # as they are when the deepest block compresses
+        activations = workload.tokens * sum(kept) + max(loss, workload.tokens * max(compressing))
     return DeviceMemory(
         weights=float(element * model.num_parameters + (4 * sum(trained) if is_lora else 0)),
         projectors=float(sum(_projector_bytes(workload, layer) for layer in model.layers)),
@@ -87,6 +88,18 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
         gradients=float(sum(gradients)) if on_device else float(max(gradients)),
         payload_buffers=_update_bytes(workload) * max(trained) if on_device else payload_buffers,
     )
+
+
+def loss_bytes(
+    positions: int, vocabulary: int, hidden: int, *, element_bytes: int, chunk_logits: int = CHUNK_LOGITS
+) -> int:
+    """Bytes of the loss at their most: of all logits, or of a chunk's beside the gradient of the hidden states."""
+    if positions * vocabulary <= chunk_logits:
+        return _LOSS_BYTES * positions * vocabulary
+    num_chunks = -(-positions // max(1, chunk_logits // vocabulary))
+    at_once = -(-positions // num_chunks)
+    gradient = element_bytes * positions * hidden  # and once more when it is multiplied
+    return max(_CHUNK_BYTES * at_once * vocabulary, gradient) + gradient
 
 
 def host_memory(model: ModelShape, workload: Workload) -> HostMemory:

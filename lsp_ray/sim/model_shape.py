@@ -50,7 +50,7 @@ class ModelShape:
         num_parameters: All of them, frozen ones and shared ones once.
         hidden_size: Width of the residual stream.
         attention_width: Heads times their width.
-        key_value_width: Heads of keys (and of values) times their width; less where heads share them.
+        repeated_width: What keys and values become where attention gets a mask, and heads share them; else 0.
         num_logits: Rows of the output embedding: the vocabulary; a classifier's labels.
     """
 
@@ -58,7 +58,7 @@ class ModelShape:
     num_parameters: int
     hidden_size: int
     attention_width: int
-    key_value_width: int
+    repeated_width: int
     num_logits: int
 
     @property
