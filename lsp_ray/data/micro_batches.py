@@ -102,8 +102,12 @@ class MicroBatches:
             rows.sort(key=lambda row: len(row["input_ids"]))
         return [self._collate(rows[at : at + self._batch_size]) for at in range(0, len(rows), self._batch_size)]
 
-    def read_ahead(self, num_steps: int, *, first_step: int = 0) -> Generator[list[Batch], None, None]:
+    def read_ahead(
+        self, num_steps: int, *, first_step: int = 0, page_locked: bool = False
+    ) -> Generator[list[Batch], None, None]:
         """Yield `step(k)` for `num_steps` updates from `first_step` on, collated by a thread up to 2 updates ahead.
+
+        `page_locked`: into memory from which a GPU copies while the host goes on.
 
         An error in the thread is raised where its update is asked for. The thread ends with the iterator: when it is
         exhausted, closed (`contextlib.closing`) or collected.
@@ -112,7 +116,7 @@ class MicroBatches:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read_ahead") as executor:
             try:
                 for k in range(first_step, first_step + num_steps):
-                    ahead.append(executor.submit(self.step, k))
+                    ahead.append(executor.submit(self._page_locked if page_locked else self.step, k))
                     if len(ahead) > _STEPS_AHEAD:
                         yield ahead.popleft().result()
                 while ahead:
@@ -120,6 +124,9 @@ class MicroBatches:
             finally:
                 for future in ahead:
                     future.cancel()
+
+    def _page_locked(self, k: int) -> list[Batch]:
+        return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in self.step(k)]
 
     def _drawn(self, draw: int, first: int, num: int) -> list[Batch]:
         """Collate `num` micro-batches from micro-batch `first` of an endless order of train rows."""

@@ -111,6 +111,7 @@ class BlockGraphs:
     ) -> None:
         anchor = torch.zeros((), device=backend.device, requires_grad=True)
         self._shared = _Shared(backend, take_gradients, anchor)
+        self._told: list[_Block] = []
         self._blocks = [_Block(unit, self._shared) for unit in units if len(unit.readers) == 1]
 
     def begin(self, batch: Batch, *, may_record: bool, payload_dtype: torch.dtype | None) -> None:
@@ -143,14 +144,17 @@ class BlockGraphs:
         self._shared.buffers.clear()
         self._shared.recorded.clear()
 
-    def refusals(self) -> dict[str, str]:
-        """Why blocks run without a graph for good, by the name of their unit."""
-        return {block.unit.name: block.refusal for block in self._blocks if block.refusal}
-
-    @property
-    def num_recorded(self) -> int:
-        """Graphs of forwards that there are."""
-        return sum(len(block.graphs) for block in self._blocks)
+    def refusals(self) -> tuple[str, ...]:
+        """A line for every reason, not told before, for which blocks run without graphs for good."""
+        blocks_by_reason: dict[str, list[str]] = {}
+        for block in self._blocks:
+            if block.refusal and block not in self._told:
+                self._told.append(block)
+                blocks_by_reason.setdefault(block.refusal, []).append(block.unit.name)
+        return tuple(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: no CUDA graph, as {reason}"
+            for reason, names in blocks_by_reason.items()
+        )
 
     def close(self) -> None:
         """Let the blocks be as they were."""
@@ -272,6 +276,9 @@ class _Graph:
         self._kwargs = {name: self._rebuilt(value) for name, value in kwargs.items()}
         self._aliases = [target.leaf.detach().requires_grad_() for target in block.unit.targets]
         self._flat_dtype = self._shared.payload_dtype or _common_dtype(self._aliases)
+        self.output = self._shared.anchor  # until it is recorded
+        self._output_with_graph: torch.Tensor | None = None
+        self._rest: tuple[Any, ...] | None = None
         self._launch_backward: Callable[[], None] | None = None
         self._grad_output: torch.Tensor | None = None
         self._launch_forward = self._shared.record(self._forward)
@@ -306,8 +313,7 @@ class _Graph:
             self._flat = shared.buffer(numel, dtype, make=lambda: buffer.new_empty(numel, dtype=dtype))
             self._grad_output = buffer
             self._launch_backward = shared.record(self._backward)
-            if not self._block.recomputes:
-                self._output_with_graph = None  # what it kept lies where the graph left it
+            self._output_with_graph = None  # what it kept lies where the graph left it
         self._launch_backward()
         shared.take_gradients(self._block.unit, self._flat)
         if not self._wanted:
@@ -335,9 +341,9 @@ class _Graph:
         with torch.set_grad_enabled(not self._block.recomputes), _in_place_of(self._block.unit, self._aliases):
             output = self._block.forward(*self._args, **self._kwargs)
         self._rest = tuple(output[1:]) if isinstance(output, tuple | list) else None
-        self._output_with_graph: torch.Tensor | None = output if self._rest is None else output[0]
-        assert self._output_with_graph is not None
-        self.output = self._output_with_graph.detach()
+        result: torch.Tensor = output if self._rest is None else output[0]
+        self.output = result.detach()
+        self._output_with_graph = None if self._block.recomputes else result
 
     def _backward(self) -> None:
         output = self._output_with_graph
@@ -366,7 +372,8 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, _anchor: torch.Tensor, *_inputs: torch.Tensor) -> torch.Tensor:
         ctx.graph, ctx.num_inputs = graph, len(_inputs)
-        return graph.output.detach()
+        output: torch.Tensor = graph.output.detach()
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -29,6 +29,7 @@ class CudaBackend:
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._recorder = torch.cuda.Stream(self.device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._has_recorded = False
         self._announcer = ThreadPoolExecutor(1, thread_name_prefix="announce")
         self._streams = {
             WorkStream.GPU: torch.cuda.default_stream(self.device),
@@ -86,6 +87,10 @@ class CudaBackend:
 
     def record_graph(self, run: Callable[[], None], *, apart: bool) -> Callable[[], None]:
         """See `Backend`."""
+        if not self._has_recorded:
+            # graphs have memory of their own: let go what the steps before them left in the allocator's
+            torch.cuda.empty_cache()
+            self._has_recorded = True
         graph, compute = torch.cuda.CUDAGraph(), self._streams[WorkStream.GPU]
         self._recorder.wait_stream(compute)
         # the default stream cannot be recorded; other threads go on copying meanwhile, which only this mode allows

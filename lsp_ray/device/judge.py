@@ -51,7 +51,8 @@ class Judge:
     def see(self, unit: Unit, gradients: Sequence[torch.Tensor]) -> None:
         """Note the norms of a unit's complete gradients, one a target."""
         if gradients:
-            self._norms[unit.index] = torch._foreach_norm(gradients, 2, torch.float32)  # on a GPU three kernels for all
+            # on a GPU three kernels for all of them
+            self._norms[unit.index] = torch._foreach_norm(list(gradients), 2, torch.float32)
 
     def verdict(self, step: int, learning_rate: float) -> Verdict:
         """Judge the step whose losses and gradients were noted, and forget them; waits for the device.

@@ -13,7 +13,7 @@ class StepReport:
     """What the compute stream did in one step; `loss` is the mean over the step's targets.
 
     `forward_s` is the first micro-batch's forward without its waits, `backward_s` the last one's backward: between
-    them lie the deadlines and the arrivals of a step. `grad_norm` and `grad_scale`: see `Verdict`.
+    them lie the deadlines and the arrivals of a step. `notes` are lines for a person. `grad_norm` and `grad_scale`: see `Verdict`.
     """
 
     step: int
@@ -29,3 +29,4 @@ class StepReport:
     peak_device_bytes: int | None
     bias: BiasReport | None
     compute: tuple[ComputeSpan, ...] = ()
+    notes: tuple[str, ...] = ()

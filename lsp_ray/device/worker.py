@@ -228,6 +228,7 @@ class DeviceWorker:
             peak_device_bytes=None,
             bias=self._refitter.after_step(step) if self._refitter else None,
             compute=trace.spans(step, trace_end, end_s),
+            notes=self._graphs.refusals() if self._graphs is not None else (),
         )
 
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:

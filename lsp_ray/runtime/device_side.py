@@ -128,7 +128,9 @@ class DeviceSide:
         if job.saved is not None:
             self._restore(job.saved)
         self._is_set_up = True
-        self._micro_batches = job.micro_batches.read_ahead(job.num_steps - job.first_step, first_step=job.first_step)
+        self._micro_batches = job.micro_batches.read_ahead(
+            job.num_steps - job.first_step, first_step=job.first_step, page_locked=job.device == "cuda"
+        )
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(unfitted=unfitted, num_pageable=len(pageable), throttle=throttle)
 

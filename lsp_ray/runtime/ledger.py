@@ -31,10 +31,11 @@ class OpReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedStep:
-    """All there is to say about a step."""
+    """All there is to say about a step; `notes` are lines for a person."""
 
     metrics: StepMetrics
     timeline: Timeline
+    notes: tuple[str, ...] = ()
 
 
 class Ledger:
@@ -77,7 +78,7 @@ class Ledger:
         num_up = sum(op.span.stream is WorkStream.H2D for op in self._ops.get(step, []))
         if report is None or num_up < self._num_units:
             return None
-        closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report))
+        closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report), notes=report.notes)
         self.num_closed += 1
         self._steps.pop(step - 1, None)
         self._ops.pop(step - STEPS_KEPT, None)

@@ -117,6 +117,8 @@ class StepLog:
         self._listener.step(metrics)
         if metrics.grad_scale == 0.0:
             self._listener.note(f"step {metrics.step} is skipped: its loss or gradient is not finite")
+        for line in closed.notes:
+            self._listener.note(line)
 
 
 class Training:

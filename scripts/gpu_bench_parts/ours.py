@@ -33,7 +33,7 @@ def run_ours(setting: Setting, folder: Path, device: torch.device, phases: Seque
         decides = POLICIES[job.config.policy](job.layout.shard_of_unit, room=job.delta_room)
         driver = Driver(workers, decides, job.learning_rates, on_step=closed.append)
         ends = _train(workers, driver, device, phases)
-        peak = peak_bytes(device) or driver.ledger.peak_device_bytes or 0
+        peak = driver.ledger.peak_device_bytes or 0  # of the second step: torch does not count what graphs hold inside
     finally:
         workers.close()
     steps = [step.metrics for step in closed]
@@ -43,6 +43,7 @@ def run_ours(setting: Setting, folder: Path, device: torch.device, phases: Seque
         exposed_s=[[step.exposed_s for step in steps[span]] for span in spans] if job.config.offloads else None,
         peak_bytes=peak,
         last_loss=steps[-1].loss,
+        note=f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB reserved" if device.type == "cuda" else "",
     )
 
 
