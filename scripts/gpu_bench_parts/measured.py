@@ -8,6 +8,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -82,8 +84,6 @@ def _run(there: Connection, action: Callable[..., Any], args: tuple[Any, ...]) -
     except BaseException as error:  # noqa: BLE001  # whatever it is, the others go on
         lines = str(error).strip().splitlines() or [""]
         result = Failed(why=f"{type(error).__name__}: {lines[0]}"[:200])
-        import traceback
-
         traceback.print_exc(file=sys.stderr)
     there.send(result)
     there.close()
@@ -134,8 +134,10 @@ def profile_setting(setting: Setting, folder: Path, device_name: str) -> list[st
     return [plain, *operators.lines, *functions.lines]
 
 
-def measure_machine(folder: Path, device_name: str, work: Workload, device_threads: int) -> tuple[str, HardwareProfile]:
-    """The machine in words, and the planner's rates of it."""
+def measure_machine(
+    folder: Path, device_name: str, work: Workload, device_threads: int
+) -> tuple[str, HardwareProfile | None]:
+    """The machine in words, and the planner's rates of it; none of a CPU."""
     import platform
 
     import torch
@@ -150,6 +152,8 @@ def measure_machine(folder: Path, device_name: str, work: Workload, device_threa
         f"{name}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
+    if not on_gpu:  # a minute, and nobody asks
+        return words, None
     hardware = measure(
         folder,
         shape_of(folder),
@@ -169,6 +173,7 @@ def _ran(setting: Setting, folder: Path, device_name: str, phases: Any) -> Any:
     from scripts.gpu_bench_parts.peers import run_peer
 
     logging.set_verbosity_error()
+    warnings.simplefilter("ignore")  # of names that transformers is about to change
     if device_name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("torch finds no GPU")
     device = torch.device(device_name, 0) if device_name == "cuda" else torch.device(device_name)
