@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # --help is answered before torch is imported
 
 PROFILED = ("lsp", "native", "hf")
 SECONDS_A_STEP = 0.5  # where no forecast tells
-MACHINE_S = 60.0
+RATES_S = 60.0  # at most, of the machine's rates with a model
 UPDATED_BYTES_PER_S = 2e9  # of optimizer state that zero_offload's first steps must make on the host
 HEADER = (
     f"{'model':<5} {'method':<14} {'step ms':>8} {'tokens/s':>9} {'peak GB':>8} {'host ms':>8} {'kernels':>8} "
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, clock: Callable[[], float] = time.mo
             bench = _Bench(options, Path(folder), clock)
             if options.profile:
                 names = [name for name in only if name in PROFILED] if options.only == ",".join(NAMES) else only
-                return bench.profile([setting for setting in settings_of(sizes[:1], names)])
+                return bench.profile(settings_of(sizes[:1], names))
             return bench.measure(settings_of(sizes, only))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -116,6 +116,8 @@ class _Bench:
         """Print a line for each; returns 1 if there is not one figure."""
         from scripts.gpu_bench_parts.measured import Failed, apart, measure_setting
 
+        self._tell_machine()
+        print(HEADER, flush=True)
         num_measured = 0
         for setting in settings:
             if setting.missing is not None:
@@ -131,6 +133,7 @@ class _Bench:
             found = apart(measure_setting, *args, timeout_s=self._left_s())
             if isinstance(found, Failed):
                 self._left_out(setting, found.why, foreseen)
+                print(found.trace, file=sys.stderr, flush=True)
             else:
                 num_measured += 1
                 self._measured(setting, found, foreseen)
@@ -140,6 +143,7 @@ class _Bench:
         """Print the profile of each, of lsp's in one subspace; returns 1 if one failed."""
         from scripts.gpu_bench_parts.measured import Failed, apart, profile_setting
 
+        self._tell_machine()
         failed = False
         for setting in settings:
             if setting.dim not in (None, SIZES[setting.size].dims[0]):
@@ -147,27 +151,32 @@ class _Bench:
             folder = self._new_folder(setting.size)
             found = apart(profile_setting, setting, folder, self._options.device, timeout_s=self._left_s())
             failed |= isinstance(found, Failed)
-            lines = [found.why] if isinstance(found, Failed) else found
+            lines = [found.why, found.trace] if isinstance(found, Failed) else found
             print(f"== {setting.size} {setting.title}", *lines, sep="\n", flush=True)
             self._written["profiles"][f"{setting.size} {setting.title}"] = lines
             self._write()
         return 1 if failed else 0
 
+    def _tell_machine(self) -> None:
+        from scripts.gpu_bench_parts.measured import machine_in_words
+
+        self._written["machine"] = machine_in_words(self._options.device)
+        print(self._written["machine"], flush=True)
+
     def _model(self, setting: Setting) -> _Model:
-        """The size's folder and the machine's rates with it; the first one also tells the machine."""
-        from scripts.gpu_bench_parts.measured import Failed, apart, measure_machine
+        """The size's folder, and the machine's rates with it."""
+        from scripts.gpu_bench_parts.measured import Failed, apart, measured_rates
 
         if setting.size not in self._models:
             folder = self._new_folder(setting.size)
-            work, threads = _workload(setting, self._options.device), 2
-            timeout_s = min(MACHINE_S, self._left_s())
-            found = apart(measure_machine, folder, self._options.device, work, threads, timeout_s=timeout_s)
-            words, hardware = (f"not measured: {found.why}", None) if isinstance(found, Failed) else found
-            if not self._written["machine"]:
-                print(words, HEADER, sep="\n", flush=True)
-                self._written["machine"] = words
-            elif hardware is None:
-                print(f"{setting.size}: {words}", flush=True)
+            hardware = None
+            if self._options.device == "cuda":  # a CPU's would take a minute, and nobody asks
+                work, timeout_s = _workload(setting), min(RATES_S, self._left_s())
+                found = apart(measured_rates, folder, work, timeout_s=timeout_s)
+                if isinstance(found, Failed):
+                    print(f"{setting.size}: no forecasts, as the machine's rates: {found.why}", flush=True)
+                else:
+                    hardware = found
             self._models[setting.size] = _Model(folder=folder, hardware=hardware)
         return self._models[setting.size]
 
@@ -183,10 +192,11 @@ class _Bench:
             return foreseen.misfits[0]
         needed_s = _needed_s(setting, foreseen, self._options.steps)
         left_s = self._left_s()
-        return f"needs about {needed_s:.0f} s, {max(0.0, left_s):.0f} are left" if needed_s > left_s else None
+        return f"needs about {needed_s:.0f} s, {left_s:.0f} are left" if needed_s > left_s else None
 
     def _left_s(self) -> float:
-        return max(0.0, self._end_s - self._clock())
+        left_s: float = self._end_s - self._clock()
+        return max(0.0, left_s)
 
     def _measured(self, setting: Setting, found: Figures, foreseen: Forecast | None) -> None:
         tokens_per_s = SIZES[setting.size].tokens / found.step_s
@@ -239,7 +249,7 @@ def _needed_s(setting: Setting, foreseen: Forecast | None, num_steps: int) -> fl
     return size.setup_s + (WARM_UP + num_steps + TRACED) * step_s + state_s
 
 
-def _workload(setting: Setting, device_name: str) -> Workload:
+def _workload(setting: Setting) -> Workload:
     from lsp_ray.config import RuntimeConfig
     from lsp_ray.runtime.layout import divide_cores
     from lsp_ray.sim.workload import Workload
@@ -247,7 +257,7 @@ def _workload(setting: Setting, device_name: str) -> Workload:
     size: Size = SIZES[setting.size]
     num_units = int(size.shape["num_hidden_layers"])
     cores = len(os.sched_getaffinity(0))
-    shares = divide_cores(RuntimeConfig(), num_units=num_units, cores=cores, on_gpu=device_name == "cuda")
+    shares = divide_cores(RuntimeConfig(), num_units=num_units, cores=cores, on_gpu=True)
     return Workload(
         method=OURS.get(setting.name, "lsp"),
         batch_size=size.batch_size,
@@ -266,7 +276,7 @@ def _forecast(setting: Setting, model: _Model) -> Forecast | None:
 
     if model.hardware is None or setting.name not in OURS:
         return None
-    work = _workload(setting, "cuda" if model.hardware.on_gpu else "cpu")
+    work = _workload(setting)
     policy: Any = {"lsp": "layerwise", "zero_offload": "sequential"}.get(setting.name)
     try:
         return forecast(shape_of(model.folder), work, model.hardware, policy)

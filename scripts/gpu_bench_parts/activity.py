@@ -78,7 +78,8 @@ def activity_of(trace: Mapping[str, Any], num_steps: int) -> Activity:
     late = [event for event in own if "Synchronize" not in event["name"] and event["dur"] >= LONG_CALL_US]
 
     def seconds(*categories: str) -> float:
-        return sum(event["dur"] for event in events if event.get("cat") in categories) / 1e6 / num_steps
+        total_us = sum(float(event["dur"]) for event in events if event.get("cat") in categories)
+        return total_us / 1e6 / num_steps
 
     return Activity(
         launches=len(launches) / num_steps,

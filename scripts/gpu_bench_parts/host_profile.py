@@ -1,4 +1,4 @@
-"""Where the host's time goes: operators by torch's profiler, Python's functions by a profile of the launching threads."""
+"""Where the host's time goes: operators by torch's profiler, and the functions of the threads that launch them."""
 
 from __future__ import annotations
 

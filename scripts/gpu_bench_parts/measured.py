@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lsp_ray.errors import ConfigError
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.workload import Workload
 from scripts.gpu_bench_parts.settings import OURS, Setting
@@ -22,6 +26,9 @@ from scripts.gpu_bench_parts.settings import OURS, Setting
 WARM_UP, TRACED = 3, 2  # steps: memory is watched in the second, and the allocator has settled after the third
 PROFILED = 3
 MEASURE_BUDGET_S = 0.1  # of each rate of the machine
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 120.0  # at most, of the first process, which imports everything
+_start = {"method": "forkserver"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +60,18 @@ class Figures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """Why there are no figures, on one line."""
+    """Why there are no figures, on one line, and where it happened."""
 
     why: str
+    trace: str = ""
 
 
 def apart(action: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
     """Return what the action returns in a process of its own, or `Failed`."""
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context(_start["method"])
     context.set_forkserver_preload(["scripts.gpu_bench_parts.ours", "scripts.gpu_bench_parts.peers"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *sys.path]))  # the server looks nowhere else
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else who asks for a GPU before a fork spoils it for the forked
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(there, action, args), daemon=True)
     process.start()
@@ -81,10 +91,7 @@ def _run(there: Connection, action: Callable[..., Any], args: tuple[Any, ...]) -
         result = action(*args)
     except BaseException as error:  # noqa: BLE001  # whatever it is, the others go on
         lines = str(error).strip().splitlines() or [""]
-        result = Failed(why=f"{type(error).__name__}: {lines[0]}"[:200])
-        import traceback
-
-        traceback.print_exc(file=sys.stderr)
+        result = Failed(why=f"{type(error).__name__}: {lines[0]}"[:200], trace=traceback.format_exc())
     there.send(result)
     there.close()
     sys.stdout.flush()
@@ -134,31 +141,44 @@ def profile_setting(setting: Setting, folder: Path, device_name: str) -> list[st
     return [plain, *operators.lines, *functions.lines]
 
 
-def measure_machine(folder: Path, device_name: str, work: Workload, device_threads: int) -> tuple[str, HardwareProfile]:
-    """The machine in words, and the planner's rates of it."""
-    import platform
-
+def measured_rates(folder: Path, work: Workload) -> HardwareProfile:
+    """The planner's rates of this machine and its GPU with the folder's model."""
     import torch
-    import transformers
 
     from lsp_ray.plan.measure import measure
     from lsp_ray.plan.skeleton import shape_of
 
-    on_gpu = device_name == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    words = (
+    device = torch.device("cuda", 0)
+    return measure(folder, shape_of(folder), work, device=device, device_threads=2, budget_s=MEASURE_BUDGET_S)
+
+
+def machine_in_words(device_name: str) -> str:
+    """The machine, as a process of its own sees it; where a forked one cannot use the GPU, later ones are none.
+
+    Raises:
+        ConfigError: Torch finds no GPU.
+    """
+    found = apart(_described, device_name, timeout_s=START_S)
+    if isinstance(found, Failed) and device_name == "cuda":
+        _start["method"] = "spawn"
+        found = apart(_described, device_name, timeout_s=START_S)
+    if isinstance(found, Failed):
+        raise ConfigError(
+            "device", "be cpu, to try the script out, where torch finds no GPU", device_name, hint=found.why
+        )
+    return str(found)
+
+
+def _described(device_name: str) -> str:
+    import torch
+    import transformers
+
+    torch.zeros(1, device=device_name)
+    name = torch.cuda.get_device_name() if device_name == "cuda" else "CPU"
+    return (
         f"{name}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    hardware = measure(
-        folder,
-        shape_of(folder),
-        work,
-        device=torch.device(device_name),
-        device_threads=device_threads,
-        budget_s=MEASURE_BUDGET_S,
-    )
-    return words, hardware
 
 
 def _ran(setting: Setting, folder: Path, device_name: str, phases: Any) -> Any:
@@ -169,8 +189,7 @@ def _ran(setting: Setting, folder: Path, device_name: str, phases: Any) -> Any:
     from scripts.gpu_bench_parts.peers import run_peer
 
     logging.set_verbosity_error()
-    if device_name == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("torch finds no GPU")
+    warnings.simplefilter("ignore")  # of names that transformers is about to change
     device = torch.device(device_name, 0) if device_name == "cuda" else torch.device(device_name)
     run = run_ours if setting.name in OURS else run_peer
     return run(setting, folder, device, phases)

@@ -74,7 +74,7 @@ def _spread_shards(workers: ThreadWorkers, job: Job) -> None:
 
 
 def _config(setting: Setting, folder: Path, device: torch.device) -> RunConfig:
-    size = SIZES[setting.size]
+    size, on_gpu = SIZES[setting.size], device.type == "cuda"
     return RunConfig(
         model_name_or_path=str(folder),
         dataset="random tokens",
@@ -86,7 +86,9 @@ def _config(setting: Setting, folder: Path, device: torch.device) -> RunConfig:
         bf16=True,
         gradient_checkpointing=size.gradient_checkpointing,
         lsp=LspConfig(subspace_dim=setting.dim or 256, fit="random"),
-        runtime=RuntimeConfig(device="cuda" if device.type == "cuda" else "cpu"),
+        runtime=RuntimeConfig(device="cuda")
+        if on_gpu
+        else RuntimeConfig(device="cpu", device_threads=1, shard_threads=1),
     )
 
 

@@ -40,7 +40,11 @@ def random_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreT
     torch.manual_seed(0)
     with silenced(), device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    return model.train()
+    model.train()
+    if not hasattr(model, "activation_checkpointing_enable"):  # its older name, where transformers is older than ours
+        kind: Any = type(model)
+        kind.activation_checkpointing_enable = kind.gradient_checkpointing_enable
+    return model
 
 
 @contextmanager
@@ -50,11 +54,12 @@ def made_on(device: torch.device) -> Iterator[None]:
     def made(folder: Path, *, dtype: torch.dtype, **_options: object) -> PreTrainedModel:
         return random_model(folder, dtype, device)
 
-    loads, device_side.load_model = device_side.load_model, made
+    names = vars(device_side)
+    loads, names["load_model"] = names["load_model"], made
     try:
         yield
     finally:
-        device_side.load_model = loads
+        names["load_model"] = loads
 
 
 def random_rows(size: Size) -> TokenizedRows:

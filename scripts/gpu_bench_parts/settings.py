@@ -68,7 +68,7 @@ SIZES = {
         shape=_shape(64, 128, 2, 4, kv=2, words=128, tied=True),
         batch_size=2,
         seq_length=16,
-        gradient_checkpointing=False,
+        gradient_checkpointing=True,
         dims=(16,),
         setup_s=0.0,
     ),
