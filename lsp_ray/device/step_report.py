@@ -13,7 +13,8 @@ class StepReport:
     """What the compute stream did in one step; `loss` is the mean over the step's targets.
 
     `forward_s` is the first micro-batch's forward without its waits, `backward_s` the last one's backward: between
-    them lie the deadlines and the arrivals of a step. `notes` are lines for a person. `grad_norm` and `grad_scale`: see `Verdict`.
+    them lie the deadlines and the arrivals of a step. `grad_norm` and `grad_scale`: see `Verdict`. `notes` are lines for
+    a person.
     """
 
     step: int
