@@ -65,7 +65,7 @@ class Adder:
             learning_rate: Bounds what balanced projectors enlarge.
             weight_decay: Decoupled: a weight that decays is first multiplied by keep = 1 − learning rate · this.
         """
-        if gpu_kernels.has_kernel(additions[0].weight):
+        if additions and gpu_kernels.has_kernel(additions[0].weight):
             if self._table is None or not self._table.is_of(additions):
                 self._table = gpu_kernels.Table(additions)
             self._table.add_(delta_K, noise.after(first_key), learning_rate, weight_decay)
