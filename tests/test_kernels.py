@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import numba
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from lsp_ray.device.addition import Addition
 from lsp_ray.device.kernels import Adder, Kernels, kernels_for
 from lsp_ray.device.noise import MAX_ELEMENTS, NOISE_ELEMENTS, Noise, noise_block
 from lsp_ray.device.rounding import Rounding, StepNoise
+from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import SparseProjector, UpdateSize
 
@@ -171,7 +173,7 @@ def additions(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES) 
     """A unit's weights: matrices with and without projectors, norms and biases, in any order."""
     dtype, generator = draw(dtypes), torch.Generator().manual_seed(draw(st.integers(0, 99)))
     made = []
-    for kind in draw(st.lists(st.sampled_from(["flat", "rows", "columns", "float32"]), min_size=1, max_size=5)):
+    for kind in draw(st.lists(st.sampled_from(["flat", "rows", "columns", "float32"]), min_size=1, max_size=4)):
         if kind in ("flat", "float32"):
             numel = draw(st.sampled_from([1, 7, 64, 2048, 4100]))
             weight = torch.randn(numel, generator=generator).to(dtype if kind == "flat" else torch.float32)
@@ -217,7 +219,7 @@ def random_delta(of: list[Addition], seed: int, dtype: torch.dtype = torch.float
     return (torch.randn(numel, generator=torch.Generator().manual_seed(seed)) * 1e-2).to(dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(unit=additions(), delta_dtype=DTYPES, step=st.integers(0, 10**6), rate=RATES)
 def test_a_gpu_adds_a_units_deltas_with_the_cpus_bits(
     on_gpu: Any, unit: list[Addition], delta_dtype: torch.dtype, step: int, rate: float
@@ -228,9 +230,41 @@ def test_a_gpu_adds_a_units_deltas_with_the_cpus_bits(
 def test_a_unit_is_added_in_one_launch_whose_rows_are_loaded_in_vectors(on_gpu: Any) -> None:
     unit = aligned()
     table = on_gpu.Table(unit)
-    assert [launch._constants["VECTOR"] for launch in table._launches] == [on_gpu._VECTOR]
+    assert [launch.common["VECTOR"] for launch in table._launches] == [on_gpu._VECTOR]
     for step in (0, 1):  # 10⁶ steps on the table would be the same
         check_a_step(table, unit, random_delta(unit, step), step=step)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_makes_adamws_step_in_place_with_the_bits_of_its_formula(
+    on_gpu: Any, dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    generator, hyper = torch.Generator().manual_seed(0), AdamWHyper()
+    unit = [Addition(torch.randn(num, generator=generator).to(dtype), decays=num > 64) for num in (40, 2100, 64)]
+    expected = [addition._replace(weight=addition.weight.clone()) for addition in unit]
+    numel = sum(addition.numel for addition in unit)
+    state, by_torch = AdamWState.zeros(numel), AdamWState.zeros(numel)
+    first, second, table = torch.zeros(numel), torch.zeros(numel), on_gpu.Table(unit)
+    options = {"learning_rate": 1e-2, "weight_decay": 0.5}
+    for step in range(3):
+        gradient, noise = random_delta(unit, step, grad_dtype), ROUNDING.of_step(step)
+        table.adamw_(gradient, state, noise.after(7), grad_scale=0.5, hyper=hyper, **options)
+        seen = gradient.float() * 0.5
+        first = first * 0.9 + seen * (1 - 0.9)
+        second = second * 0.999 + seen * (1 - 0.999) * seen
+        size, root = 1e-2 / (1 - 0.9 ** (step + 1)), math.sqrt(1 - 0.999 ** (step + 1))
+        denominator = np.sqrt(second.numpy()) / np.float32(root) + np.float32(1e-8)  # torch's are an ulp off here
+        delta = torch.from_numpy(-(first.numpy() * np.float32(size) / denominator))
+        reference = torch.empty(numel)
+        adamw_delta_(reference, seen, by_torch, learning_rate=1e-2, hyper=hyper)
+        torch.testing.assert_close(delta, reference, rtol=1e-5, atol=1e-9)
+        Adder().add_(expected, delta, noise, first_key=7, learning_rate=1e-2, weight_decay=0.5)
+        assert torch.equal(state.exp_avg, first)
+        assert torch.equal(state.exp_avg_sq, second)
+        for addition, twin in zip(unit, expected, strict=True):
+            assert torch.equal(addition.weight, twin.weight)
+    assert float(state.step) == 3
 
 
 @pytest.mark.parametrize("special", [float("inf"), float("-inf"), float("nan"), 3.38e38])

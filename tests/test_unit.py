@@ -9,6 +9,8 @@ from torch import nn
 from lsp_ray.device.noise import MAX_ELEMENTS
 from lsp_ray.device.rounding import Rounding
 from lsp_ray.device.unit import RawTarget, Target, Unit, Update
+from lsp_ray.optim.adamw import AdamWHyper, AdamWState
+from lsp_ray.optim.shard import OptimizerShard
 
 STEP = 4
 
@@ -71,6 +73,27 @@ def test_a_unit_gives_each_target_its_part_and_a_key_of_its_own() -> None:
     for key, (parameter, part) in enumerate(zip(one_by_one, delta.split([20, 30, 10]), strict=True), 10):
         unit_of(RawTarget(parameter, nn.Module()), first_key=key).apply(part, update())
     assert all(torch.equal(one, other) for one, other in zip(parameters, one_by_one, strict=True))
+
+
+def test_a_step_of_adamw_in_place_is_a_shards_delta_added() -> None:
+    states = [AdamWState.zeros(28) for _ in range(2)]
+    weights = []
+    for state, is_in_place in zip(states, (True, False), strict=True):
+        module = linear(torch.bfloat16)
+        unit = unit_of(*(RawTarget(parameter, module) for parameter in module.parameters()))
+        for parameter in module.parameters():
+            parameter.grad = normal(parameter.numel(), seed=5).view_as(parameter).bfloat16()
+        if is_in_place:
+            unit.adamw_(state, update(weight_decay=0.5), grad_scale=0.5, hyper=AdamWHyper())
+        else:
+            delta = torch.empty(28)
+            shard = OptimizerShard({0: 28}, states={0: state})
+            shard.update(0, unit.take_gradient().float(), delta, learning_rate=0.1, grad_scale=0.5)
+            unit.apply(delta, update(weight_decay=0.5))
+        assert all(parameter.grad is None for parameter in module.parameters())
+        weights.append(list(module.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    assert all(torch.equal(one, states[1].tensors()[name]) for name, one in states[0].tensors().items())
 
 
 def test_equal_targets_of_a_unit_are_rounded_apart() -> None:

@@ -1,4 +1,4 @@
-"""A kernel that adds deltas to all of a unit's weights on a GPU in one launch, compiled by Triton when first used.
+"""Kernels that change all of a unit's weights on a GPU in one launch, compiled by Triton when first used.
 
 It gives torch's bits: sums are taken in the same order, and no multiplication is fused with an addition. What it has to
 know of the weights lies in a table on the GPU, so a launch costs the host the same for one weight and for twenty.
@@ -20,6 +20,7 @@ import torch
 from lsp_ray.device.addition import Addition
 from lsp_ray.device.noise import NOISE_ELEMENTS
 from lsp_ray.device.rounding import StepNoise
+from lsp_ray.optim.adamw import AdamWHyper, AdamWState
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 try:
@@ -94,10 +95,48 @@ class Table:
             weight_decay: Decoupled.
         """
         assert delta_K.numel() == self._numel, f"a delta of {delta_K.numel()} elements for {self._numel}"
-        state = noise.state - ((noise.state >> 63) << 64)  # always int64 to Triton
         keep = 1.0 - learning_rate * weight_decay
         for launch in self._launches:
-            launch(delta_K, noise.block, state, learning_rate, keep)
+            launch.add_(delta_K, noise.block, _signed(noise.state), learning_rate, keep)
+
+    def adamw_(
+        self,
+        gradient_K: torch.Tensor,
+        state: AdamWState,
+        noise: StepNoise,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        grad_scale: float,
+        hyper: AdamWHyper,
+    ) -> None:
+        """Let AdamW step from the gradients of weights without projectors, in place; the step is in no memory.
+
+        Args:
+            gradient_K: All gradients side by side: flat, float32 or bfloat16, on the GPU.
+            state: Of all of them, on the GPU; advances.
+            noise: Its key 0 is the first weight's.
+            learning_rate: Of the step.
+            weight_decay: Decoupled.
+            grad_scale: Factor of the gradients.
+            hyper: AdamW's constants.
+        """
+        assert gradient_K.numel() == self._numel, f"a gradient of {gradient_K.numel()} elements for {self._numel}"
+        numbers = (
+            learning_rate,
+            1.0 - learning_rate * weight_decay,
+            grad_scale,
+            *(hyper.beta1, hyper.beta2, 1.0 - hyper.beta1, 1.0 - hyper.beta2, hyper.eps),
+            *(math.log(beta) if beta else -math.inf for beta in (hyper.beta1, hyper.beta2)),
+        )
+        moments = state.exp_avg, state.exp_avg_sq, state.step
+        for launch in self._launches:
+            launch.adamw_(gradient_K, *moments, noise.block, _signed(noise.state), *numbers)
+        state.step += 1  # only now: every program has read it
+
+
+def _signed(state: int) -> int:
+    return state - ((state >> 63) << 64)  # always int64 to Triton
 
 
 def _identity(additions: Sequence[Addition]) -> list[object]:
@@ -223,25 +262,30 @@ class _Launch:
         firsts += [_NO_TILE] * (width - len(rows))
         numbers = [*firsts, *(number for row in rows for number in row)]
         self._table = torch.tensor(numbers, dtype=torch.int64).to(device)
-        self._kernel = _add[(tiles,)]
-        self._constants = {
+        self._add, self._adamw = _add[(tiles,)], _adamw[(tiles,)]
+        self._is_flat = not any(row.left for row in rows)
+        self.common = {
             "WEIGHTS": width,
             "FIELDS": len(_Row._fields),
             "SIZE": NOISE_ELEMENTS,
-            "NNZ": variant.nnz,
             "ROWS": _TILE_ROWS,
             "COLUMNS": _TILE_COLUMNS,
             "WEIGHT": _triton_dtype(variant.weight),
-            "FACTOR": _triton_dtype(variant.factor),
-            "HAS_ROWS": variant.has_rows,
             "VECTOR": _VECTOR if variant.has_rows and all(row.is_aligned for row in rows) else 1,
             **_EXACT,
         }
+        self._projected = {
+            "NNZ": variant.nnz,
+            "FACTOR": _triton_dtype(variant.factor),
+            "HAS_ROWS": variant.has_rows,
+        }
 
-    def __call__(
-        self, delta_K: torch.Tensor, block: torch.Tensor, state: int, learning_rate: float, keep: float
-    ) -> None:
-        self._kernel(self._table, delta_K, block, state, learning_rate, keep, **self._constants)
+    def add_(self, *arguments: torch.Tensor | float) -> None:
+        self._add(self._table, *arguments, **self.common, **self._projected)
+
+    def adamw_(self, *arguments: torch.Tensor | float) -> None:
+        assert self._is_flat, "a weight with a projector has no gradient"
+        self._adamw(self._table, *arguments, **self.common)
 
 
 def _triton_dtype(dtype: torch.dtype) -> Any:
@@ -259,19 +303,16 @@ def _add(  # type: ignore[no-untyped-def]
     WEIGHTS: tl.constexpr,
     FIELDS: tl.constexpr,
     SIZE: tl.constexpr,
-    NNZ: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WEIGHT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    NNZ: tl.constexpr,
     FACTOR: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
     """A program adds to one tile: of a flat weight, or ROWS rows of one group and COLUMNS columns of a matrix."""
-    program = tl.program_id(0)
-    place = tl.reduce((tl.load(table + tl.arange(0, WEIGHTS)) <= program).to(tl.int32), 0, _plus) - 1
-    tile = program - tl.load(table + place).to(tl.int32)
-    row = table + WEIGHTS + place * FIELDS  # a _Row: its fields in their order
+    row, tile = _place(table, WEIGHTS, FIELDS)
     start = _start(state, tl.load(row), SIZE)
     weight = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), 2 * VECTOR)
     part = delta + tl.multiple_of(tl.load(row + 2), VECTOR)
@@ -338,6 +379,61 @@ def _decompressed(  # type: ignore[no-untyped-def]
         value = tl.load(left + m * NNZ + r, mask=is_row, other=0.0).to(tl.float32)
         total += value[:, None] * spread[None, :]
     return m, n, is_row[:, None] & is_column[None, :], total
+
+
+@_compiled
+def _adamw(  # type: ignore[no-untyped-def]
+    table,
+    gradient,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    block,
+    state,
+    learning_rate,
+    keep,
+    grad_scale,
+    beta1,
+    beta2,
+    rest1,
+    rest2,
+    eps,
+    log_beta1,
+    log_beta2,
+    WEIGHTS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A program steps with one tile of a flat weight; see `adamw_delta_`."""
+    row, tile = _place(table, WEIGHTS, FIELDS)
+    weight = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(WEIGHT)), 2 * VECTOR)
+    kept = tl.where(tl.load(row + 3) != 0, keep, 1.0)
+    num = tl.multiple_of(tl.load(row + 4), VECTOR)
+    i = tile.to(tl.int64) * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS)
+    at = tl.multiple_of(tl.load(row + 2), VECTOR) + i
+    grad = tl.load(gradient + at, mask=i < num, other=0.0).to(tl.float32) * grad_scale
+    first = beta1 * tl.load(exp_avg + at, mask=i < num, other=0.0) + rest1 * grad
+    second = beta2 * tl.load(exp_avg_sq + at, mask=i < num, other=0.0) + rest2 * grad * grad
+    tl.store(exp_avg + at, first, mask=i < num)
+    tl.store(exp_avg_sq + at, second, mask=i < num)
+    # in double precision: after few steps, 1 - beta ** count is a difference of numbers that are nearly equal
+    count = tl.load(step).to(tl.float64) + 1.0
+    size = (learning_rate / (1.0 - tl.exp(count * log_beta1))).to(tl.float32)
+    root = tl.sqrt(1.0 - tl.exp(count * log_beta2)).to(tl.float32)
+    delta = -tl.div_rn(size * first, tl.div_rn(tl.sqrt_rn(second), root) + eps)
+    _renew(weight + i, delta, i < num, kept, block, _start(state, tl.load(row), SIZE) + i, SIZE, WEIGHT)
+
+
+@_compiled
+def _place(table, WEIGHTS: tl.constexpr, FIELDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the program's weight has its _Row, read field by field, and which of its tiles is meant."""
+    program = tl.program_id(0)
+    place = tl.reduce((tl.load(table + tl.arange(0, WEIGHTS)) <= program).to(tl.int32), 0, _plus) - 1
+    return table + WEIGHTS + place * FIELDS, program - tl.load(table + place).to(tl.int32)
 
 
 @_compiled

@@ -11,6 +11,7 @@ from lsp_ray.device import cpu_kernels, gpu_kernels, torch_kernels
 from lsp_ray.device.addition import Addition
 from lsp_ray.device.noise import Noise
 from lsp_ray.device.rounding import StepNoise
+from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.projection.sparse_projector import SparseProjector, UpdateSize
 
 
@@ -65,15 +66,59 @@ class Adder:
             learning_rate: Bounds what balanced projectors enlarge.
             weight_decay: Decoupled: a weight that decays is first multiplied by keep = 1 − learning rate · this.
         """
-        if gpu_kernels.has_kernel(additions[0].weight):
-            if self._table is None or not self._table.is_of(additions):
-                self._table = gpu_kernels.Table(additions)
-            self._table.add_(delta_K, noise.after(first_key), learning_rate, weight_decay)
+        table = self._table_of(additions)
+        if table is not None:
+            table.add_(delta_K, noise.after(first_key), learning_rate, weight_decay)
             return
         parts = delta_K.split([addition.numel for addition in additions])
         for key, (addition, part) in enumerate(zip(additions, parts, strict=True), first_key):
             keep = 1.0 - learning_rate * weight_decay if addition.decays else 1.0
             _add(addition, part, noise.of(key), keep, learning_rate)
+
+    def adamw_(
+        self,
+        additions: Sequence[Addition],
+        gradient_K: torch.Tensor,
+        state: AdamWState,
+        noise: StepNoise,
+        *,
+        first_key: int,
+        learning_rate: float,
+        weight_decay: float,
+        grad_scale: float,
+        hyper: AdamWHyper,
+    ) -> None:
+        """Let AdamW step from finite gradients of weights without projectors; on a GPU the step itself is in no memory.
+
+        Args:
+            additions: As for `add_`.
+            gradient_K: Side by side: flat, float32 or bfloat16.
+            state: Of all of them; advances.
+            noise: Of the step.
+            first_key: Key of the first; the others' follow.
+            learning_rate: Of the step.
+            weight_decay: Decoupled.
+            grad_scale: Factor of the gradients.
+            hyper: AdamW's constants.
+        """
+        rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+        table = self._table_of(additions)
+        if table is not None:
+            table.adamw_(gradient_K, state, noise.after(first_key), grad_scale=grad_scale, hyper=hyper, **rates)
+            return
+        seen = gradient_K.float()
+        delta = torch.empty_like(seen)
+        seen = seen if grad_scale == 1.0 else seen * grad_scale
+        adamw_delta_(delta, seen, state, learning_rate=learning_rate, hyper=hyper)
+        self.add_(additions, delta, noise, first_key=first_key, **rates)
+
+    def _table_of(self, additions: Sequence[Addition]) -> gpu_kernels.Table | None:
+        """None where there is no kernel."""
+        if not additions or not gpu_kernels.has_kernel(additions[0].weight):
+            return None
+        if self._table is None or not self._table.is_of(additions):
+            self._table = gpu_kernels.Table(additions)
+        return self._table
 
 
 def _add(addition: Addition, delta: torch.Tensor, noise: Noise, keep: float, learning_rate: float) -> None:

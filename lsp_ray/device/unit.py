@@ -16,6 +16,7 @@ from torch import nn
 from lsp_ray.device.addition import Addition
 from lsp_ray.device.kernels import Adder
 from lsp_ray.device.rounding import Rounding
+from lsp_ray.optim.adamw import AdamWHyper, AdamWState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +132,20 @@ class Unit:
             first_key=self.first_key,
             learning_rate=update.learning_rate,
             weight_decay=update.weight_decay,
+        )
+
+    def adamw_(self, state: AdamWState, update: Update, *, grad_scale: float, hyper: AdamWHyper) -> None:
+        """Take the raw targets' finite gradients and let AdamW step from them times `grad_scale`, in place."""
+        self._adder.adamw_(
+            [target.addition for target in self.targets],
+            self.take_gradient(),
+            state,
+            update.rounding.of_step(update.step),
+            first_key=self.first_key,
+            learning_rate=update.learning_rate,
+            weight_decay=update.weight_decay,
+            grad_scale=grad_scale,
+            hyper=hyper,
         )
 
 
