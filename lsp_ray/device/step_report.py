@@ -13,8 +13,7 @@ class StepReport:
     """What the compute stream did in one step; `loss` is the mean over the step's targets.
 
     `forward_s` is the first micro-batch's forward without its waits, `backward_s` the last one's backward: between
-    them lie the deadlines and the arrivals of a step. `grad_norm` and `grad_scale`: see `Verdict`. `notes` are lines for
-    a person.
+    them lie the deadlines and the arrivals of a step. `grad_norm`, `grad_scale`: see `Verdict`. `notes` are for people.
     """
 
     step: int

@@ -336,6 +336,9 @@ class DeviceWorker:
         with torch.no_grad():
             for unit in self.units:
                 self._trace.begin(Phase.APPLY, unit.index)
+                if shard.is_plain:
+                    unit.adamw_(shard.states[unit.index], update, grad_scale=verdict.grad_scale, hyper=shard.hyper)
+                    continue
                 buffers = (self._backend.empty(WorkStream.GPU, unit.numel, torch.float32) for _ in range(2))
                 gradient, delta = buffers
                 unit.take_gradient(gradient)

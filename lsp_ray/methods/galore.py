@@ -89,6 +89,8 @@ class GaloreShard(OptimizerShard):
         device: Where moments and bases live.
     """
 
+    is_plain = False
+
     def __init__(self, units: Sequence[Unit], galore: GaloreConfig, device: torch.device) -> None:
         self._sizes = {unit.index: [target.leaf.numel() for target in unit.targets] for unit in units}
         self._projected = {unit.index: _projected(unit, galore) for unit in units}

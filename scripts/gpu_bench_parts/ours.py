@@ -14,7 +14,7 @@ from lsp_ray.runtime.job import Job, prepare_job
 from lsp_ray.runtime.ledger import ClosedStep
 from lsp_ray.runtime.thread_workers import ThreadWorkers
 from lsp_ray.schedule.policy import POLICIES
-from scripts.gpu_bench_parts.phases import Phase, Ran, peak_bytes, reset_peak, synchronize
+from scripts.gpu_bench_parts.phases import Phase, Ran, reset_peak, synchronize
 from scripts.gpu_bench_parts.random_model import made_on, random_rows
 from scripts.gpu_bench_parts.settings import OURS, SIZES, Setting
 
