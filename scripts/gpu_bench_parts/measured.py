@@ -21,7 +21,7 @@ from typing import Any
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.workload import Workload
-from scripts.gpu_bench_parts.settings import OURS, Setting
+from scripts.gpu_bench_parts.settings import OURS, SIZES, Setting
 
 WARM_UP, TRACED = 3, 2  # steps: memory is watched in the second, and the allocator has settled after the third
 PROFILED = 3
@@ -192,4 +192,4 @@ def _ran(setting: Setting, folder: Path, device_name: str, phases: Any) -> Any:
     warnings.simplefilter("ignore")  # of names that transformers is about to change
     device = torch.device(device_name, 0) if device_name == "cuda" else torch.device(device_name)
     run = run_ours if setting.name in OURS else run_peer
-    return run(setting, folder, device, phases)
+    return run(setting, SIZES[setting.size], folder, device, phases)
