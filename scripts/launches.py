@@ -230,9 +230,8 @@ def _plain_steps(folder: Path, size: Size, count: LaunchCount) -> None:
     count.stop()
 
 
-def launches_of(method: str) -> dict[str, Any]:
-    """`per_layer`, `fixed` and `syncs` of a step, and what they consist of."""
-    few, many = (counted(method, num_layers) for num_layers in NUM_LAYERS)
+def launches_of(few: LaunchCount, many: LaunchCount) -> dict[str, Any]:
+    """`per_layer`, `fixed` and `syncs` of a step, and what they consist of, from the counts of NUM_LAYERS."""
     more = NUM_LAYERS[1] - NUM_LAYERS[0]
     names = sorted({*few.launches, *many.launches})
     by_layer = {name: (many.launches[name] - few.launches[name]) / more / COUNTED for name in names}
@@ -292,7 +291,7 @@ def print_launches(json_path: Path | None) -> int:
     print(f"{'':<8} {'per layer':>9} {'fixed':>6} {'syncs':>6}")
     found = {}
     for method in METHODS:
-        found[method] = launches = launches_of(method)
+        found[method] = launches = launches_of(*(counted(method, num_layers) for num_layers in NUM_LAYERS))
         print(
             f"{method:<8} {launches['per_layer']:>9.1f} {launches['fixed']:>6.1f} {launches['syncs']:>6.1f}", flush=True
         )
