@@ -26,7 +26,7 @@ def test_figures_are_printed_and_written_and_what_is_missing_is_said(
 ) -> None:
     monkeypatch.setattr("scripts.gpu_bench_parts.settings.NEEDS", {"deepspeed": "no_such_module"})
     path = tmp_path / "figures.json"
-    words = "--models tiny --device cpu --only lsp,hf_lora,deepspeed --steps 2 --json".split()
+    words = ["--models", "tiny", "--device", "cpu", "--only", "lsp,hf_lora,deepspeed", "--steps", "2", "--json"]
     assert main([*words, str(path)]) == 0
     machine, _, lsp, lora, deepspeed = capfd.readouterr().out.splitlines()
     assert machine.startswith("CPU, ")
