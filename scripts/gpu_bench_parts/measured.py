@@ -21,12 +21,13 @@ from typing import Any
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.workload import Workload
-from scripts.gpu_bench_parts.settings import OURS, Setting
+from scripts.gpu_bench_parts.settings import OURS, SIZES, Setting
 
 WARM_UP, TRACED = 3, 2  # steps: memory is watched in the second, and the allocator has settled after the third
 PROFILED = 3
 MEASURE_BUDGET_S = 0.1  # of each rate of the machine
 ROOT = Path(__file__).resolve().parents[2]
+PRELOADED = ["scripts.gpu_bench_parts.ours", "scripts.gpu_bench_parts.peers", "transformers.trainer", "peft"]
 START_S = 120.0  # at most, of the first process, which imports everything
 _start = {"method": "forkserver"}
 
@@ -69,7 +70,7 @@ class Failed:
 def apart(action: Callable[..., Any], *args: Any, timeout_s: float) -> Any:
     """Return what the action returns in a process of its own, or `Failed`."""
     context: Any = multiprocessing.get_context(_start["method"])
-    context.set_forkserver_preload(["scripts.gpu_bench_parts.ours", "scripts.gpu_bench_parts.peers"])
+    context.set_forkserver_preload(PRELOADED)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *sys.path]))  # the server looks nowhere else
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else who asks for a GPU before a fork spoils it for the forked
     here, there = context.Pipe(duplex=False)
@@ -192,4 +193,4 @@ def _ran(setting: Setting, folder: Path, device_name: str, phases: Any) -> Any:
     warnings.simplefilter("ignore")  # of names that transformers is about to change
     device = torch.device(device_name, 0) if device_name == "cuda" else torch.device(device_name)
     run = run_ours if setting.name in OURS else run_peer
-    return run(setting, folder, device, phases)
+    return run(setting, SIZES[setting.size], folder, device, phases)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,14 +17,16 @@ from lsp_ray.runtime.thread_workers import ThreadWorkers
 from lsp_ray.schedule.policy import POLICIES
 from scripts.gpu_bench_parts.phases import Phase, Ran, reset_peak, synchronize
 from scripts.gpu_bench_parts.random_model import made_on, random_rows
-from scripts.gpu_bench_parts.settings import OURS, SIZES, Setting
+from scripts.gpu_bench_parts.settings import OURS, Setting, Size
 
 MAX_STEPS = 10_000  # of which few are made: a run records the times of layers in its first steps and in its middle
 
 
-def run_ours(setting: Setting, folder: Path, device: torch.device, phases: Sequence[Phase]) -> Ran:
-    """Run the phases one after the other; the first only warms up."""
-    job = prepare_job(_config(setting, folder, device), _ignore, random_rows(SIZES[setting.size]))
+def run_ours(
+    setting: Setting, size: Size, folder: Path, device: torch.device, phases: Sequence[Phase], **options: Any
+) -> Ran:
+    """Run the phases one after the other; the first only warms up. Options are a RunConfig's."""
+    job = prepare_job(_config(setting, size, folder, device, options), _ignore, random_rows(size))
     workers = ThreadWorkers(job)
     closed: list[ClosedStep] = []
     try:
@@ -73,8 +76,8 @@ def _spread_shards(workers: ThreadWorkers, job: Job) -> None:
         lane.submit(torch.set_num_threads, job.layout.shard_threads).result()
 
 
-def _config(setting: Setting, folder: Path, device: torch.device) -> RunConfig:
-    size, on_gpu = SIZES[setting.size], device.type == "cuda"
+def _config(setting: Setting, size: Size, folder: Path, device: torch.device, options: Mapping[str, Any]) -> RunConfig:
+    on_gpu = device.type == "cuda"
     return RunConfig(
         model_name_or_path=str(folder),
         dataset="random tokens",
@@ -83,12 +86,12 @@ def _config(setting: Setting, folder: Path, device: torch.device) -> RunConfig:
         per_device_train_batch_size=size.batch_size,
         max_seq_length=size.seq_length,
         learning_rate=1e-5,
-        bf16=True,
         gradient_checkpointing=size.gradient_checkpointing,
         lsp=LspConfig(subspace_dim=setting.dim or 256, fit="random"),
         runtime=RuntimeConfig(device="cuda")
         if on_gpu
         else RuntimeConfig(device="cpu", device_threads=1, shard_threads=1),
+        **{"bf16": True, **options},
     )
 
 

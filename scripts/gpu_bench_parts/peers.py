@@ -18,16 +18,16 @@ from lsp_ray.config import LoraConfig
 from lsp_ray.models.layers import find_layers
 from scripts.gpu_bench_parts.phases import Phase, Ran, StepClock, peak_bytes, reset_peak, synchronize
 from scripts.gpu_bench_parts.random_model import random_examples, random_model
-from scripts.gpu_bench_parts.settings import SIZES, Setting, Size
+from scripts.gpu_bench_parts.settings import Setting, Size
 
 LEARNING_RATE = 1e-5
 
 
-def run_peer(setting: Setting, folder: Path, device: torch.device, phases: Sequence[Phase]) -> Ran:
+def run_peer(setting: Setting, size: Size, folder: Path, device: torch.device, phases: Sequence[Phase]) -> Ran:
     """Run the phases one after the other; the first only warms up."""
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, see CudaBackend
-    model, size = random_model(folder, torch.bfloat16, device), SIZES[setting.size]
+    model = random_model(folder, torch.bfloat16, device)
     find_layers(model)  # freezes the embeddings
     observed = _Observed(phases, device)
     if setting.name == "deepspeed":
