@@ -199,6 +199,8 @@ class RunConfig:
     """At a loss or gradient of NaN or infinity: stop, or skip the step, so that no weight nor moment changes."""
     max_seq_length: int = 128
     """Tokens kept of an example; short by default so that a first run is quick."""
+    packing: bool = False
+    """Join training examples up to max_seq_length, none seen by another: less padding; a batch counts joined ones."""
     max_eval_samples: int = 128
     """Held-out examples on which eval loss is measured."""
     eval_steps: int = 0

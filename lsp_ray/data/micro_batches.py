@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from lsp_ray.data.packing import PackedRows, collate_packed
 from lsp_ray.data.tokenize import IGNORED, TokenizedRows
 from lsp_ray.errors import ConfigError
 
@@ -24,7 +25,8 @@ Batch = dict[str, torch.Tensor]
 """int64 CPU tensors: `input_ids` (B, S), `attention_mask` (B, S), `labels` (B, S) or (B,), maybe `token_type_ids`.
 
 The labels of a regression are float32. A language model's batch that is padded on the right alone has `positions`, too:
-the K of (B·S) whose next token has a label, so that nobody need look for them where that makes a CPU wait for a GPU."""
+the K of (B·S) whose next token has a label, so that nobody need look for them where that makes a CPU wait for a GPU.
+Where rows are packed, `position_ids` and `examples` (see `collate_packed`) stand in the mask's place."""
 
 _STEPS_AHEAD = 2
 
@@ -52,6 +54,7 @@ class MicroBatches:
         num_train_epochs: float,
         max_eval_samples: int,
         length_multiple: int | None = None,
+        pack_to: int | None = None,
     ) -> None:
         """Prepare collation; nothing is collated yet.
 
@@ -66,8 +69,12 @@ class MicroBatches:
             num_train_epochs: Passes over the train rows where `max_steps` is -1.
             max_eval_samples: Eval rows used, at most.
             length_multiple: Language models' batches are padded to multiples of it.
+            pack_to: Tokens up to which train rows are joined, which then count as one (a causal language model's, none
+                longer); default: they are not.
         """
         self._train, self._eval = tokenized.train, tokenized.eval
+        if pack_to is not None:
+            self._train = PackedRows(tokenized.train, pack_to)
         self._batch_size, self._accumulation, self._seed = batch_size, accumulation, seed
         epochs_of_steps = math.ceil(num_train_epochs * len(self._train) / (batch_size * accumulation))
         self._num_steps = epochs_of_steps if max_steps == -1 else max_steps
@@ -76,6 +83,12 @@ class MicroBatches:
         self._collate = (
             _checked(tokenized.collate) if tokenized.collate else _collator(tokenized, tokenizer, length_multiple)
         )
+        self._collate_train = self._collate if pack_to is None else _packing_collator(tokenizer)
+
+    @property
+    def num_rows(self) -> int:
+        """Train rows, packed ones as one."""
+        return len(self._train)
 
     @property
     def num_steps(self) -> int:
@@ -133,7 +146,7 @@ class MicroBatches:
         size, total = self._batch_size, len(self._train)
         indices = [_endless(self._seed, draw, at, total) for at in range(first * size, (first + num) * size)]
         rows = _rows(self._train, indices)
-        return [self._collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+        return [self._collate_train(rows[at : at + size]) for at in range(0, len(rows), size)]
 
 
 def _endless(seed: int, draw: int, at: int, total: int) -> int:
@@ -176,6 +189,16 @@ def _collator(tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase, leng
     return collated
 
 
+def _packing_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], Batch]:
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def collated(rows: list[Any]) -> Batch:
+        batch = collate_packed(rows, pad)
+        return batch | {"positions": _target_positions(batch["labels"])}
+
+    return collated
+
+
 def _checked(collate: Callable[[list[Any]], Mapping[str, Any]]) -> Callable[[list[Any]], Batch]:
     """A person's own collator, whose batches are looked at.
 
@@ -199,6 +222,10 @@ def _with_positions(batch: Batch) -> Batch:
     is_language = labels.ndim == 2 and not labels.is_floating_point()
     if not is_language or mask_BS.ndim != 2 or (mask_BS[:, 1:] > mask_BS[:, :-1]).any():
         return batch
-    has_target_BS = torch.zeros_like(labels, dtype=torch.bool)
-    has_target_BS[:, :-1] = labels[:, 1:] != IGNORED
-    return batch | {"positions": has_target_BS.flatten().nonzero()[:, 0]}
+    return batch | {"positions": _target_positions(labels)}
+
+
+def _target_positions(labels_BS: torch.Tensor) -> torch.Tensor:
+    has_target_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+    has_target_BS[:, :-1] = labels_BS[:, 1:] != IGNORED
+    return has_target_BS.flatten().nonzero()[:, 0]

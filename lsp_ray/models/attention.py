@@ -9,6 +9,9 @@ import torch
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lsp_ray.config import Task
+from lsp_ray.errors import ConfigError
+
 # In these a token's output depends on no later token, wherever padding is on the right.
 CAUSAL_FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "opt")
 
@@ -40,6 +43,16 @@ def without_mask(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def check_packing(config: PreTrainedConfig, task: Task, length: int) -> None:
+    """Raise ConfigError where rows of `length` tokens cannot hold several examples that do not see each other."""
+    if task != "causal_lm":
+        raise ConfigError("packing", "be false for a classifier", True)
+    if not is_plainly_causal(config, length) or config._attn_implementation != "sdpa":
+        known = ", ".join(CAUSAL_FAMILIES)
+        hint = f"every token must see all {length} tokens of a row; only {known} are known to use a mask as it is"
+        raise ConfigError("packing", f"be false for this {config.model_type} model", True, hint=hint)
 
 
 def block_mask(examples_BS: torch.Tensor) -> torch.Tensor:

@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
-from lsp_ray.models.attention import is_plainly_causal, without_mask
+from lsp_ray.models.attention import block_mask, is_plainly_causal, without_mask
 from lsp_ray.models.chunked_loss import CHUNK_LOGITS, chunked_loss, is_frozen_and_plain
 
 IGNORED = -100  # transformers' label of a token without loss
 
 Batch = Mapping[str, torch.Tensor]
 
-NOT_THE_MODELS = ("labels", "positions")
+NOT_THE_MODELS = ("labels", "positions", "examples")
 """What a batch holds for the loss alone."""
 
 
@@ -33,7 +33,7 @@ def num_targets(batch: Batch) -> int:
 
 def num_tokens(batch: Batch) -> int:
     """Tokens that are no padding."""
-    return int(batch["attention_mask"].sum())
+    return int((batch["examples" if "examples" in batch else "attention_mask"] != 0).sum())
 
 
 def summed_loss(model: PreTrainedModel, batch: Batch, *, chunk_logits: int = CHUNK_LOGITS) -> torch.Tensor:
@@ -45,7 +45,8 @@ def summed_loss(model: PreTrainedModel, batch: Batch, *, chunk_logits: int = CHU
     logits, the largest activation of a small model, are never computed; what is more than `chunk_logits` goes through
     it in chunks, see `chunked_loss`.
 
-    Where the batch brings `positions`, as `MicroBatches` makes them, the host never waits for the model's device.
+    Where the batch brings `examples`, several in a row, a token sees no other example than its own (`check_packing`).
+    Where it brings `positions`, as `MicroBatches` makes them, the host never waits for the model's device.
 
     Args:
         model: Its output embedding is not trained, or it fits in a chunk.
@@ -56,9 +57,11 @@ def summed_loss(model: PreTrainedModel, batch: Batch, *, chunk_logits: int = CHU
     inputs = {name: tensor for name, tensor in batch.items() if name not in NOT_THE_MODELS}
     if labels.is_floating_point() or labels.ndim == 1:
         return label_loss(model(**inputs).logits, labels)
+    if "examples" in batch:
+        inputs["attention_mask"] = block_mask(batch["examples"])
     positions_K = batch.get("positions")
     # positions come with right padding alone
-    needs_mask = positions_K is None or not is_plainly_causal(model.config, labels.shape[1])
+    needs_mask = positions_K is None or "examples" in batch or not is_plainly_causal(model.config, labels.shape[1])
     if positions_K is None:
         positions_K = target_positions(labels)
     targets_K = labels.flatten()[1:].index_select(0, positions_K)

@@ -66,6 +66,7 @@ def _choose(config: RunConfig, note: Callable[[str], None]) -> tuple[int, str]:
         batch_size=config.per_device_train_batch_size,
         max_seq_length=config.max_seq_length,
         seed=config.seed,
+        packing=config.packing,
     )
     work = Workload(
         method="lsp",

@@ -26,7 +26,9 @@ class TypicalBatch:
     num_targets: int
 
 
-def typical_batch(dataset: str, folder: Path, *, batch_size: int, max_seq_length: int, seed: int = 42) -> TypicalBatch:
+def typical_batch(
+    dataset: str, folder: Path, *, batch_size: int, max_seq_length: int, seed: int = 42, packing: bool = False
+) -> TypicalBatch:
     """Return the means over some micro-batches as a run would make them.
 
     Args:
@@ -35,6 +37,7 @@ def typical_batch(dataset: str, folder: Path, *, batch_size: int, max_seq_length
         batch_size: Examples in a micro-batch.
         max_seq_length: Tokens kept of an example.
         seed: Of the draw.
+        packing: Whether examples are joined up to `max_seq_length`.
 
     Raises:
         ConfigError: A run could not use the data set.
@@ -52,6 +55,7 @@ def typical_batch(dataset: str, folder: Path, *, batch_size: int, max_seq_length
         max_steps=_NUM_BATCHES,
         num_train_epochs=1.0,
         max_eval_samples=1,
+        pack_to=max_seq_length if packing else None,
     ).calibration(_NUM_BATCHES)
     return TypicalBatch(
         padded_length=round(fmean(batch["input_ids"].shape[1] for batch in batches)),

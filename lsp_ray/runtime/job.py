@@ -24,6 +24,7 @@ from lsp_ray.methods.galore import check_rank
 from lsp_ray.methods.lora import check_lora
 from lsp_ray.methods.lsp import lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
+from lsp_ray.models.attention import check_packing
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import check_weights, load_skeleton, load_tokenizer
 from lsp_ray.models.resolve import resolve_model
@@ -171,6 +172,8 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     label_names = tuple(tokenized.label_names)
     skeleton = load_skeleton(model_folder, task=tokenized.task, num_labels=len(label_names))
     _check_positions(skeleton, tokenizer, config)
+    if config.packing:
+        check_packing(skeleton.config, tokenized.task, config.max_seq_length)
     check_weights(model_folder)
     layers = find_layers(skeleton)
     _check_method(layers, config)
@@ -188,8 +191,9 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         num_train_epochs=config.num_train_epochs,
         max_eval_samples=config.max_eval_samples,
         length_multiple=_length_multiple(skeleton, config, device),
+        pack_to=config.max_seq_length if config.packing else None,
     )
-    _check_sizes(config, micro_batches.num_steps, len(tokenized.train))
+    _check_sizes(config, micro_batches.num_steps, micro_batches.num_rows)
     sample_inputs, sample_expected = _sample(_first_held_out(tokenized), tokenized, tokenizer)
     cores = len(os.sched_getaffinity(0))
     return Job(
@@ -232,10 +236,11 @@ def resumed(job: Job, folder: Path) -> Job:
 
 def _check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
     batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    kind = "packed training" if config.packing else "training"
     if batch_size > num_examples:
         raise ConfigError(
             "per_device_train_batch_size",
-            f"make, times gradient_accumulation_steps, at most the {num_examples} training examples",
+            f"make, times gradient_accumulation_steps, at most the {num_examples} {kind} examples",
             config.per_device_train_batch_size,
         )
     if config.warmup_steps >= num_steps:
