@@ -74,8 +74,8 @@ with `--gradient_checkpointing`. A card is large enough where the peak leaves {R
 GB are 10⁹ bytes, a card's own as well. LoRA's rank is 8, GaLore's 128: their defaults.
 
 Host memory is slots, Adam's moments and processes, and the weights on their way to the GPU. A larger d adds 12 d² bytes
-a matrix to it, and little to the device. Twice the examples in a micro-batch cost what twice the tokens cost; `--gradient_accumulation_steps` costs
-nothing.
+a matrix to it, and little to the device. Twice the examples in a micro-batch cost what twice the tokens cost;
+`--gradient_accumulation_steps` costs nothing.
 
 For another model, length or card:
 

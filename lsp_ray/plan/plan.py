@@ -29,13 +29,11 @@ class Plan:
         model: What is trained.
         hardware: Where.
         advice: A forecast for each method, and the one to take.
-        by_policy: The same methods and options under every policy.
     """
 
     model: ModelShape
     hardware: HardwareProfile
     advice: Advice
-    by_policy: tuple[Forecast, ...]
 
     @property
     def reason(self) -> str | None:
@@ -43,6 +41,14 @@ class Plan:
         if self.advice.recommended is not None:
             return None
         return why_nothing_fits(self.model, self.advice, self.hardware)
+
+    def by_policy(self) -> list[Forecast]:
+        """Forecast the same methods and options under every policy."""
+        return [
+            forecast(self.model, row.workload, self.hardware, policy)
+            for row in self.advice.rows
+            for policy in ((None,) if row.workload.stays_on_device else get_args(PolicyName))
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
@@ -55,7 +61,7 @@ class Plan:
             "num_trained": self.model.num_trained,
             "recommended": None if best is None else _forecast_json(best),
             "methods": [_forecast_json(row) for row in self.advice.rows],
-            "by_policy": [_forecast_json(entry) for entry in self.by_policy],
+            "by_policy": [_forecast_json(entry) for entry in self.by_policy()],
         }
 
 
@@ -66,7 +72,7 @@ def make_plan(
     choices: Choices,
     typical: Callable[[Workload], Workload] = lambda work: work,
 ) -> Plan:
-    """Find what fits for every method; those that send something are forecast under every policy as well.
+    """Find what fits for every method, and which to take.
 
     Args:
         model: What is trained.
@@ -79,12 +85,7 @@ def make_plan(
         ConfigError: d is to be chosen, and every linear is too small for one.
     """
     advice = advise(model, work, hardware, choices, typical)
-    by_policy = [
-        forecast(model, row.workload, hardware, policy)
-        for row in advice.rows
-        for policy in ((None,) if row.workload.stays_on_device else get_args(PolicyName))
-    ]
-    return Plan(model=model, hardware=hardware, advice=advice, by_policy=tuple(by_policy))
+    return Plan(model=model, hardware=hardware, advice=advice)
 
 
 def choices_of(config: PlanConfig, *, keep: bool = True) -> Choices:

@@ -37,7 +37,7 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     console.print()
     say(console, *_LEGEND)
     if config.verbose:
-        for table in (_memory(rows), _times(plan.by_policy)):
+        for table in (_memory(rows), _times(plan.by_policy())):
             console.print()
             console.print(table)
     best = plan.advice.recommended
@@ -55,8 +55,11 @@ def recommendation(rows: tuple[Forecast, ...], best: Forecast) -> list[str]:
     """Return a line for the method to take and one for each other one that fits."""
     others = [row for row in rows if not row.misfits and row is not best]
     return [
-        f"recommended: {best.workload.method} ({TRADES[best.workload.method]})",
-        *(f"  {_method(row)}: {_pace(row, best)} here, {TRADES[row.workload.method]}" for row in others),
+        f"recommended: {best.workload.method}, {TRADES[best.workload.method]}",
+        *(
+            f"  --method {row.workload.method}: {_pace(row, best)} here, {TRADES[row.workload.method]}"
+            for row in others
+        ),
     ]
 
 
@@ -106,7 +109,7 @@ def _memory(rows: tuple[Forecast, ...]) -> Table:
     return table
 
 
-def _times(entries: tuple[Forecast, ...]) -> Table:
+def _times(entries: list[Forecast]) -> Table:
     table = _table("method", "policy", "step", "exposed", "MB each way")
     table.add_column("busiest", no_wrap=True)
     for entry in entries:

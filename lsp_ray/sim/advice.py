@@ -18,9 +18,8 @@ from lsp_ray.sim.workload import Workload
 
 DIM_STEP = 32
 HIDDEN = 0.02  # of a step that traffic and updates may expose and still count as hidden
-_EXACT: tuple[Method, ...] = ("native", "zero_offload")  # full fine-tuning itself
-_COMPRESSED: tuple[Method, ...] = ("lsp", "galore")  # all weights are trained, gradients are projected
-_EXACT_IS_WORTH = 1.5  # times a compressed step
+_PREFERRED: tuple[Method, ...] = ("native", "lsp", "zero_offload", "galore", "lora")
+_EXACT_IS_WORTH = 1.5  # times lsp's step that zero_offload, full fine-tuning itself, may take to be preferred to it
 _SAME = 1.01  # steps within 1 % are as fast: the default policy stays
 # `delayed` is never advised: it is stale
 _ADVISED: tuple[PolicyName, ...] = ("layerwise", "earliest_deadline", "layerwise_fcfs", "sequential")
@@ -52,8 +51,8 @@ class Advice:
     Attributes:
         rows: Of each method the first of the choices that fits, under its fastest policy; where none does the one that
             needs least.
-        recommended: Full fine-tuning itself (native, zero_offload) where it fits and takes at most 1.5 times the step
-            of a compressed one; else the first of lsp, galore and lora that fits; None where nothing does.
+        recommended: The first that fits of native; zero_offload, if its step takes at most 1.5 times lsp's; lsp;
+            zero_offload; galore; lora. None where nothing does.
     """
 
     rows: tuple[Forecast, ...]
@@ -148,11 +147,10 @@ def why_nothing_fits(model: ModelShape, advice: Advice, hardware: HardwareProfil
 
 def _best(fitting: Mapping[Method, Forecast]) -> Forecast:
     """All have the same examples in a step, so that steps can be compared."""
-    exact = min((fitting[name] for name in _EXACT if name in fitting), key=lambda row: row.step_s, default=None)
-    compressed = next((fitting[name] for name in _COMPRESSED if name in fitting), None)
-    if exact and (compressed is None or exact.step_s <= _EXACT_IS_WORTH * compressed.step_s):
-        return exact
-    return compressed or fitting["lora"]
+    best = next(fitting[name] for name in _PREFERRED if name in fitting)
+    exact = fitting.get("zero_offload", best)
+    is_worth_it = best.workload.method == "lsp" and exact.step_s <= _EXACT_IS_WORTH * best.step_s
+    return exact if is_worth_it else best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,8 +210,13 @@ def _fastest(model: ModelShape, workload: Workload, hardware: HardwareProfile) -
     """Under the policies with which it fits; None where there is none."""
     if not _may_fit(model, workload, hardware):
         return None
-    entries = [forecast(model, workload, hardware, policy) for policy in _policies(workload)]
-    fitting = [entry for entry in entries if not entry.misfits]
+    fitting: list[Forecast] = []
+    for policy in _policies(workload):
+        entry = forecast(model, workload, hardware, policy)
+        if not entry.misfits:
+            fitting.append(entry)
+            if entry.step_s <= _SAME * (entry.step_s - entry.exposed.total_s):
+                break  # nothing waits: no order is faster
     fastest_s = min((entry.step_s for entry in fitting), default=0.0)
     return next((entry for entry in fitting if entry.step_s <= _SAME * fastest_s), None)
 

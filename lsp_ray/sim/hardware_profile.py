@@ -100,7 +100,7 @@ def load_hardware(name: str) -> HardwareProfile:
         return _read(name, Path(name))
     known = name.lower().replace(" ", "")
     if known not in hardware_names():
-        close = get_close_matches(known, hardware_names(), n=1)
+        close = get_close_matches(known, hardware_names(), n=1, cutoff=0.8)
         hint = f"did you mean {close[0]}?" if close else ""
         raise ConfigError(FIELD, f"be one of {', '.join(hardware_names())}, or a .toml file of such", name, hint=hint)
     return _read(known, files("lsp_ray.sim") / "profiles" / f"{known}.toml")
