@@ -102,7 +102,7 @@ GIVEN: dict[str, Any] = {
     "method": st.sampled_from(get_args(Method)),
     "max_seq_length": st.integers(8, 512),
     "per_device_train_batch_size": st.integers(1, 8),
-    "gradient_accumulation_steps": st.integers(1, 8),
+    "gradient_accumulation_steps": st.integers(1, 3),
     "gradient_checkpointing": st.booleans(),
     "bf16": st.booleans(),
     "max_grad_norm": st.sampled_from([0.0, 1.0]),
@@ -117,7 +117,7 @@ GIVEN: dict[str, Any] = {
     options=st.fixed_dictionaries({}, optional=GIVEN),
     model=st.sampled_from(["gpt2", "llama"]),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_what_is_given_is_kept_and_the_command_is_a_run_of_a_row(
     name: str, options: dict[str, Any], model: str
 ) -> None:

@@ -70,7 +70,7 @@ def make_plan(
     work: Workload,
     hardware: HardwareProfile,
     choices: Choices,
-    typical: Callable[[Workload], Workload] = lambda work: work,
+    typical: Callable[[Workload], Workload] | None = None,
 ) -> Plan:
     """Find what fits for every method, and which to take.
 
@@ -79,7 +79,7 @@ def make_plan(
         work: A step; what `choices` hold of it is replaced.
         hardware: Where.
         choices: What may be varied.
-        typical: Sets the typical micro-batch for a workload's length and batch.
+        typical: Sets the typical micro-batch for a workload's length and batch; default: the longest there can be.
 
     Raises:
         ConfigError: d is to be chosen, and every linear is too small for one.

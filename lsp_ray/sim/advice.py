@@ -103,7 +103,7 @@ def advise(
     workload: Workload,
     hardware: HardwareProfile,
     choices: Choices,
-    typical: Callable[[Workload], Workload] = lambda work: work,
+    typical: Callable[[Workload], Workload] | None = None,
 ) -> Advice:
     """Return what fits `hardware`, and which of it to take.
 
@@ -112,12 +112,12 @@ def advise(
         workload: A step; what `choices` hold of it is replaced.
         hardware: Where.
         choices: What may be varied.
-        typical: Sets the typical micro-batch for a workload's length and batch.
+        typical: Sets the typical micro-batch for a workload's length and batch; default: the longest there can be.
 
     Raises:
         ConfigError: D is to be chosen, and every linear is too small for one.
     """
-    search = _Search(model=model, hardware=hardware, choices=choices, typical=typical)
+    search = _Search(model=model, hardware=hardware, choices=choices, typical=typical or (lambda work: work))
     for length in choices.lengths:
         works = [replace(workload, method=method, seq_length=length) for method in choices.methods]
         found = [search.first_fitting(work) for work in works]
