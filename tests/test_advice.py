@@ -220,6 +220,6 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
     found = plan("llama", PlanConfig(hardware="rtx4090", max_seq_length=128))
     assert found.advice.recommended is not None
     head, *others = recommendation(found.advice.rows, found.advice.recommended)
-    assert head == "recommended: native, full fine-tuning, all on the GPU"
+    assert head == "recommended: native, full fine-tuning, all on the device"
     assert [line.split()[1] for line in others] == ["zero_offload:", "lsp:", "galore:", "lora:"]
     assert re.fullmatch(r"  --method lora: ([\d.]+ × (faster|slower)|as fast) here, adapters only", others[-1])

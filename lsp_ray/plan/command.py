@@ -10,7 +10,7 @@ from lsp_ray.plan.options import PlanConfig
 from lsp_ray.sim.forecast import Forecast
 
 TRADES: dict[Method, str] = {
-    "native": "full fine-tuning, all on the GPU",
+    "native": "full fine-tuning, all on the device",
     "zero_offload": "full fine-tuning, Adam on the CPU",
     "lsp": "all weights, gradients compressed",
     "galore": "all weights, gradients compressed",

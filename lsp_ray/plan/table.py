@@ -10,7 +10,7 @@ from lsp_ray.plan.command import TRADES, command_of
 from lsp_ray.plan.options import PlanConfig
 from lsp_ray.plan.plan import Plan
 from lsp_ray.sim.forecast import Forecast
-from lsp_ray.sim.hardware_profile import RESERVE_BYTES
+from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 
 _AS_FAST = 0.05  # of a step within which two methods are called as fast
 _LEGEND = (
@@ -29,8 +29,7 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
         console,
         f"{model.num_parameters / 1e6:.0f} M parameters, {model.num_trained / 1e6:.0f} M trained, in {dtype}, "
         f"{length} tokens an example",
-        f"{machine.name}: {machine.device_memory_bytes / 1e9:g} GB of device memory, "
-        f"{machine.host_memory_bytes / 1e9:g} GB of host memory",
+        f"{machine.name}: {_there(machine)}",
     )
     console.print()
     console.print(_methods(rows))
@@ -42,7 +41,8 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
             console.print(table)
     best = plan.advice.recommended
     if best is not None:
-        say(console, "", *recommendation(rows, best), command_of(config, best))
+        head, *others = recommendation(rows, best)
+        say(console, "", head, command_of(config, best), *others)
 
 
 def say(console: Console, *lines: str) -> None:
@@ -61,6 +61,13 @@ def recommendation(rows: tuple[Forecast, ...], best: Forecast) -> list[str]:
             for row in others
         ),
     ]
+
+
+def _there(machine: HardwareProfile) -> str:
+    host = f"{machine.host_memory_bytes / 1e9:.4g} GB"
+    if not machine.on_gpu:
+        return f"{host} of memory for device and host together"
+    return f"{machine.device_memory_bytes / 1e9:.4g} GB of device memory, {host} of host memory"
 
 
 def _pace(row: Forecast, best: Forecast) -> str:

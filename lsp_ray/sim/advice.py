@@ -133,7 +133,7 @@ def why_nothing_fits(model: ModelShape, advice: Advice, hardware: HardwareProfil
     least = min(advice.rows, key=lambda row: max(need.excess for need in row.needs))
     need = max(least.needs, key=lambda need: need.excess)
     whole_bytes = hardware.device_memory_bytes if need.where == "device" else hardware.host_memory_bytes
-    whole = f"nothing fits {whole_bytes / 1e9:g} GB"
+    whole = f"nothing fits {whole_bytes / 1e9:.4g} GB"
     weights_bytes = least.workload.element_bytes * model.num_parameters
     if weights_bytes > need.there_bytes and need.where != "shared":
         return f"{whole}: the weights alone are {weights_bytes / 1e9:.1f} GB"
