@@ -223,3 +223,26 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
     assert head == "recommended: native, full fine-tuning, all on the device"
     assert [line.split()[1] for line in others] == ["zero_offload:", "lsp:", "galore:", "lora:"]
     assert re.fullmatch(r"  --method lora: ([\d.]+ × (faster|slower)|as fast) here, adapters only", others[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"gpu_memory_gb": 1.4}, r"nothing fits 1\.4 GB: the weights alone are 1\.5 GB"),
+        (
+            {"gpu_memory_gb": 3},
+            r"nothing fits 3 GB of GPU memory, 1 GB of it kept free: the least is 2\.\d GB, with .*",
+        ),
+        (
+            {"host_memory_gb": 3},
+            r"nothing fits 3 GB of main memory, 1 GB of it kept free: the least is 2\.\d GB, with .*",
+        ),
+        (
+            {"host_memory_gb": 10, "method": "zero_offload", "max_grad_norm": 1.0},
+            r"nothing fits 10 GB of main memory, half of it shared: the least is \d+\.\d GB, with method zero_offload",
+        ),
+    ],
+)
+def test_the_reason_names_the_memory_and_the_least_that_is_needed_of_it(options: dict[str, Any], reason: str) -> None:
+    found = plan("llama", PlanConfig(**{"hardware": "rtx4090", "max_seq_length": 512, **options}))
+    assert re.fullmatch(reason, found.reason or "")

@@ -135,7 +135,7 @@ def why_nothing_fits(model: ModelShape, advice: Advice, hardware: HardwareProfil
     whole_bytes = hardware.device_memory_bytes if need.where == "device" else hardware.host_memory_bytes
     whole = f"nothing fits {whole_bytes / 1e9:.4g} GB"
     weights_bytes = least.workload.element_bytes * model.num_parameters
-    if weights_bytes > need.there_bytes and need.where != "shared":
+    if weights_bytes > whole_bytes and need.where != "shared":
         return f"{whole}: the weights alone are {weights_bytes / 1e9:.1f} GB"
     kept = "half of it shared" if need.where == "shared" else f"{RESERVE_BYTES / 1e9:g} GB of it kept free"
     kind = "GPU" if need.where == "device" else "main"
