@@ -17,14 +17,13 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 from lsp_ray.config import Method, PolicyName
 from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.sim.forecast import Forecast, forecast
-from lsp_ray.sim.hardware_profile import HardwareProfile, load_hardware
+from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile, load_hardware
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import Workload
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "hardware.md"
 MACHINE = "rtx3060"  # decides how many payloads and deltas are on the device at one time, and nothing else here
-CARDS_GIB = (4, 8, 12, 24)
-SPARE_BYTES = 1e9  # of a card: CUDA's context, the allocator's gaps, a desktop
+CARDS_GB = (4, 8, 12, 16, 24, 32, 80)
 LENGTHS = (512, 2048)
 METHODS: tuple[tuple[Method, PolicyName | None], ...] = (
     ("native", None),
@@ -71,12 +70,12 @@ Python API. The forecast of device memory was within 3 % in eleven of twelve set
 2 % for a model of SmolLM2-135M's shape on an H200 ([log](log.md)); no other GPU has been tried.
 
 Batches of 1 example in bfloat16, d = 256, r = 8, a target for every token. Of the two figures in a column the second is
-with `--gradient_checkpointing`. A card is large enough where the peak leaves {SPARE_BYTES / 1e9:.0f} GB of it free.
-GB are 10⁹ bytes; a card of 24 GB has 25.8 of them. LoRA's rank is 8, GaLore's 128: their defaults.
+with `--gradient_checkpointing`. A card is large enough where the peak leaves {RESERVE_BYTES / 1e9:.0f} GB of it free.
+GB are 10⁹ bytes, a card's own as well. LoRA's rank is 8, GaLore's 128: their defaults.
 
-Host memory is slots, Adam's moments and processes. A larger d adds 12 d² bytes a matrix to it, and little to the
-device. Twice the examples in a micro-batch cost what twice the tokens cost; `--gradient_accumulation_steps` costs
-nothing.
+Host memory is slots, Adam's moments and processes, and the weights on their way to the GPU. A larger d adds 12 d² bytes
+a matrix to it, and little to the device. Twice the examples in a micro-batch cost what twice the tokens cost;
+`--gradient_accumulation_steps` costs nothing.
 
 For another model, length or card:
 
@@ -137,7 +136,7 @@ def _cards(pair: Sequence[Forecast]) -> str:
 
 def smallest_card(peak_bytes: float) -> str:
     """The smallest of the cards that holds it, with something to spare."""
-    fitting = [card for card in CARDS_GIB if peak_bytes + SPARE_BYTES <= card * 2**30]
+    fitting = [card for card in CARDS_GB if peak_bytes + RESERVE_BYTES <= card * 1e9]
     return f"{fitting[0]} GB" if fitting else "none"
 
 

@@ -84,4 +84,4 @@ def test_the_shared_memory_forecast_is_what_a_run_allocates(
     )
     model = shape_of(other.model_folder)
     work = replace(workload_of(asked, num_units=len(model.layers), cores=2, on_gpu=False), method=method)
-    assert host_memory(model, work).object_store == other.store_bytes
+    assert host_memory(model, work, on_gpu=False).object_store == other.store_bytes

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +25,7 @@ from lsp_ray.plan.__main__ import main
 from lsp_ray.plan.measure import measure
 from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.plan.typical_batch import typical_batch
+from lsp_ray.run import parse
 from lsp_ray.sim.memory import device_memory
 from lsp_ray.sim.workload import Workload
 from tests.tiny import FAMILIES, Family, task_of, write_tiny_jsonl, write_tiny_model
@@ -52,13 +55,22 @@ def test_help_needs_neither_torch_nor_ray() -> None:
     assert "--hardware" in done.stdout
 
 
-def test_a_plan_shows_every_method_and_policy_and_what_it_recommends(
+def test_a_plan_has_a_row_for_every_method_in_80_columns(
     llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--model_name_or_path", str(llama_folder / "config.json"), "--hardware", "rtx3060"]) == 0
-    shown = capsys.readouterr().out
-    for expected in ("native", "zero_offload", "earliest_deadline", "delayed", "recommended: --method lsp", "rtx3060"):
-        assert expected in shown
+    options = ["--model_name_or_path", str(llama_folder / "config.json"), "--hardware", "rtx3060"]
+    assert main(options) == 0
+    short = capsys.readouterr().out
+    assert main([*options, "--verbose"]) == 0
+    long = capsys.readouterr().out
+    rows = [line.split() for line in short.splitlines()]
+    for method in ("native", "zero_offload", "lsp", "galore", "lora"):
+        assert [row[-1] for row in rows if row[:1] == [method]] == ["yes"]
+    for detail in ("delayed", "activations"):
+        assert (detail in long, detail in short) == (True, False)
+    tables = [line for line in long.splitlines() if not line.startswith("python -m")]
+    assert max(map(len, tables)) <= 80
+    assert "…" not in long
 
 
 def test_a_plan_as_json_has_bytes_and_seconds_for_every_method_and_policy(
@@ -67,32 +79,118 @@ def test_a_plan_as_json_has_bytes_and_seconds_for_every_method_and_policy(
     options = ["--hardware", "a1000-laptop", "--json", "--lsp.subspace_dim", "64", "--runtime.shard_by", "slice"]
     assert main(["--model_name_or_path", str(llama_folder), *options]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert [(entry["method"], entry["policy"]) for entry in content["forecasts"]][:4] == [
-        ("native", None),
-        ("galore", None),
-        ("lora", None),
-        ("zero_offload", "sequential"),
+    methods = ["native", "zero_offload", "lsp", "galore", "lora"]
+    assert (content["fits"], content["reason"]) == (True, None)
+    assert [entry["method"] for entry in content["methods"]] == methods
+    assert [entry["subspace_dim"] for entry in content["methods"]] == [None, None, 64, None, None]
+    assert len(content["by_policy"]) == 13
+    assert all(entry["step_s"] > 0 and entry["device_bytes"]["peak"] > 0 for entry in content["by_policy"])
+    assert content["recommended"] in content["methods"]
+    assert f"--method {content['recommended']['method']}" in content["command"]
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of 7 billion parameters in few layers."""
+    folder = tmp_path_factory.mktemp("wide")
+    LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=8, num_attention_heads=64, vocab_size=32000
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_where_nothing_fits_the_least_is_said_and_the_exit_is_1(
+    wide_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model_name_or_path", str(wide_folder), "--hardware", "a1000-laptop"]
+    assert main(options) == 1
+    shown = capsys.readouterr()
+    assert "recommended" not in shown.out
+    assert shown.err == "nothing fits 4 GB: the weights alone are 16.6 GB\n"
+    assert main([*options, "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert not content["fits"]
+    assert (content["recommended"], content["command"]) == (None, None)
+    assert content["reason"] + "\n" == shown.err
+
+
+def test_what_would_fit_is_said_where_an_option_that_was_given_stands_in_its_way(
+    wide_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model_name_or_path", str(wide_folder), "--hardware", "rtx4090"]
+    assert main([*options, "--method", "native", "--per_device_train_batch_size", "8"]) == 1
+    reason, other = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"nothing fits 24 GB of GPU memory, 1 GB of it kept free: the least is .* method native", reason
+    )
+    command = other.removeprefix("with other options this fits: ")
+    run = parse(shlex.split(command)[3:])
+    assert run.method == "lsp"
+    assert run.per_device_train_batch_size * run.gradient_accumulation_steps == 8
+
+
+def test_memory_and_link_that_are_given_replace_the_machines_own(
+    wide_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--model_name_or_path",
+        str(wide_folder),
+        "--hardware",
+        "RTX 3060",
+        "--lsp.subspace_dim",
+        "256",
+        "--json",
     ]
-    assert len(content["forecasts"]) == 13
-    assert {entry["subspace_dim"] for entry in content["forecasts"]} == {None, 64}
-    assert all(entry["step_s"] > 0 and entry["device_bytes"]["peak"] > 0 for entry in content["forecasts"])
-    assert content["advice"]["lsp.subspace_dim"] % 32 == 0
+    assert main(options) == 1
+    small = json.loads(capsys.readouterr().out)
+    assert main([*options, "--gpu_memory_gb", "24", "--host_memory_gb", "200", "--link_gbps", "2.5"]) == 0
+    large = json.loads(capsys.readouterr().out)
+    assert large["hardware"] == small["hardware"] | {
+        "device_memory_bytes": 24e9,
+        "host_memory_bytes": 200e9,
+        "d2h_bytes_per_s": 2.5e9,
+        "h2d_bytes_per_s": 2.5e9,
+    }
 
 
-def test_a_model_that_is_too_large_is_said_not_to_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    LlamaConfig(vocab_size=32000).save_pretrained(tmp_path)  # transformers' default is the 7B model's shape
-    options = ["--hardware", "a1000-laptop", "--lsp.subspace_dim", "512"]
-    assert main(["--model_name_or_path", str(tmp_path), *options]) == 0
-    assert "does not fit: native: device memory: " in capsys.readouterr().out
+def test_a_card_without_bfloat16_is_planned_for_in_float32_unless_it_is_asked_for(
+    llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model_name_or_path", str(llama_folder), "--hardware", "t4", "--json"]
+    types = []
+    for more in ([], ["--bf16"]):
+        assert main([*options, *more]) == 0
+        types.append(json.loads(capsys.readouterr().out)["recommended"]["bf16"])
+    assert types == [False, True]
+
+
+def test_a_wrong_machine_is_told_before_torch_is_imported() -> None:
+    code = (
+        "import sys\n"
+        "from lsp_ray.plan.__main__ import main\n"
+        "assert main(['--hardware', 'rtx4900']) == 2\n"
+        "heavy = {'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: hardware must be one of a10, a100, ")
+    assert done.stderr.endswith("got 'rtx4900'; did you mean rtx4090?\n")
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--hardware", "gtx970"], "error: hardware must be one of a1000-laptop, h100-pcie, "),
-        ([], "error: hardware must be one of a1000-laptop, "),
-        (["--hardware", "rtx3060", "--measure"], "error: hardware must be one of a1000-laptop, "),
-        (["--hardware", "rtx3060", "--max_seq_length", "0"], "error: max_seq_length must be at least 1, got 0"),
+        (["--hardware", "gtx970"], "error: hardware must be one of a10, a100, a1000-laptop, h100, h100-pcie, "),
+        (["--hardware", "nowhere.toml"], "error: hardware must be a readable TOML file, got 'nowhere.toml'; "),
+        ([], "error: hardware must be one of a10, "),
+        (["--hardware", "rtx3060", "--measure"], "error: hardware must be left out where --measure is given, got "),
+        (["--hardware", "rtx3060", "--gpu_memory_gb", "0"], "error: gpu_memory_gb must be a number above 0, got 0"),
+        (
+            ["--hardware", "rtx3060", "--lsp.subspace_dim", "4"],
+            "error: lsp.nnz_per_row must be at most lsp.subspace_dim",
+        ),
+        (["--hardware", "rtx3060", "--max_seq_length", "0"], "error: max_seq_length must be at least 8, got 0"),
         (["--hardware", "rtx3060", "--lora.r", "0"], "error: lora.r must be at least 1, got 0"),
         (["--hardware", "rtx3060", "--lsp.subspace_dim", "0"], "error: lsp.subspace_dim must be at least 1, got 0"),
         (["--hardware", "rtx3060", "--horse_power", "3"], "error: options must be those that --help lists, "),
@@ -136,7 +234,7 @@ def test_the_type_of_payloads_decides_how_many_bytes_cross_the_link(
     sent = {}
     for dtype in ("bfloat16", "float32", "int8"):
         assert main([*options, "--runtime.payload_dtype", dtype]) == 0
-        sent[dtype] = json.loads(capsys.readouterr().out)["forecasts"][-1]["bytes_each_way"]
+        sent[dtype] = json.loads(capsys.readouterr().out)["by_policy"][-3]["bytes_each_way"]
     numel = 4 * (7 * 64 * 64 + 2 * 256) + 256
     assert sent == {"bfloat16": 2 * numel, "float32": 4 * numel, "int8": numel * 66 / 64}
 
@@ -193,10 +291,11 @@ def test_a_data_set_makes_the_forecast_that_of_its_own_batches_and_the_longest_s
     folder = write_tiny_model(tmp_path / "model", "llama")
     data = write_tiny_jsonl(tmp_path / "data.jsonl", "prompt_completion", 100)
     options = ["--model_name_or_path", str(folder), "--hardware", "rtx3060", "--lsp.subspace_dim", "16", "--json"]
+    options += ["--method", "lsp"]
     entries = []
     for more in ([], ["--dataset", str(data)]):
         assert main([*options, *more]) == 0
-        entries.append(json.loads(capsys.readouterr().out)["forecasts"][-1])
+        entries.append(json.loads(capsys.readouterr().out)["recommended"])
     blind, seen = entries
     assert blind["device_bytes"]["peak"] == blind["device_bytes"]["longest"] == seen["device_bytes"]["longest"]
     assert seen["device_bytes"]["peak"] < seen["device_bytes"]["longest"]

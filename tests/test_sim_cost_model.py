@@ -13,11 +13,11 @@ from lsp_ray.config import Method, PayloadDtype, PolicyName
 from lsp_ray.errors import ConfigError
 from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.sim.activations import activation_bytes
-from lsp_ray.sim.advice import DIM_STEP, HIDDEN, advise, largest_hidden_dim
+from lsp_ray.sim.advice import DIM_STEP, HIDDEN, largest_hidden_dim
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.forecast import forecast, simulate
-from lsp_ray.sim.hardware_profile import HardwareProfile, load_hardware
+from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile, load_hardware
 from lsp_ray.sim.memory import peak_payload_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 from lsp_ray.sim.workload import Workload
@@ -275,17 +275,45 @@ def test_deltas_that_come_up_early_wait_on_the_host_where_they_would_fill_the_de
 
 
 def test_what_does_not_fit_is_said_with_both_sizes() -> None:
-    small = replace(UNIT, device_memory_bytes=9e3, host_memory_bytes=5e8)
+    small = replace(UNIT, device_memory_bytes=1e9 + 9e3, host_memory_bytes=1.5e9)
     misfits = forecast(MODEL, LSP, small, "layerwise").misfits
-    assert misfits == ("device memory: 0.0 GB needed, 0.0 GB there", "host memory: 1.3 GB needed, 0.5 GB there")
+    assert list(map(str, misfits)) == [
+        "device memory: 0.0 GB needed, 0.0 GB there",
+        "host memory: 1.3 GB needed, 0.5 GB there",
+    ]
     assert forecast(MODEL, LSP, UNIT, "layerwise").misfits == ()
 
 
+@pytest.mark.parametrize("where", ["device", "host", "shared"])
+def test_a_step_fits_into_exactly_what_it_needs_and_the_reserve_and_not_into_a_byte_less(where: str) -> None:
+    found = forecast(MODEL, LSP, UNIT, "layerwise")
+    needed = {need.where: need.needed_bytes for need in found.needs}[where]
+    assert needed == {
+        "device": found.longest_bytes,
+        "host": found.host.object_store + found.host.processes + 2 * MODEL.num_parameters,  # loaded, then on the device
+        "shared": found.host.object_store,
+    }.pop(where)
+    parts: dict[str, tuple[str, float]] = {
+        "device": ("device_memory_bytes", needed + RESERVE_BYTES),
+        "host": ("host_memory_bytes", needed + RESERVE_BYTES),
+        "shared": ("host_memory_bytes", 2 * needed),
+    }
+    name, there = parts[where]
+
+    def misfits(there: float) -> set[str]:
+        tight: dict[str, Any] = {name: there}
+        return {need.where for need in forecast(MODEL, LSP, replace(UNIT, **tight), "layerwise").misfits}
+
+    assert where not in misfits(there)
+    assert where in misfits(there - 1)
+
+
 def test_without_a_gpu_device_and_host_share_one_memory() -> None:
-    needed = forecast(MODEL, LSP, UNIT, "layerwise").host.total_bytes
-    tight = replace(UNIT, on_gpu=False, host_memory_bytes=needed + 1)
-    assert forecast(MODEL, LSP, replace(tight, on_gpu=True), "layerwise").misfits == ()
-    assert [line.split(":")[0] for line in forecast(MODEL, LSP, tight, "layerwise").misfits] == ["host memory"]
+    found = forecast(MODEL, LSP, replace(UNIT, on_gpu=False), "layerwise")
+    needed = found.host.total_bytes + found.longest_bytes + RESERVE_BYTES
+    tight = replace(UNIT, on_gpu=False, host_memory_bytes=needed - 1)
+    assert [need.where for need in forecast(MODEL, LSP, tight, "layerwise").misfits] == ["host"]
+    assert forecast(MODEL, LSP, replace(tight, host_memory_bytes=needed), "layerwise").misfits == ()
 
 
 @pytest.mark.parametrize("name", ["num_shards", "seq_length", "nnz_per_row"])
@@ -340,13 +368,3 @@ def test_a_slower_link_hides_a_smaller_subspace() -> None:
 def test_a_model_without_room_for_a_subspace_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^lsp.subspace_dim must be a number where no linear has 64 rows .*'auto'$"):
         largest_hidden_dim(MODEL, LSP, UNIT)
-
-
-def test_advice_uses_the_machines_cores_and_never_a_stale_policy() -> None:
-    machine = load_hardware("rtx4090-threadripper")
-    advice = advise(llama(), Workload(method="native", batch_size=4, seq_length=512), machine)
-    assert advice.num_shards * advice.shard_threads <= machine.num_cores
-    assert advice.policy != "delayed"
-    assert (advice.forecast.workload.method, advice.forecast.workload.subspace_dim) == ("lsp", advice.subspace_dim)
-    assert advice.nnz_per_row == 8
-    assert advise(llama(), LSP, machine).nnz_per_row == LSP.nnz_per_row

@@ -6,40 +6,43 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lsp_ray.errors import ConfigError, LspRayError
+from lsp_ray.plan.command import command_of
 from lsp_ray.plan.options import PlanConfig
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch is imported
+    from lsp_ray.plan.plan import Plan
     from lsp_ray.plan.typical_batch import TypicalBatch
     from lsp_ray.sim.hardware_profile import HardwareProfile
     from lsp_ray.sim.model_shape import ModelShape
+    from lsp_ray.sim.workload import Workload
 
-_SWITCHES = ("--measure", "--bf16", "--gradient_checkpointing", "--json", "--runtime.pinned")
+_SWITCHES = ("--measure", "--bf16", "--gradient_checkpointing", "--json", "--verbose", "--runtime.pinned")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for what a person can mend."""
+    """Run the command line; returns the exit code: 0, 1 where nothing fits, or 2 for what a person can mend."""
     try:
-        _plan(_parse(sys.argv[1:] if argv is None else argv))
+        return _plan(_parse(sys.argv[1:] if argv is None else argv))
     except LspRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parse(argv: Sequence[str]) -> PlanConfig:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under each field is its help
     parser = ArgumentParser(
         prog="python -m lsp_ray.plan",
-        description="Forecast memory and time of every method and policy on a machine; nothing is trained.",
+        description="Say which methods fit a machine, how fast they are and which to take; nothing is trained.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -61,56 +64,80 @@ def _with_switch_values(argv: Sequence[str]) -> list[str]:
     return completed
 
 
-def _plan(config: PlanConfig) -> None:
+def _plan(config: PlanConfig) -> int:
+    named = config.machine
     from lsp_ray.models.resolve import resolve_config
-    from lsp_ray.plan.plan import make_plan, workload_of
+    from lsp_ray.plan.plan import choices_of, make_plan, workload_of
     from lsp_ray.plan.skeleton import shape_of
-    from lsp_ray.sim.hardware_profile import load_hardware
 
-    named = None if config.hardware is None else load_hardware(config.hardware)
     folder = resolve_config(config.model_name_or_path, log=_note)
-    model = shape_of(folder)
-    batch = _typical(config, folder)
-    hardware = named or _measured(config, folder, model, batch)
-    num_units = len(model.layers)
-    work = workload_of(config, num_units=num_units, cores=hardware.num_cores, on_gpu=hardware.on_gpu, batch=batch)
-    plan = make_plan(model, work, hardware, auto_dim=config.lsp.subspace_dim == "auto")
+    model, typical = shape_of(folder), _typical(config, folder)
+    machine = named or config.altered(_measured(config, folder, model, typical))
+    work = workload_of(
+        config,
+        num_units=len(model.layers),
+        cores=machine.num_cores,
+        on_gpu=machine.on_gpu,
+        bf16=machine.bf16_pays if config.bf16 is None else config.bf16,
+    )
+    choices, free = choices_of(config), choices_of(config, keep=False)
+    plan = make_plan(model, work, machine, choices, typical)
+    _show(plan, config)
+    if plan.reason is None:
+        return 0
+    freed = None if choices == free else make_plan(model, work, machine, free, typical).advice.recommended
+    _note(plan.reason)
+    if freed is not None:
+        _note(f"with other options this fits: {command_of(config, freed)}")
+    return 1
+
+
+def _show(plan: Plan, config: PlanConfig) -> None:
     if config.json:
-        print(json.dumps(plan.as_json(), indent=2))
+        best = plan.advice.recommended
+        command = None if best is None else command_of(config, best)
+        print(json.dumps({**plan.as_json(), "command": command}, indent=2))
         return
     from rich.console import Console
 
     from lsp_ray.plan.table import print_plan
 
-    width = None if sys.stdout.isatty() else 160  # a file need not fit a terminal
-    print_plan(plan, Console(width=width))
+    width = None if sys.stdout.isatty() else 80  # a file's reader may have no more
+    print_plan(plan, config, Console(width=width))
 
 
-def _measured(config: PlanConfig, folder: Path, model: ModelShape, batch: TypicalBatch | None) -> HardwareProfile:
+def _measured(
+    config: PlanConfig, folder: Path, model: ModelShape, typical: Callable[[Workload], Workload]
+) -> HardwareProfile:
     """This machine; without a GPU the device is given the cores that the shards leave, as in a run."""
     import torch
 
+    from lsp_ray.config import RunConfig
     from lsp_ray.plan.measure import measure
     from lsp_ray.plan.plan import workload_of
+    from lsp_ray.runtime.device_choice import choose_bf16
 
     cores, device = len(os.sched_getaffinity(0)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    work = workload_of(config, num_units=len(model.layers), cores=cores, on_gpu=device.type == "cuda", batch=batch)
+    bf16 = choose_bf16(RunConfig(bf16=config.bf16), "cuda" if device.type == "cuda" else "cpu", _note)
+    work = workload_of(config, num_units=len(model.layers), cores=cores, on_gpu=device.type == "cuda", bf16=bf16)
     device_threads = max(1, cores - work.num_shards * work.shard_threads)
-    return measure(folder, model, work, device=device, device_threads=device_threads)
+    return measure(folder, model, typical(work), device=device, device_threads=device_threads)
 
 
-def _typical(config: PlanConfig, folder: Path) -> TypicalBatch | None:
-    """Of the data set, if there is one."""
+def _typical(config: PlanConfig, folder: Path) -> Callable[[Workload], Workload]:
+    """Gives a workload the typical micro-batch of the data set, if there is one."""
     if config.dataset is None:
-        return None
+        return lambda work: work
+    from lsp_ray.plan.plan import with_batch
     from lsp_ray.plan.typical_batch import typical_batch
 
-    return typical_batch(
-        config.dataset,
-        folder,
-        batch_size=config.per_device_train_batch_size,
-        max_seq_length=config.max_seq_length,
-    )
+    dataset = config.dataset
+
+    @cache
+    def batch(batch_size: int, seq_length: int) -> TypicalBatch:
+        return typical_batch(dataset, folder, batch_size=batch_size, max_seq_length=seq_length)
+
+    return lambda work: with_batch(work, batch(work.batch_size, work.seq_length))
 
 
 def _note(text: str) -> None:

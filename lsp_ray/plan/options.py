@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lsp_ray.config import PayloadDtype
+from lsp_ray.config import Method, PayloadDtype
 from lsp_ray.errors import ConfigError
-from lsp_ray.sim.hardware_profile import hardware_names
+from lsp_ray.sim.hardware_profile import HardwareProfile, hardware_names, load_hardware
+
+SHORTEST = 8  # tokens of an example, as in a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,32 +57,42 @@ class PlanRuntimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """One plan."""
+    """One plan. What is left open is chosen so that it fits: batch, checkpointing, length, method and d."""
 
     model_name_or_path: str = "smollm2-135m"
     """Alias smollm2-135m, a local folder or its config.json, a .gguf file or a hub id; no weights are read."""
     hardware: str | None = None
-    """A machine by name: a1000-laptop, h100-pcie, rtx3060 or rtx4090-threadripper."""
+    """A machine by its card, such as rtx4090 (a wrong name lists all), or a .toml file of such figures."""
     measure: bool = False
     """Measure this machine instead, in under 20 s."""
-    max_seq_length: int = 128
-    """Tokens kept of an example."""
+    gpu_memory_gb: float | None = None
+    """GPU memory in place of the machine's own, as on its box: 24 is 24 · 10⁹ bytes."""
+    host_memory_gb: float | None = None
+    """Main memory in place of the machine's own."""
+    link_gbps: float | None = None
+    """Rate of the link that is reached, in gigabytes (10⁹ bytes) a second each way, in place of the machine's own."""
+    method: Method | None = None
+    """Plan for this method alone; default: all of them."""
+    max_seq_length: int | None = None
+    """Tokens kept of an example; default: 128, less where nothing fits."""
     dataset: str | None = None
     """A run's data set: time and memory are then of its typical micro-batch, else of the longest there can be."""
-    per_device_train_batch_size: int = 4
-    """Examples in a micro-batch."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches in an optimizer update."""
+    per_device_train_batch_size: int | None = None
+    """Examples in a micro-batch; default: 4, fewer with more accumulation where that does not fit."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches in an optimizer update; default: 1, more where micro-batches have to be smaller."""
     max_grad_norm: float = 0.0
     """Norm to clip to; above 0 every state is kept twice, as updates may have to be made again."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do at NaN or infinity; skip needs the same memory as clipping."""
-    bf16: bool = True
-    """Weights and activations in bfloat16."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    bf16: bool | None = None
+    """Weights and activations in bfloat16; default: where the machine is fast at it."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass; default: where it does not fit without."""
     json: bool = False
     """Print JSON in place of tables."""
+    verbose: bool = False
+    """Print memory by part and time by policy as well."""
     lsp: PlanLspConfig = field(default_factory=PlanLspConfig)
     lora: PlanLoraConfig = field(default_factory=PlanLoraConfig)
     galore: PlanGaloreConfig = field(default_factory=PlanGaloreConfig)
@@ -89,6 +101,17 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm >= 0):
             raise ConfigError("max_grad_norm", "be a number of at least 0", self.max_grad_norm)
+        for name in ("gpu_memory_gb", "host_memory_gb", "link_gbps"):
+            size = getattr(self, name)
+            if size is not None and not (math.isfinite(size) and size > 0):
+                raise ConfigError(name, "be a number above 0", size)
+        self._check_counts()
+        if self.measure and self.hardware is not None:
+            raise ConfigError("hardware", "be left out where --measure is given", self.hardware)
+        if not self.measure:
+            self._named()  # a wrong name is told before torch is imported
+
+    def _check_counts(self) -> None:
         counts = {
             "max_seq_length": self.max_seq_length,
             "per_device_train_batch_size": self.per_device_train_batch_size,
@@ -101,8 +124,31 @@ class PlanConfig:
             "runtime.shard_threads": self.runtime.shard_threads,
         }
         for name, value in counts.items():
-            if isinstance(value, int) and value < 1:
-                raise ConfigError(name, "be at least 1", value)
-        if self.measure == (self.hardware is not None):
+            least = SHORTEST if name == "max_seq_length" else 1
+            if isinstance(value, int) and value < least:
+                raise ConfigError(name, f"be at least {least}", value)
+        dim = self.lsp.subspace_dim
+        if dim != "auto" and self.lsp.nnz_per_row > dim:
+            raise ConfigError("lsp.nnz_per_row", f"be at most lsp.subspace_dim ({dim})", self.lsp.nnz_per_row)
+
+    @property
+    def machine(self) -> HardwareProfile | None:
+        """The machine that is named, with what is given in place of its own; None where it is to be measured."""
+        return None if self.measure else self.altered(self._named())
+
+    def altered(self, machine: HardwareProfile) -> HardwareProfile:
+        """Return the machine with memory and link as they were given."""
+        if self.gpu_memory_gb is not None:
+            machine = replace(machine, device_memory_bytes=1e9 * self.gpu_memory_gb)
+        if self.host_memory_gb is not None:
+            machine = replace(machine, host_memory_bytes=1e9 * self.host_memory_gb)
+        if self.link_gbps is not None:
+            rate = 1e9 * self.link_gbps
+            machine = replace(machine, d2h_bytes_per_s=rate, h2d_bytes_per_s=rate)
+        return machine
+
+    def _named(self) -> HardwareProfile:
+        if self.hardware is None:
             names = ", ".join(hardware_names())
-            raise ConfigError("hardware", f"be one of {names}, or --measure be given in its place", self.hardware)
+            raise ConfigError("hardware", f"be one of {names}, or --measure be given in its place", None)
+        return load_hardware(self.hardware)

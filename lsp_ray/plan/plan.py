@@ -1,95 +1,135 @@
-"""Plan: every method and policy on one machine, and what to choose."""
+"""Plan: what every method needs on one machine, and what to choose."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from lsp_ray.config import Method, PolicyName, RuntimeConfig
-from lsp_ray.plan.options import PlanConfig
+from lsp_ray.plan.options import SHORTEST, PlanConfig
 from lsp_ray.plan.typical_batch import TypicalBatch
 from lsp_ray.runtime.layout import divide_cores
-from lsp_ray.sim.advice import Advice, advise, largest_hidden_dim
+from lsp_ray.sim.advice import Advice, Choices, advise, why_nothing_fits
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import Workload
 
+_METHODS: tuple[Method, ...] = ("native", "zero_offload", "lsp", "galore", "lora")
+_BATCH_SIZE, _LENGTH = 4, 128  # a run's own
+_HALVINGS = 2  # of the length, where nothing fits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Forecasts for what was asked for, and advice.
+    """What was found.
 
     Attributes:
         model: What is trained.
         hardware: Where.
-        forecasts: Method by method, policy by policy.
-        advice: LSP's options that suit both.
+        advice: A forecast for each method, and the one to take.
     """
 
     model: ModelShape
     hardware: HardwareProfile
-    forecasts: tuple[Forecast, ...]
     advice: Advice
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing fits; None where something does."""
+        if self.advice.recommended is not None:
+            return None
+        return why_nothing_fits(self.model, self.advice, self.hardware)
+
+    def by_policy(self) -> list[Forecast]:
+        """Forecast the same methods and options under every policy."""
+        return [
+            forecast(self.model, row.workload, self.hardware, policy)
+            for row in self.advice.rows
+            for policy in ((None,) if row.workload.stays_on_device else get_args(PolicyName))
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
+        best = self.advice.recommended
         return {
+            "fits": best is not None,
+            "reason": self.reason,
             "hardware": asdict(self.hardware),
             "num_parameters": self.model.num_parameters,
             "num_trained": self.model.num_trained,
-            "forecasts": [_forecast_json(entry) for entry in self.forecasts],
-            "advice": {
-                "lsp.subspace_dim": self.advice.subspace_dim,
-                "lsp.nnz_per_row": self.advice.nnz_per_row,
-                "runtime.num_shards": self.advice.num_shards,
-                "runtime.shard_threads": self.advice.shard_threads,
-                "runtime.policy": self.advice.policy,
-                "forecast": _forecast_json(self.advice.forecast),
-            },
+            "recommended": None if best is None else _forecast_json(best),
+            "methods": [_forecast_json(row) for row in self.advice.rows],
+            "by_policy": [_forecast_json(entry) for entry in self.by_policy()],
         }
 
 
-def make_plan(model: ModelShape, work: Workload, hardware: HardwareProfile, *, auto_dim: bool) -> Plan:
-    """Forecast every method, and those that send something under every policy.
+def make_plan(
+    model: ModelShape,
+    work: Workload,
+    hardware: HardwareProfile,
+    choices: Choices,
+    typical: Callable[[Workload], Workload] | None = None,
+) -> Plan:
+    """Find what fits for every method, and which to take.
 
     Args:
         model: What is trained.
-        work: LSP's step.
+        work: A step; what `choices` hold of it is replaced.
         hardware: Where.
-        auto_dim: Whether `work` gets the largest subspace whose traffic and updates are hidden.
+        choices: What may be varied.
+        typical: Sets the typical micro-batch for a workload's length and batch; default: the longest there can be.
 
     Raises:
-        ConfigError: Every linear is too small for a subspace.
+        ConfigError: d is to be chosen, and every linear is too small for one.
     """
-    if auto_dim:
-        work = replace(work, subspace_dim=largest_hidden_dim(model, work, hardware))
-    methods: tuple[Method, ...] = ("native", "galore", "lora", "zero_offload", "lsp")
-    works = [replace(work, method=method) for method in methods]
-    forecasts = [
-        forecast(model, each, hardware, policy)
-        for each in works
-        for policy in ((None,) if each.stays_on_device else get_args(PolicyName))
-    ]
-    return Plan(model=model, hardware=hardware, forecasts=tuple(forecasts), advice=advise(model, work, hardware))
+    advice = advise(model, work, hardware, choices, typical)
+    return Plan(model=model, hardware=hardware, advice=advice)
 
 
-def workload_of(
-    config: PlanConfig, *, num_units: int, cores: int, on_gpu: bool, batch: TypicalBatch | None = None
-) -> Workload:
-    """LSP's step with these options; d is a start of 256 where it is left open. Shards and threads are a run's."""
+def choices_of(config: PlanConfig, *, keep: bool = True) -> Choices:
+    """Return what the options leave open; with `keep` false all of it, but for the examples in an update."""
+    batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    batches = [(batch_size or _BATCH_SIZE, accumulation or 1)]
+    if not keep or (batch_size is None and accumulation is None):
+        batches = _divisions(batches[0][0] * batches[0][1], largest=batches[0][0])
+    asked = config.gradient_checkpointing if keep else None
+    return Choices(
+        methods=_METHODS if config.method is None or not keep else (config.method,),
+        batches=tuple(batches),
+        checkpointing=(False, True) if asked is None else (asked,),
+        lengths=_lengths(config.max_seq_length, keep),
+        auto_dim=config.lsp.subspace_dim == "auto" or not keep,
+    )
+
+
+def _lengths(asked: int | None, keep: bool) -> tuple[int, ...]:
+    """The length asked for; where it may be less, halves of it as well."""
+    if asked is not None and keep:
+        return (asked,)
+    longest = asked or _LENGTH
+    return tuple(longest >> halvings for halvings in range(_HALVINGS + 1) if longest >> halvings >= SHORTEST)
+
+
+def _divisions(examples: int, largest: int) -> list[tuple[int, int]]:
+    """Examples in a micro-batch and micro-batches, by division without rest."""
+    return [(size, examples // size) for size in range(largest, 0, -1) if examples % size == 0]
+
+
+def workload_of(config: PlanConfig, *, num_units: int, cores: int, on_gpu: bool, bf16: bool = True) -> Workload:
+    """Return LSP's step with these options, the first of what may be chosen; shards and threads are a run's."""
     asked = RuntimeConfig(num_shards=config.runtime.num_shards, shard_threads=config.runtime.shard_threads)
     shares = divide_cores(asked, num_units=num_units, cores=cores, on_gpu=on_gpu)
+    choices = choices_of(config)
     dim = config.lsp.subspace_dim
     return Workload(
         method="lsp",
-        batch_size=config.per_device_train_batch_size,
-        seq_length=config.max_seq_length,
-        typical_length=None if batch is None else batch.padded_length,
-        typical_targets=None if batch is None else batch.num_targets,
-        num_micro_batches=config.gradient_accumulation_steps,
-        bf16=config.bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
+        batch_size=choices.batches[0][0],
+        seq_length=choices.lengths[0],
+        num_micro_batches=choices.batches[0][1],
+        bf16=bf16,
+        gradient_checkpointing=choices.checkpointing[0],
         subspace_dim=256 if dim == "auto" else dim,
         nnz_per_row=config.lsp.nnz_per_row,
         lora_rank=config.lora.r,
@@ -103,11 +143,22 @@ def workload_of(
     )
 
 
+def with_batch(work: Workload, batch: TypicalBatch) -> Workload:
+    """Return the workload with a data set's typical micro-batch."""
+    return replace(work, typical_length=batch.padded_length, typical_targets=batch.num_targets)
+
+
 def _forecast_json(entry: Forecast) -> dict[str, Any]:
+    work = entry.workload
     return {
-        "method": entry.workload.method,
+        "method": work.method,
         "policy": entry.policy,
-        "subspace_dim": entry.workload.subspace_dim if entry.workload.method == "lsp" else None,
+        "subspace_dim": work.subspace_dim if work.method == "lsp" else None,
+        "per_device_train_batch_size": work.batch_size,
+        "gradient_accumulation_steps": work.num_micro_batches,
+        "gradient_checkpointing": work.gradient_checkpointing,
+        "max_seq_length": work.seq_length,
+        "bf16": work.bf16,
         "step_s": entry.step_s,
         "tokens_per_s": entry.tokens_per_s,
         "bottleneck": entry.bottleneck,
@@ -116,5 +167,5 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "bytes_each_way": entry.bytes_each_way,
         "device_bytes": {**asdict(entry.device), "peak": entry.device.peak_bytes, "longest": entry.longest_bytes},
         "host_bytes": {**asdict(entry.host), "total": entry.host.total_bytes},
-        "misfits": list(entry.misfits),
+        "misfits": list(map(str, entry.misfits)),
     }

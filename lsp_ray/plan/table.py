@@ -1,95 +1,160 @@
-"""A plan as tables."""
+"""A plan as tables of 80 columns."""
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from lsp_ray.plan.command import TRADES, command_of
+from lsp_ray.plan.options import PlanConfig
 from lsp_ray.plan.plan import Plan
 from lsp_ray.sim.forecast import Forecast
+from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
+
+_AS_FAST = 0.05  # of a step within which two methods are called as fast
+_LEGEND = (
+    "batch: examples of a micro-batch × micro-batches of a step",
+    "ckpt: --gradient_checkpointing; tokens/s: padding counted",
+    "device: its peak with the longest batch; host: main memory, with the weights on",
+    f"their way to a GPU; GB: 10⁹ bytes, {RESERVE_BYTES / 1e9:g} GB of each memory stays free",
+)
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Write time, memory and advice to `console`."""
-    model, machine = plan.model, plan.hardware
-    console.print(
-        f"{model.num_parameters / 1e6:.0f} M parameters, {model.num_trained / 1e6:.0f} M trained, on {machine.name}",
-        highlight=False,
+def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
+    """Write what each method needs and what to choose to `console`."""
+    model, machine, rows = plan.model, plan.hardware, plan.advice.rows
+    dtype, length = ("bfloat16" if rows[0].workload.bf16 else "float32"), rows[0].workload.seq_length
+    say(
+        console,
+        f"{model.num_parameters / 1e6:.0f} M parameters, {model.num_trained / 1e6:.0f} M trained, in {dtype}, "
+        f"{length} tokens an example",
+        f"{machine.name}: {_there(machine)}",
     )
-    console.print(_times(plan.forecasts))
-    console.print(_memory(plan.forecasts))
-    for line in _misfits(plan.forecasts):
-        console.print(Text(line))
-    advice, best = plan.advice, plan.advice.forecast
-    console.print(
-        f"recommended: --method lsp --lsp.subspace_dim {advice.subspace_dim} --lsp.nnz_per_row {advice.nnz_per_row} "
-        f"--runtime.num_shards {advice.num_shards} --runtime.shard_threads {advice.shard_threads} "
-        f"--runtime.policy {advice.policy}: {_seconds(best.step_s)} a step, {best.tokens_per_s:.0f} tokens/s, "
-        f"{best.device.peak_bytes / 1e9:.2f} GB on the device",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print()
+    console.print(_methods(rows))
+    console.print()
+    say(console, *_LEGEND)
+    if config.verbose:
+        for table in (_memory(rows), _times(plan.by_policy())):
+            console.print()
+            console.print(table)
+    best = plan.advice.recommended
+    if best is not None:
+        head, *others = recommendation(rows, best)
+        say(console, "", head, command_of(config, best), *others)
 
 
-def _times(forecasts: tuple[Forecast, ...]) -> Table:
-    table = Table(title="time", title_justify="left")
-    for header in ("method", "policy"):
-        table.add_column(header, no_wrap=True)
-    for header in ("step", "tokens/s", "exposed", "each way"):
-        table.add_column(header, justify="right")
-    table.add_column("bottleneck")
-    for entry in forecasts:
+def say(console: Console, *lines: str) -> None:
+    """Write lines as they are: what is to be pasted is not broken."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def recommendation(rows: tuple[Forecast, ...], best: Forecast) -> list[str]:
+    """Return a line for the method to take and one for each other one that fits."""
+    others = [row for row in rows if not row.misfits and row is not best]
+    return [
+        f"recommended: {best.workload.method}, {TRADES[best.workload.method]}",
+        *(
+            f"  --method {row.workload.method}: {_pace(row, best)} here, {TRADES[row.workload.method]}"
+            for row in others
+        ),
+    ]
+
+
+def _there(machine: HardwareProfile) -> str:
+    host = f"{machine.host_memory_bytes / 1e9:.4g} GB"
+    if not machine.on_gpu:
+        return f"{host} of memory for device and host together"
+    return f"{machine.device_memory_bytes / 1e9:.4g} GB of device memory, {host} of host memory"
+
+
+def _pace(row: Forecast, best: Forecast) -> str:
+    ratio = row.step_s / best.step_s
+    if abs(ratio - 1.0) <= _AS_FAST:
+        return "as fast"
+    return f"{1 / ratio:.2g} × faster" if ratio < 1.0 else f"{ratio:.2g} × slower"
+
+
+def _methods(rows: tuple[Forecast, ...]) -> Table:
+    table = _table("method", "batch", "ckpt", "device GB", "host GB", "step", "tokens/s")
+    table.add_column("fits", no_wrap=True)
+    for row in rows:
+        work = row.workload
         table.add_row(
-            _method(entry),
+            _method(row),
+            f"{work.batch_size} × {work.num_micro_batches}",
+            "yes" if work.gradient_checkpointing else "no",
+            f"{row.longest_bytes / 1e9:.1f}",
+            f"{row.host.total_bytes / 1e9:.1f}",
+            _seconds(row.step_s),
+            f"{row.tokens_per_s:.0f}",
+            _fits(row),
+        )
+    return table
+
+
+def _memory(rows: tuple[Forecast, ...]) -> Table:
+    """Parts below each other, methods beside each other."""
+    table = _table("GB", *(row.workload.method for row in rows))
+    parts = {
+        "weights": [row.device.weights for row in rows],
+        "projectors": [row.device.projectors for row in rows],
+        "optimizer": [row.device.optimizer_state for row in rows],
+        "activations": [row.device.activations for row in rows],
+        "gradients": [row.device.gradients for row in rows],
+        "payloads": [row.device.payload_buffers for row in rows],
+        "device, typical": [row.device.peak_bytes for row in rows],
+        "device, longest": [row.longest_bytes for row in rows],
+        "host: slots": [row.host.object_store for row in rows],
+        "host: processes": [row.host.processes for row in rows],
+        "host: weights": [row.host.weights for row in rows],
+    }
+    for name, sizes in parts.items():
+        table.add_row(name, *(f"{size / 1e9:.2f}" for size in sizes))
+    return table
+
+
+def _times(entries: list[Forecast]) -> Table:
+    table = _table("method", "policy", "step", "exposed", "MB each way")
+    table.add_column("busiest", no_wrap=True)
+    for entry in entries:
+        table.add_row(
+            entry.workload.method,
             entry.policy or "–",
             _seconds(entry.step_s),
-            f"{entry.tokens_per_s:.0f}",
             f"{entry.exposed.total_s / entry.step_s:.0%}",
-            f"{entry.bytes_each_way / 1e6:.1f} MB",
+            f"{entry.bytes_each_way / 1e6:.1f}",
             entry.bottleneck,
         )
     return table
 
 
-def _memory(forecasts: tuple[Forecast, ...]) -> Table:
-    table = Table(title="memory, GB", title_justify="left")
-    for header in ("method", "policy"):
-        table.add_column(header, no_wrap=True)
-    parts = ("weights", "projectors", "optimizer", "activations", "gradients", "payloads", "device")
-    for header in (*parts, "longest batch", "store", "host"):
-        table.add_column(header, justify="right")
-    for entry in forecasts:
-        device, host = entry.device, entry.host
-        sizes = (
-            *(device.weights, device.projectors, device.optimizer_state, device.activations),
-            *(device.gradients, device.payload_buffers, device.peak_bytes, entry.longest_bytes),
-            *(host.object_store, host.total_bytes),
-        )
-        table.add_row(_method(entry), entry.policy or "–", *(f"{size / 1e9:.2f}" for size in sizes))
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(first, no_wrap=True)
+    for header in others:
+        table.add_column(header, justify="right", no_wrap=True)
     return table
 
 
-def _misfits(forecasts: tuple[Forecast, ...]) -> list[str]:
-    """One line for each method and what it lacks, with the policies that it holds for where they differ."""
-    return list(
-        dict.fromkeys(
-            f"does not fit: {_method(entry)}{f' {entry.policy}' if entry.policy else ''}: {misfit}"
-            for entry in forecasts
-            for misfit in entry.misfits
-        )
-    )
+def _fits(row: Forecast) -> str:
+    lacking = {"GPU" if need.where == "device" else "host" for need in row.misfits}
+    return {0: "yes", 1: f"no: {''.join(lacking)}"}.get(len(lacking), "no: both")
 
 
-def _method(entry: Forecast) -> str:
-    work = entry.workload
+def _method(row: Forecast) -> str:
+    work = row.workload
     options = {
-        "lsp": f" ({work.subspace_dim}, {work.nnz_per_row})",
-        "lora": f" (r = {work.lora_rank})",
-        "galore": f" (rank {work.galore_rank})",
+        "lsp": f" d {work.subspace_dim}, r {work.nnz_per_row}",
+        "lora": f" r {work.lora_rank}",
+        "galore": f" rank {work.galore_rank}",
     }
     return work.method + options.get(work.method, "")
 
 
 def _seconds(value_s: float) -> str:
-    return f"{value_s:.2f} s" if value_s >= 1 else f"{1e3 * value_s:.1f} ms"
+    if value_s < 0.1:
+        return f"{1e3 * value_s:.3g} ms"
+    return f"{value_s:.3g} s" if value_s < 100 else f"{value_s:.0f} s"

@@ -1,34 +1,62 @@
-"""Advice: the options of LSP that suit a model and a machine."""
+"""Advice: which method fits a machine, with which options, and which of them to take."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
-from lsp_ray.config import PolicyName
+from lsp_ray.config import Method, PolicyName
 from lsp_ray.errors import ConfigError
-from lsp_ray.sim.forecast import Forecast, forecast, simulate
-from lsp_ray.sim.hardware_profile import HardwareProfile
+from lsp_ray.sim.forecast import Forecast, forecast, needs_of, simulate
+from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
+from lsp_ray.sim.memory import device_memory, host_memory
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.simulator import SimulatedStep
 from lsp_ray.sim.workload import Workload
 
 DIM_STEP = 32
 HIDDEN = 0.02  # of a step that traffic and updates may expose and still count as hidden
-_DEVICE_THREADS = 2  # of the host, for launches and copies
+_PREFERRED: tuple[Method, ...] = ("native", "lsp", "zero_offload", "galore", "lora")
+_EXACT_IS_WORTH = 1.5  # times lsp's step that zero_offload, full fine-tuning itself, may take to be preferred to it
+_SAME = 1.01  # steps within 1 % are as fast: the default policy stays
+# `delayed` is never advised: it is stale
 _ADVISED: tuple[PolicyName, ...] = ("layerwise", "earliest_deadline", "layerwise_fcfs", "sequential")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Advice:
-    """Options of a run, and the forecast for them."""
+class Choices:
+    """What may be chosen, each from what is best to what needs least; what a person gave stands alone.
 
-    subspace_dim: int
-    nnz_per_row: int
-    num_shards: int
-    shard_threads: int
-    policy: PolicyName
-    forecast: Forecast
+    Attributes:
+        methods: In the order in which they are shown.
+        batches: Examples in a micro-batch, and micro-batches in an update; their product is always the same.
+        checkpointing: Whether the backward runs each block's forward again.
+        lengths: Tokens of an example at most; a shorter one is tried where no method fits.
+        auto_dim: Whether D is the largest that is hidden (and fits), or the workload's.
+    """
+
+    methods: tuple[Method, ...]
+    batches: tuple[tuple[int, int], ...]
+    checkpointing: tuple[bool, ...]
+    lengths: tuple[int, ...]
+    auto_dim: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What each method needs, and the one to take.
+
+    Attributes:
+        rows: Of each method the first of the choices that fits, under its fastest policy; where none does the one that
+            needs least.
+        recommended: The first that fits of native; zero_offload, if its step takes at most 1.5 times lsp's; lsp;
+            zero_offload; galore; lora. None where nothing does.
+    """
+
+    rows: tuple[Forecast, ...]
+    recommended: Forecast | None
 
 
 def largest_dim(model: ModelShape) -> int:
@@ -70,37 +98,138 @@ def largest_hidden_dim(
     return DIM_STEP * (1 + bisect_left(candidates, True, key=is_exposed))
 
 
-def advise(model: ModelShape, workload: Workload, hardware: HardwareProfile) -> Advice:
-    """Return the largest hidden D for the workload's R, and shards, threads and policy of the fastest step with it.
+def advise(
+    model: ModelShape,
+    workload: Workload,
+    hardware: HardwareProfile,
+    choices: Choices,
+    typical: Callable[[Workload], Workload] | None = None,
+) -> Advice:
+    """Return what fits `hardware`, and which of it to take.
 
-    A larger R costs the device compute and lowers the bias less than a larger D does (docs/benchmarks/projection.md).
-    Among what is as fast within 1 % the fewest shards and the default policy win. `delayed` is never advised: it is
-    stale.
+    Args:
+        model: What is trained.
+        workload: A step; what `choices` hold of it is replaced.
+        hardware: Where.
+        choices: What may be varied.
+        typical: Sets the typical micro-batch for a workload's length and batch; default: the longest there can be.
+
+    Raises:
+        ConfigError: D is to be chosen, and every linear is too small for one.
     """
-    base = replace(workload, method="lsp")
-    divisions = _divisions(hardware)
-    widest = replace(base, num_shards=divisions[0][0], shard_threads=divisions[0][1])
-    base = replace(base, subspace_dim=largest_hidden_dim(model, widest, hardware))
-    options = [
-        forecast(model, replace(base, num_shards=num_shards, shard_threads=threads), hardware, name)
-        for num_shards, threads in divisions
-        for name in _ADVISED
-    ]
-    fastest_s = min(option.step_s for option in options)
-    best = next(option for option in options if option.step_s <= 1.01 * fastest_s)
-    assert best.policy is not None, "lsp always has a policy"
-    return Advice(
-        subspace_dim=best.workload.subspace_dim,
-        nnz_per_row=best.workload.nnz_per_row,
-        num_shards=best.workload.num_shards,
-        shard_threads=best.workload.shard_threads,
-        policy=best.policy,
-        forecast=best,
+    search = _Search(model=model, hardware=hardware, choices=choices, typical=typical or (lambda work: work))
+    for length in choices.lengths:
+        works = [replace(workload, method=method, seq_length=length) for method in choices.methods]
+        found = [search.first_fitting(work) for work in works]
+        fitting = {row.workload.method: row for row in found if row}
+        if fitting or length == choices.lengths[-1]:
+            break
+    rows = tuple(row or search.least(work) for row, work in zip(found, works, strict=True))
+    return Advice(rows=rows, recommended=_best(fitting) if fitting else None)
+
+
+def why_nothing_fits(model: ModelShape, advice: Advice, hardware: HardwareProfile) -> str:
+    """Say what the least would be; `advice` recommends nothing."""
+    least = min(advice.rows, key=lambda row: max(need.excess for need in row.needs))
+    need = max(least.needs, key=lambda need: need.excess)
+    whole_bytes = hardware.device_memory_bytes if need.where == "device" else hardware.host_memory_bytes
+    whole = f"nothing fits {whole_bytes / 1e9:.4g} GB"
+    weights_bytes = least.workload.element_bytes * model.num_parameters
+    if weights_bytes > whole_bytes and need.where != "shared":
+        return f"{whole}: the weights alone are {weights_bytes / 1e9:.1f} GB"
+    kept = "half of it shared" if need.where == "shared" else f"{RESERVE_BYTES / 1e9:g} GB of it kept free"
+    kind = "GPU" if need.where == "device" else "main"
+    return (
+        f"{whole} of {kind} memory, {kept}: the least is {need.needed_bytes / 1e9:.1f} GB, "
+        f"with method {least.workload.method}"
     )
 
 
-def _divisions(hardware: HardwareProfile) -> list[tuple[int, int]]:
-    """(shards, threads of each), fewest shards first, that divide the cores which the device leaves."""
-    left = max(1, hardware.num_cores - (_DEVICE_THREADS if hardware.on_gpu else 1))
-    counts = [2**power for power in range(4) if 2**power <= max(1, left // 2)]
-    return [(count, left // count) for count in counts]
+def _best(fitting: Mapping[Method, Forecast]) -> Forecast:
+    """All have the same examples in a step, so that steps can be compared."""
+    best = next(fitting[name] for name in _PREFERRED if name in fitting)
+    exact = fitting.get("zero_offload", best)
+    is_worth_it = best.workload.method == "lsp" and exact.step_s <= _EXACT_IS_WORTH * best.step_s
+    return exact if is_worth_it else best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Search:
+    """Through the choices for one method and length; arguments as in `advise`."""
+
+    model: ModelShape
+    hardware: HardwareProfile
+    choices: Choices
+    typical: Callable[[Workload], Workload]
+
+    def first_fitting(self, workload: Workload) -> Forecast | None:
+        """Under its fastest policy; None where none fits."""
+        for work in self._works(workload):
+            if _may_fit(self.model, work, self.hardware):
+                seen = self.typical(work)
+                for dim in self._dims(seen):
+                    if found := _fastest(self.model, replace(seen, subspace_dim=dim), self.hardware):
+                        return found
+        return None
+
+    def least(self, workload: Workload) -> Forecast:
+        """The last choice, under the policy that needs least."""
+        work = self.typical(list(self._works(workload))[-1])
+        entries = [forecast(self.model, work, self.hardware, policy) for policy in _policies(work)]
+        return min(entries, key=lambda entry: max(need.excess for need in entry.needs))
+
+    def _works(self, workload: Workload) -> Iterator[Workload]:
+        """Every choice with the least D of it."""
+        dim = workload.subspace_dim
+        if self._chooses_dim(workload):
+            dim = -(-workload.nnz_per_row // DIM_STEP) * DIM_STEP
+        for checkpointing, (batch_size, num_micro_batches) in product(self.choices.checkpointing, self.choices.batches):
+            yield replace(
+                workload,
+                gradient_checkpointing=checkpointing,
+                batch_size=batch_size,
+                num_micro_batches=num_micro_batches,
+                subspace_dim=dim,
+            )
+
+    def _dims(self, workload: Workload) -> Iterator[int]:
+        """The largest D that is hidden, and ever smaller ones, down to the workload's."""
+        least = workload.subspace_dim
+        if self._chooses_dim(workload):
+            dim = largest_hidden_dim(self.model, workload, self.hardware)
+            while dim > least:
+                yield dim
+                dim = dim // 2 // DIM_STEP * DIM_STEP
+        yield least
+
+    def _chooses_dim(self, workload: Workload) -> bool:
+        return self.choices.auto_dim and workload.method == "lsp"
+
+
+def _fastest(model: ModelShape, workload: Workload, hardware: HardwareProfile) -> Forecast | None:
+    """Under the policies with which it fits; None where there is none."""
+    if not _may_fit(model, workload, hardware):
+        return None
+    fitting: list[Forecast] = []
+    for policy in _policies(workload):
+        entry = forecast(model, workload, hardware, policy)
+        if not entry.misfits:
+            fitting.append(entry)
+            if entry.step_s <= _SAME * (entry.step_s - entry.exposed.total_s):
+                break  # nothing waits: no order is faster
+    fastest_s = min((entry.step_s for entry in fitting), default=0.0)
+    return next((entry for entry in fitting if entry.step_s <= _SAME * fastest_s), None)
+
+
+def _policies(workload: Workload) -> list[PolicyName | None]:
+    """A run's default first."""
+    if workload.stays_on_device:
+        return [None]
+    return sorted(_ADVISED, key=lambda name: name != "sequential") if workload.method == "zero_offload" else [*_ADVISED]
+
+
+def _may_fit(model: ModelShape, workload: Workload, hardware: HardwareProfile) -> bool:
+    """Whether it fits without payloads on the device, of which only a simulation knows."""
+    peak_bytes = device_memory(model, workload.full, 0).peak_bytes
+    host = host_memory(model, workload, on_gpu=hardware.on_gpu)
+    return all(need.fits for need in needs_of(hardware, peak_bytes, host))

@@ -8,13 +8,35 @@ from lsp_ray.config import PolicyName
 from lsp_ray.schedule.delta_room import delta_room
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.cost_model import CostModel
-from lsp_ray.sim.hardware_profile import HardwareProfile
+from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 from lsp_ray.sim.memory import DeviceMemory, HostMemory, device_memory, host_memory, peak_payload_bytes
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.simulator import Simulation, Simulator
 from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Exposed, WorkStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Bytes of one memory, and those that are there for them: all of it but the reserve."""
+
+    where: str
+    needed_bytes: float
+    there_bytes: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether they are enough."""
+        return self.needed_bytes <= self.there_bytes
+
+    @property
+    def excess(self) -> float:
+        """How many times what is there is needed."""
+        return self.needed_bytes / max(self.there_bytes, 1.0)
+
+    def __str__(self) -> str:
+        return f"{self.where} memory: {self.needed_bytes / 1e9:.1f} GB needed, {self.there_bytes / 1e9:.1f} GB there"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +49,12 @@ class Forecast:
         device: With a typical micro-batch.
         longest_bytes: Peak on the device with the longest micro-batch there can be, every token with a target: what
             has to fit.
-        host: Beside what the device needs.
+        host: Beside what the device needs where the host computes.
         bytes_each_way: Down the link in a step, and as many up.
         step_s: From a step's end to the next one's.
         exposed: Time in which the device waits for deltas, by the stream that is late.
         busy_s: Of each stream in a step.
-        misfits: What does not fit, a line each; empty where all does.
+        needs: What has to fit: into the device, the host, and the host's shared memory.
     """
 
     workload: Workload
@@ -44,7 +66,12 @@ class Forecast:
     step_s: float
     exposed: Exposed
     busy_s: dict[WorkStream, float]
-    misfits: tuple[str, ...]
+    needs: tuple[Need, ...]
+
+    @property
+    def misfits(self) -> tuple[Need, ...]:
+        """What does not fit; empty where all does."""
+        return tuple(need for need in self.needs if not need.fits)
 
     @property
     def tokens_per_s(self) -> float:
@@ -74,7 +101,7 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
     payloads = [workload.payload_bytes(layer) for layer in model.layers]
     buffers = peak_payload_bytes(simulation.spans, payloads)
     longest_bytes = device_memory(model, workload.full, buffers).peak_bytes
-    host = host_memory(model, workload)
+    host = host_memory(model, workload, on_gpu=hardware.on_gpu)
     typical = simulation.typical
     return Forecast(
         workload=workload,
@@ -86,18 +113,23 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
         step_s=typical.step_s,
         exposed=typical.exposed,
         busy_s=typical.busy_s,
-        misfits=_misfits(hardware, longest_bytes, host),
+        needs=needs_of(hardware, longest_bytes, host),
     )
 
 
-def _misfits(hardware: HardwareProfile, device_bytes: float, host: HostMemory) -> tuple[str, ...]:
-    needs = [("device", device_bytes, hardware.device_memory_bytes)]
-    if hardware.on_gpu:
-        needs.append(("host", host.total_bytes, hardware.host_memory_bytes))
-    else:  # one memory for both
-        needs = [("host", device_bytes + host.total_bytes, hardware.host_memory_bytes)]
-    return tuple(
-        f"{where} memory: {needed / 1e9:.1f} GB needed, {there / 1e9:.1f} GB there"
-        for where, needed, there in needs
-        if needed > there
+def needs_of(hardware: HardwareProfile, device_bytes: float, host: HostMemory) -> tuple[Need, ...]:
+    """Return what has to fit, given the device's peak and the host's memory."""
+    device_there, host_there = (
+        max(0.0, size_bytes - RESERVE_BYTES)
+        for size_bytes in (hardware.device_memory_bytes, hardware.host_memory_bytes)
+    )
+    # Linux gives shared memory half of the host's, and a run whose slots are larger is refused
+    shared = Need(where="shared", needed_bytes=host.object_store, there_bytes=hardware.host_memory_bytes / 2)
+    if not hardware.on_gpu:  # one memory for both
+        needed_bytes = device_bytes + host.total_bytes
+        return (Need(where="host", needed_bytes=needed_bytes, there_bytes=min(device_there, host_there)), shared)
+    return (
+        Need(where="device", needed_bytes=device_bytes, there_bytes=device_there),
+        Need(where="host", needed_bytes=host.total_bytes, there_bytes=host_there),
+        shared,
     )

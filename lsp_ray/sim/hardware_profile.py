@@ -6,17 +6,25 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from lsp_ray.errors import ConfigError
 
 FIELD = "hardware"
+RESERVE_BYTES = 1e9  # of each memory: CUDA's context, the allocator's gaps, a desktop; the rest of the system
 _BELOW_ONE = ("pageable_fraction", "shared_link_rate")
+_BF16_PAYS = 0.75  # of float32's time that bfloat16's products take at most where it is worth it, as in a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
     """Rates that are reached, not those that are advertised; bytes and seconds.
+
+    A card of "24 GB" is taken to have 24 · 10⁹ bytes, here and wherever something has to fit; what it has beyond that,
+    error correction and its driver take.
 
     Attributes:
         name: The file's name, or `measured`.
@@ -65,6 +73,11 @@ class HardwareProfile:
             if name in _BELOW_ONE and value > 1:
                 raise ConfigError(f"{FIELD}.{name}", "be at most 1", value)
 
+    @property
+    def bf16_pays(self) -> bool:
+        """Whether bfloat16 is faster than float32, so that a run takes it where nothing is said."""
+        return self.device_float32_flops <= _BF16_PAYS * self.device_bf16_flops
+
 
 def figure_names() -> list[str]:
     """What a profile must say."""
@@ -78,18 +91,30 @@ def hardware_names() -> list[str]:
 
 
 def load_hardware(name: str) -> HardwareProfile:
-    """Return the machine of this name.
+    """Return the machine of this name (`RTX 4090` is rtx4090), or the one that a .toml file describes.
 
     Raises:
-        ConfigError: There is no such profile.
+        ConfigError: There is no such profile, or it cannot be read.
     """
-    if name not in hardware_names():
-        raise ConfigError(FIELD, f"be one of {', '.join(hardware_names())}", name)
-    text = (files("lsp_ray.sim") / "profiles" / f"{name}.toml").read_text(encoding="utf-8")
-    return parse_hardware(name, tomllib.loads(text))
+    if name.endswith(".toml"):
+        return _read(name, Path(name))
+    known = name.lower().replace(" ", "")
+    if known not in hardware_names():
+        close = get_close_matches(known, hardware_names(), n=1, cutoff=0.8)
+        hint = f"did you mean {close[0]}?" if close else ""
+        raise ConfigError(FIELD, f"be one of {', '.join(hardware_names())}, or a .toml file of such", name, hint=hint)
+    return _read(known, files("lsp_ray.sim") / "profiles" / f"{known}.toml")
 
 
-def parse_hardware(name: str, content: Mapping[str, Mapping[str, object]]) -> HardwareProfile:
+def _read(name: str, file: Traversable) -> HardwareProfile:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # not UTF-8 and not TOML are ValueErrors
+        raise ConfigError(FIELD, "be a readable TOML file", name, hint=" ".join(str(error).split())) from error
+    return parse_hardware(name, content)
+
+
+def parse_hardware(name: str, content: Mapping[str, object]) -> HardwareProfile:
     """Return the machine that a profile describes: a table `value`, `source` for every figure.
 
     Raises:
@@ -100,10 +125,10 @@ def parse_hardware(name: str, content: Mapping[str, Mapping[str, object]]) -> Ha
         raise ConfigError(f"{FIELD}.{unknown[0]}", f"be one of {', '.join(figure_names())}", unknown[0])
     values: dict[str, float] = {}
     for figure in figure_names():
-        entry = content.get(figure, {})
-        value = entry.get("value")
-        if not isinstance(value, int | float) or not entry.get("source"):
-            raise ConfigError(f"{FIELD}.{figure}", f"have a number as value and a source in {name}", dict(entry))
+        entry = content.get(figure)
+        value, source = (entry.get("value"), entry.get("source")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(value, int | float) or not source:
+            raise ConfigError(f"{FIELD}.{figure}", f"have a number as value and a source in {name}", entry)
         values[figure] = value
     num_cores = int(values.pop("num_cores"))
     return HardwareProfile(name=name, on_gpu=True, num_cores=num_cores, **values)

@@ -53,10 +53,12 @@ class HostMemory:
     Attributes:
         object_store: Shared memory, as `sim.store` counts it.
         processes: Python with torch, several times.
+        weights: On their way to a GPU, before training; where the host computes the device's own are these.
     """
 
     object_store: float
     processes: float
+    weights: float
 
     @property
     def total_bytes(self) -> float:
@@ -102,8 +104,8 @@ def loss_bytes(
     return max(_CHUNK_BYTES * at_once * vocabulary, gradient) + gradient
 
 
-def host_memory(model: ModelShape, workload: Workload) -> HostMemory:
-    """Return the host's memory beside what the device needs where the host computes."""
+def host_memory(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostMemory:
+    """Return the host's memory, beside what the device needs where the host computes."""
     sizes = [] if workload.stays_on_device else [workload.payload_numel(layer) for layer in model.layers]
     store = store_bytes(
         sizes,
@@ -111,7 +113,11 @@ def host_memory(model: ModelShape, workload: Workload) -> HostMemory:
         speculates=workload.speculates,
         payload_dtype=workload.payload_dtype,
     )
-    return HostMemory(object_store=store, processes=(2 + (workload.num_shards if sizes else 0)) * _PROCESS_BYTES)
+    return HostMemory(
+        object_store=store,
+        processes=(2 + (workload.num_shards if sizes else 0)) * _PROCESS_BYTES,
+        weights=float(workload.element_bytes * model.num_parameters) if on_gpu else 0.0,
+    )
 
 
 def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:
@@ -120,15 +126,17 @@ def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> i
     A payload lies there from the end of its layer's backward to the end of its way down, a delta from the start of its
     way up until the forward that added it is done.
     """
-    computed = sorted((span for span in spans if span.stream is WorkStream.GPU), key=lambda span: span.end_s)
+    computed: dict[int, list[Span]] = {}
+    for span in sorted((span for span in spans if span.stream is WorkStream.GPU), key=lambda span: span.end_s):
+        computed.setdefault(span.layer, []).append(span)
     changes: list[tuple[float, int]] = []
     for span in spans:
-        size = payload_bytes[span.layer]
+        size, runs = payload_bytes[span.layer], computed.get(span.layer, [])
         if span.stream is WorkStream.D2H:
-            made_s = max((run.end_s for run in computed if _made(run, span)), default=span.start_s)
+            made_s = max((run.end_s for run in runs if _made(run, span)), default=span.start_s)
             changes += [(made_s, size), (span.end_s, -size)]
         elif span.stream is WorkStream.H2D:
-            read_s = min((run.end_s for run in computed if _read(run, span)), default=span.end_s)
+            read_s = min((run.end_s for run in runs if _read(run, span)), default=span.end_s)
             changes += [(span.start_s, size), (read_s, -size)]
     held = peak = 0
     for _, change in sorted(changes):
@@ -138,11 +146,11 @@ def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> i
 
 
 def _made(run: Span, sent: Span) -> bool:
-    return (run.step, run.layer) == (sent.step, sent.layer) and run.end_s <= sent.start_s
+    return run.step == sent.step and run.end_s <= sent.start_s
 
 
 def _read(run: Span, brought: Span) -> bool:
-    return run.layer == brought.layer and run.step > brought.step and run.start_s >= brought.end_s
+    return run.step > brought.step and run.start_s >= brought.end_s
 
 
 def _compressing_bytes(workload: Workload, layer: LayerShape) -> float:
