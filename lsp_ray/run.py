@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
 from itertools import pairwise
 from types import NoneType
@@ -115,7 +116,8 @@ def _in_words(hint: Any) -> str:
 
 
 def _fail(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    with suppress(OSError):  # the terminal may be what has gone
+        print(line, file=sys.stderr)
     return code
 
 

@@ -103,6 +103,7 @@ def test_the_service_starts_a_run_with_options_that_exist() -> None:
     unit.read_string(UNIT.read_text(encoding="utf-8"))
     service = unit["Service"]
     assert service["User"] not in ("", "root")
+    assert service["KillMode"] == "mixed"
     command = service["ExecStart"].split()
     assert command[1:4] == ["-P", "-m", "lsp_ray.run"]
     known = {f"--{field.name}" for field in fields(RunConfig)} | {"--config"}

@@ -25,7 +25,7 @@ from lsp_ray.methods.lora import check_lora
 from lsp_ray.methods.lsp import lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import check_weights, load_skeleton, load_tokenizer
+from lsp_ray.models.load import check_saving, check_weights, load_skeleton, load_tokenizer
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.optim.codec import Codec
 from lsp_ray.projection.projector_file import load_projectors
@@ -171,6 +171,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     skeleton = load_skeleton(model_folder, task=tokenized.task, num_labels=len(label_names))
     _check_positions(skeleton, tokenizer, config)
     check_weights(model_folder)
+    check_saving(skeleton, tokenizer, model_folder)
     layers = find_layers(skeleton)
     _check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
