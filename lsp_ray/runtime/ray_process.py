@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,19 +12,21 @@ from ray._private import services
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class RayProcess(subprocess.Popen[bytes]):
+class RayProcess(services.ConsolePopen):
     """In a session of its own, and deaf to what a terminal or a service manager sends; what it starts inherits both.
 
     So the driver ends a run in order, with its actors' help, whoever else was sent the signal: its process group, its
     control group. Ray lets the kernel kill these processes when the driver dies.
     """
 
-    def __init__(self, *args: Any, preexec_fn: Callable[[], None], **options: Any) -> None:
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        before_exec = options.pop("preexec_fn")
+
         def prepare() -> None:
-            preexec_fn()
+            before_exec()
             signal.pthread_sigmask(signal.SIG_BLOCK, _DEAF_TO)
 
-        super().__init__(*args, preexec_fn=prepare, start_new_session=True, **options)
+        super().__init__(command, preexec_fn=prepare, start_new_session=True, **options)
 
     def terminate(self) -> None:
         """Ray sends SIGTERM first and waits a second for each process; no process here would hear it."""
@@ -34,10 +35,10 @@ class RayProcess(subprocess.Popen[bytes]):
 
 @contextmanager
 def starting_apart() -> Iterator[None]:
-    """Within the context what Ray starts is a `RayProcess`: its own class has no setting for that."""
+    """Within the context what Ray starts is a `RayProcess`: Ray itself has no setting for that."""
     before = services.ConsolePopen
-    services.ConsolePopen = RayProcess
+    services.ConsolePopen = RayProcess  # type: ignore[misc]
     try:
         yield
     finally:
-        services.ConsolePopen = before
+        services.ConsolePopen = before  # type: ignore[misc]
