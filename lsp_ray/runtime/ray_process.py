@@ -37,7 +37,7 @@ class RayProcess(services.ConsolePopen):
 def starting_apart() -> Iterator[None]:
     """Within the context what Ray starts is a `RayProcess`: Ray itself has no setting for that."""
     before = services.ConsolePopen
-    services.ConsolePopen = RayProcess  # type: ignore[misc]
+    services.ConsolePopen = RayProcess  # type: ignore[misc, assignment]
     try:
         yield
     finally:
