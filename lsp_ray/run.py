@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError, LspRayError, StoppedError
 from lsp_ray.launch import run_config
+from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.runtime.stop_signal import StopSignal
 
 _SWITCHES = ("--bf16", "--gradient_checkpointing", "--lsp.balance", "--runtime.dashboard")
@@ -32,6 +33,7 @@ _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for what failed underway."""
+    wait_passively()
     with StopSignal() as stop:
         try:
             run_config(parse(sys.argv[1:] if argv is None else argv), stop=stop)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lsp_ray.errors import ConfigError, LspRayError
+from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.plan.options import PlanConfig
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch is imported
@@ -25,6 +26,7 @@ _SWITCHES = ("--measure", "--bf16", "--gradient_checkpointing", "--json", "--run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for what a person can mend."""
+    wait_passively()
     try:
         _plan(_parse(sys.argv[1:] if argv is None else argv))
     except LspRayError as error:

@@ -18,6 +18,7 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
 from lsp_ray.errors import WorkerLostError
+from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
 from lsp_ray.runtime.leftovers import note_session, own_folder
 from lsp_ray.runtime.ray_process import starting_apart
 
@@ -99,8 +100,9 @@ def _end_ray(before: Set[psutil.Process]) -> None:
 
 
 def _wanted(token_path: Path) -> dict[str, str]:
-    """What Ray reads from the environment when it starts."""
+    """What Ray, and its workers' OpenMP, read from the environment when they start."""
     return {
+        **PASSIVE_WAITING,
         "RAY_AUTH_TOKEN_PATH": str(token_path),  # Ray asks for a token by default; this one is this cluster's alone
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the name is history: it keeps Ray's processes on the loopback
         "RAY_worker_niceness": "0",  # Ray's default of 15 starves the actors beside other programs
