@@ -214,7 +214,9 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     save_steps: int = 500
-    """Steps between checkpoints (checkpoint-N in output_dir), from which a run can go on; 0 saves on Ctrl-C only."""
+    """Steps between checkpoints (checkpoint-N in output_dir), from which a run can go on; Ctrl-C saves in any case."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints where save_steps would be later; 0 for either leaves it to the other."""
     save_total_limit: int | None = 2
     """Checkpoints kept, the newest ones; null keeps all."""
     resume_from_checkpoint: str | None = None
@@ -239,6 +241,7 @@ class RunConfig:
             "max_grad_norm",
             "warmup_steps",
             "save_steps",
+            "save_minutes",
             "seed",
             "eval_steps",
             "max_eval_answers",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsp_ray.errors import ConfigError, LspRayError
+from lsp_ray.passive_waiting import wait_passively
 
 if TYPE_CHECKING:  # --help is answered before torch is imported
     import torch
@@ -56,6 +57,7 @@ class Exported:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for a failed check."""
     options = _parser().parse_args(argv)
+    wait_passively()
     try:
         exported = export(options.run_dir, options.output_dir, options.dtype)
     except ConfigError as error:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.passive_waiting import wait_passively
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for what a person can mend."""
     options = _parser().parse_args(argv)
+    wait_passively()
     try:
         if options.max_new_tokens < 1:
             raise ConfigError("max_new_tokens", "be at least 1", options.max_new_tokens)

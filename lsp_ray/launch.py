@@ -61,6 +61,7 @@ def run_config(
         from lsp_ray.report.progress import Progress
         from lsp_ray.runtime.cluster import ray_cluster
         from lsp_ray.runtime.host_memory import check_memory, read_host_memory
+        from lsp_ray.runtime.leftovers import clear_leftovers
         from lsp_ray.runtime.persistence import fine_tune_persistently
         from lsp_ray.runtime.ray_workers import RayWorkers
 
@@ -73,6 +74,7 @@ def run_config(
             check_memory(job, read_host_memory())
             progress.total_steps = job.num_steps
             progress.note(_plan_line(job))
+            clear_leftovers(output_dir, progress.note)
             progress.phase("starting Ray")
             with ray_cluster(
                 num_actors=1 + job.layout.num_shards,

@@ -13,6 +13,7 @@ from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
 
 DEFAULT_OUTPUT = "lsp_output"
+SAVING = ".saving-"  # folders of saves that are not done begin so
 
 
 @contextmanager

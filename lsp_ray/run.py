@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
 from itertools import pairwise
 from types import NoneType
@@ -22,6 +23,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError, LspRayError, StoppedError
 from lsp_ray.launch import run_config
+from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.runtime.stop_signal import StopSignal
 
 _SWITCHES = ("--bf16", "--gradient_checkpointing", "--lsp.balance", "--runtime.dashboard")
@@ -31,6 +33,7 @@ _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number",
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for what failed underway."""
+    wait_passively()
     with StopSignal() as stop:
         try:
             run_config(parse(sys.argv[1:] if argv is None else argv), stop=stop)
@@ -115,7 +118,8 @@ def _in_words(hint: Any) -> str:
 
 
 def _fail(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    with suppress(OSError):  # the terminal may be what has gone
+        print(line, file=sys.stderr)
     return code
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -27,6 +25,7 @@ from lsp_ray.launch import RunResult, run_config
 from lsp_ray.models.load import load_config, save_model
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.models.trained import label_names
+from lsp_ray.runtime.leftovers import own_folder
 
 HELD_OUT_SHARE = 10  # one row in so many is held out where no eval_dataset is given
 GIVEN = "(rows given to LSPTrainer)"
@@ -108,9 +107,10 @@ class LSPTrainer:
         """
         if isinstance(self._model, str):
             return self._run(self._model)
-        with tempfile.TemporaryDirectory(prefix="lsp_ray-model-") as folder:
-            save_model(self._model, self._tokenizer, Path(folder))
-            return self._run(folder)
+        with own_folder() as private:
+            folder = private / "model"
+            save_model(self._model, self._tokenizer, folder)
+            return self._run(str(folder))
 
     def _run(self, model_name: str) -> RunResult:
         config = replace(self._config, model_name_or_path=model_name)

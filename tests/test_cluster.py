@@ -39,12 +39,14 @@ with ray_cluster(num_actors=1, store_bytes=96 << 20, dashboard=True) as cluster:
         for connection in psutil.net_connections(kind="tcp")
         if connection.pid in ours and connection.status == psutil.CONN_LISTEN
     ]
+    policies = {child.environ().get("OMP_WAIT_POLICY") for child in psutil.Process().children(recursive=True)}
     token = Path(cluster.token_path)
     print(json.dumps({
         "url": cluster.dashboard_url,
         "addresses": sorted({address.ip for address in listening}),
         "ports": [address.port for address in listening],
         "metrics_port": metrics_port,
+        "wait_policies": sorted(map(str, policies)),
         "token_mode": token.stat().st_mode & 0o777,
         "folder_mode": token.parent.stat().st_mode & 0o777,
         "status_without_token": status(cluster.dashboard_url + "/api/version"),
@@ -80,3 +82,7 @@ def test_a_taken_port_is_no_obstacle_to_the_dashboard(seen: dict[str, Any]) -> N
 def test_the_dashboard_asks_for_the_token_which_is_private(seen: dict[str, Any]) -> None:
     assert seen["status_without_token"] == 401
     assert (seen["token_mode"], seen["folder_mode"]) == (0o600, 0o700)
+
+
+def test_what_ray_starts_waits_passively(seen: dict[str, Any]) -> None:
+    assert seen["wait_policies"] == ["passive"]

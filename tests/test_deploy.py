@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -103,6 +107,7 @@ def test_the_service_starts_a_run_with_options_that_exist() -> None:
     unit.read_string(UNIT.read_text(encoding="utf-8"))
     service = unit["Service"]
     assert service["User"] not in ("", "root")
+    assert service["KillMode"] == "mixed"
     command = service["ExecStart"].split()
     assert command[1:4] == ["-P", "-m", "lsp_ray.run"]
     known = {f"--{field.name}" for field in fields(RunConfig)} | {"--config"}
@@ -122,8 +127,66 @@ def test_systemd_has_nothing_to_say_against_the_service(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ray-workstation.yaml", "ray-cluster.yaml"])
-def test_rays_launcher_takes_the_cluster_files(name: str) -> None:
+def test_rays_launcher_takes_the_cluster_files_and_every_ray_asks_for_the_token(name: str) -> None:
     config = loaded(DEPLOY / name)
     validate_config(prepare_config(config))
-    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
-        assert "0.0.0.0" not in command
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert not any("0.0.0.0" in command for command in commands)
+        assert all(command.startswith("RAY_AUTH_MODE=token ") for command in commands if " ray start " in command)
+        assert all(" start " in command or command in ("ray stop", CLOSE_TOKEN) for command in commands)
+
+
+CLOSE_TOKEN = "chmod 600 ~/.ray/auth_token"
+CLIENT = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+print(ray.get(ray.remote(lambda: "ran").remote()))
+"""
+
+
+def test_rays_head_on_a_workstation_is_on_the_loopback_interface_and_refuses_who_has_no_token(tmp_path: Path) -> None:
+    config = loaded(DEPLOY / "ray-workstation.yaml")
+    [command] = [command for command in config["head_start_ray_commands"] if " ray start " in command]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = re.sub(r" --autoscaling-config=\S+", "", command).replace(
+        "--port=6379", f"--port={address.split(':')[1]}"
+    )
+    command += " --include-dashboard=false --num-cpus=1 --object-store-memory=100000000 --block"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("5" * 64)
+    head = subprocess.Popen(command, shell=True, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert head.stdout is not None
+        assert any("Ray runtime started" in line for line in head.stdout)
+        processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+        listening = {
+            connection.laddr.ip
+            for process in processes
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        clients = [
+            subprocess.Popen(
+                [sys.executable, "-c", CLIENT, address],
+                # the address that Ray answers to is not looked for on other interfaces
+                env={**environment, "RAY_AUTH_MODE": mode, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            for mode in ("token", "disabled")
+        ]
+        said = [client.communicate(timeout=200)[0] for client in clients]
+        assert said == ["ran\n", ""]
+        assert [client.returncode for client in clients] == [0, 1]
+    finally:
+        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+            process.kill()
+        head.communicate()

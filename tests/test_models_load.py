@@ -3,17 +3,35 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers import logging as transformers_logging
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import find_layers
-from lsp_ray.models.load import load_config, load_model, load_skeleton, load_tokenizer, save_model, silenced
+from lsp_ray.models.load import (
+    check_saving,
+    load_config,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    save_model,
+    silenced,
+)
+from lsp_ray.output_folder import SAVING
 from tests.tiny import (
     CHAT_TEMPLATE,
     CLASSIFIERS,
@@ -249,14 +267,42 @@ def test_the_cache_is_off_in_training_and_on_in_the_saved_model(tmp_path: Path) 
     assert load_config(tmp_path / "end").use_cache is True
 
 
-def test_a_generation_config_that_transformers_would_refuse_to_save_is_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [{"do_sample": False, "temperature": 0.5}, {"num_beams": 1, "early_stopping": True}],
+    ids=["sampling without sampling", "beams without beams"],
+)
+def test_a_generation_config_that_transformers_would_refuse_to_save_is_saved_as_it_is(
+    tmp_path: Path, content: dict[str, Any]
+) -> None:
     folder = write_tiny_model(tmp_path / "start", "llama")
-    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.5, "eos_token_id": 2}')
+    (folder / "generation_config.json").write_text(json.dumps(content))
     model = load_causal(folder)
     assert model.generation_config is not None
-    model.generation_config.eos_token_id = 3
+    model.generation_config.eos_token_id = 3  # transformers is strict with what was changed
+    check_saving(model, tiny_tokenizer(), folder)
     save_model(model, tiny_tokenizer(), tmp_path / "end")
-    assert json.loads((tmp_path / "end" / "generation_config.json").read_text())["temperature"] == 0.5
+    saved = json.loads((tmp_path / "end" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == 3
+    again = load_causal(tmp_path / "end").generation_config
+    assert again is not None
+    assert {name: getattr(again, name) for name in content} == content
+
+
+class Unsavable(PreTrainedTokenizerFast):
+    def save_pretrained(self, *_args: object, **_kwargs: object) -> tuple[str, ...]:
+        raise TypeError("Object of type set is not JSON serializable")
+
+
+def test_what_cannot_be_saved_is_refused_before_and_costs_no_weights_after(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    tokenizer = Unsavable(tokenizer_object=Tokenizer(WordLevel()))  # type: ignore[no-untyped-call]
+    with pytest.raises(ConfigError, match=r"model_name_or_path must be a model that can be saved.*not JSON serial"):
+        check_saving(model, tokenizer, tmp_path)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_model(model, tokenizer, tmp_path / "end")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "end").iterdir()}
+    assert not list((tmp_path / "end").glob(f"{SAVING}*"))
 
 
 def test_saving_keeps_other_files_and_removes_an_older_saves_shards(tmp_path: Path) -> None:

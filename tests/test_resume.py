@@ -76,6 +76,23 @@ def test_what_a_stale_policy_keeps_back_is_saved(tmp_path: Path, method: str, pa
     assert_goes_on(tmp_path, "llama", (1, 9), method=method, max_steps=11, runtime=runtime, **changes)
 
 
+@pytest.mark.parametrize("policy", ["layerwise", "delayed"])
+def test_checkpoints_by_the_clock_change_no_bit_and_can_be_gone_on_from(tmp_path: Path, policy: str) -> None:
+    changes: dict[str, Any] = {"save_steps": 0, "runtime": {"policy": policy}}
+    job = tiny_job(tmp_path, **changes)
+    for name, save_minutes in (("never", 0.0), ("often", 1e-9)):
+        run_on_threads(tiny_job(tmp_path, save_minutes=save_minutes, save_total_limit=None, **changes), tmp_path / name)
+    assert not checkpoints(tmp_path / "never")
+    often = checkpoints(tmp_path / "often")
+    assert min(often) < job.num_steps
+    again = resumed(tiny_job(tmp_path, **changes), often[min(often)])
+    run_on_threads(again, tmp_path / "again")
+    whole = saved_weights(job, tmp_path / "never")
+    for name in ("often", "again"):
+        for weight, tensor in saved_weights(job, tmp_path / name).items():
+            assert torch.equal(tensor, whole[weight]), (name, weight)
+
+
 @pytest.mark.parametrize("method", ["zero_offload", "native", "lora", "galore"])
 def test_the_baselines_go_on_bit_for_bit(tmp_path: Path, method: str) -> None:
     galore = GaloreConfig(rank=8, update_proj_gap=2)

@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +32,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from lsp_ray.config import Task
 from lsp_ray.errors import ConfigError
+from lsp_ray.output_folder import SAVING
 
 FIELD = "model_name_or_path"
 _CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
@@ -190,29 +193,78 @@ def save_model(
 
     Linears may have been replaced by modules with the same parameter names; where other names came with them, `state`
     is what the plain model would hold. Files are written aside and moved into
-    place one by one: a reader sees each old or new, never half of it. The folder's other files stay.
+    place one by one: a reader sees each old or new, never half of it. The folder's other files stay. The weights are in
+    their place before anything else is tried.
 
     Raises:
         OSError: The folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".saving-{uuid4().hex}"
+    staging = folder / f"{SAVING}{uuid4().hex}"
     staging.mkdir()
     try:
-        with silenced():
+        with silenced(), _without_generation_config(model):
             model.save_pretrained(staging, state_dict=dict(state or model.state_dict()))
-            _saved_config(model).save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-        fresh = {path.name for path in staging.iterdir()}
-        mode = (staging / "config.json").stat().st_mode  # safetensors' own files are closed to others, umask or not
-        for name in sorted(fresh):
-            (staging / name).chmod(mode)
-            (staging / name).replace(folder / name)
+        weights = _move(staging, folder)
         for path in folder.iterdir():  # an older save's shards would be loaded instead of this one's
-            if _SHARD_OR_INDEX.fullmatch(path.name) and path.name not in fresh:
+            if _SHARD_OR_INDEX.fullmatch(path.name) and path.name not in weights:
                 path.unlink()
+        _save_description(model, tokenizer, staging)
+        _move(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Try to save all but weights, so that nothing of it can fail once a model is trained.
+
+    Args:
+        model: A skeleton will do.
+        tokenizer: Its own.
+        folder: Where both are from.
+
+    Raises:
+        ConfigError: It cannot be saved.
+    """
+    with tempfile.TemporaryDirectory(prefix="lsp_ray-trial-") as trial:
+        try:
+            _save_description(model, tokenizer, Path(trial))
+        except Exception as error:  # whatever it is would be raised again after training
+            raise ConfigError(FIELD, "be a model that can be saved", str(folder), hint=one_line(error)) from error
+
+
+def _save_description(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write configurations, tokenizer and chat template."""
+    with silenced():
+        _saved_config(model).save_pretrained(folder)
+        generation = getattr(model, "generation_config", None)  # a classifier has none
+        if generation is not None:  # as it is: its own save_pretrained refuses many that people publish
+            generation.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context the model has a default one, which can always be saved."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        yield
+        return
+    model.generation_config = type(generation)()
+    try:
+        yield
+    finally:
+        model.generation_config = generation
+
+
+def _move(staging: Path, folder: Path) -> set[str]:
+    """Move all files, readable to whom the configuration is; returns their names."""
+    names = {path.name for path in staging.iterdir()}
+    mode = (staging / "config.json").stat().st_mode  # safetensors' own files are closed to others, umask or not
+    for name in sorted(names):
+        (staging / name).chmod(mode)
+        (staging / name).replace(folder / name)
+    return names
 
 
 @contextmanager
@@ -282,12 +334,6 @@ def _check_complete(report: Mapping[str, Any], folder: Path, *, classifier: bool
 def _make_trainable(model: PreTrainedModel) -> None:
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values of past tokens serve generation only
-    generation = getattr(model, "generation_config", None)  # a classifier has none
-    if generation is not None and not generation.do_sample:
-        try:
-            generation.validate(strict=True)
-        except ValueError:  # sampling options without sampling: transformers loads such files and refuses to save them
-            generation.do_sample = True
 
 
 def _saved_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lsp_ray.errors import ConfigError, LspRayError
 from lsp_ray.plan.command import command_of
+from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.plan.options import PlanConfig
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch is imported
@@ -29,6 +30,7 @@ _SWITCHES = ("--measure", "--bf16", "--gradient_checkpointing", "--json", "--ver
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 where nothing fits, or 2 for what a person can mend."""
+    wait_passively()
     try:
         return _plan(_parse(sys.argv[1:] if argv is None else argv))
     except LspRayError as error:

@@ -45,6 +45,11 @@ def checkpoints(run_folder: Path) -> dict[int, Path]:
     return {step: found[step] for step in sorted(found) if (found[step] / FACTS).is_file()}
 
 
+def unfinished(run_folder: Path) -> list[Path]:
+    """Return folders that were to become checkpoints, or are no more; nobody may be at work in `run_folder`."""
+    return sorted(run_folder.glob(".checkpoint-*"))
+
+
 def way_on(run_folder: Path) -> str:
     """Say which checkpoint is the last, and with which command the run goes on from it."""
     saved = list(checkpoints(run_folder).values())
@@ -72,7 +77,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._underway: Future[None] | None = None
         self._is_given_up = False
-        for path in run_folder.glob(".checkpoint-*"):  # what a run that was killed had not finished
+        for path in unfinished(run_folder):  # what was lost with its actor
             shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> Checkpoints:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
 from lsp_ray.errors import WorkerLostError
+from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
+from lsp_ray.runtime.leftovers import note_session, own_folder
+from lsp_ray.runtime.ray_process import starting_apart
+
+END_TIMEOUT_S = 10.0  # a killed process is gone at once, unless the kernel is busy with what it held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,29 +48,30 @@ def ray_cluster(
     if ray.is_initialized():
         yield ClusterInfo()
         return
-    private = Path(tempfile.mkdtemp(prefix="lsp_ray-"))  # mode 0700
+    others = set(psutil.Process().children())
     before = _environment()
     reaches_others = ray_constants.ENABLE_RAY_CLUSTER
-    try:
-        _set_environment(private)
-        context = _started(
-            address="local",
-            num_cpus=num_actors,  # a unit of Ray's, not a core: Ray starts that many processes at once, torch in each
-            num_gpus=num_gpus,
-            object_store_memory=store_bytes,
-            include_dashboard=dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        url = f"http://{context.dashboard_url}" if dashboard and context.dashboard_url else ""
-        yield ClusterInfo(dashboard_url=url, token_path=os.environ["RAY_AUTH_TOKEN_PATH"] if url else "")
-    finally:
-        ray.shutdown()
-        ray_constants.ENABLE_RAY_CLUSTER = reaches_others
-        _restore_environment(before)
-        shutil.rmtree(private, ignore_errors=True)
+    with own_folder() as private:
+        try:
+            _set_environment(private)
+            context = _started(
+                address="local",
+                num_cpus=num_actors,  # a unit of Ray's, not a core: Ray starts that many processes, torch in each
+                num_gpus=num_gpus,
+                object_store_memory=store_bytes,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            note_session(private, context.address_info["session_dir"])
+            url = f"http://{context.dashboard_url}" if dashboard and context.dashboard_url else ""
+            yield ClusterInfo(dashboard_url=url, token_path=os.environ["RAY_AUTH_TOKEN_PATH"] if url else "")
+        finally:
+            _end_ray(others)
+            ray_constants.ENABLE_RAY_CLUSTER = reaches_others
+            _restore_environment(before)
 
 
 def _started(**options: Any) -> Any:
@@ -75,14 +80,29 @@ def _started(**options: Any) -> Any:
     # setting of its own (from the environment, but read when it is imported) every port is on the loopback interface
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        return ray.init(**options)
+        with starting_apart():
+            return ray.init(**options)
     except (RuntimeError, OSError, ValueError, RayError) as error:
         raise WorkerLostError(f"Ray did not start: {str(error).splitlines()[0]}") from error
 
 
+def _end_ray(before: Set[psutil.Process]) -> None:
+    """Stop Ray; its raylet is killed, see `RayProcess`, and what that has started would outlive it a while."""
+    started = [child for child in psutil.Process().children() if child not in before]
+    for process in list(started):
+        with suppress(psutil.NoSuchProcess):
+            started += process.children(recursive=True)
+    ray.shutdown()
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(started, timeout=END_TIMEOUT_S)
+
+
 def _wanted(token_path: Path) -> dict[str, str]:
-    """What Ray reads from the environment when it starts."""
+    """What Ray, and its workers' OpenMP, read from the environment when they start."""
     return {
+        **PASSIVE_WAITING,
         "RAY_AUTH_TOKEN_PATH": str(token_path),  # Ray asks for a token by default; this one is this cluster's alone
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the name is history: it keeps Ray's processes on the loopback
         "RAY_worker_niceness": "0",  # Ray's default of 15 starves the actors beside other programs

@@ -26,7 +26,7 @@ from lsp_ray.methods.lsp import lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.attention import check_packing
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import check_weights, load_skeleton, load_tokenizer
+from lsp_ray.models.load import check_saving, check_weights, load_skeleton, load_tokenizer
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.optim.codec import Codec
 from lsp_ray.projection.projector_file import load_projectors
@@ -175,6 +175,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     if config.packing:
         check_packing(skeleton.config, tokenized.task, config.max_seq_length)
     check_weights(model_folder)
+    check_saving(skeleton, tokenizer, model_folder)
     layers = find_layers(skeleton)
     _check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}

@@ -21,8 +21,8 @@ _MAX_FACTS_BYTES = 64 << 20
 _MOMENTS = re.compile(r"moments-\d+\.safetensors")
 # what may differ: it decides where and how fast a run computes, not what, or whether it ends early, or who watches it
 _FREE = {
-    *("output_dir", FIELD, "eval_steps", "save_steps", "save_total_limit", "runtime", "on_nonfinite"),
-    *("report_to", "report_port"),
+    *("output_dir", FIELD, "eval_steps", "save_steps", "save_minutes", "save_total_limit", "runtime"),
+    *("on_nonfinite", "report_to", "report_port"),
 }
 _BOUND = "runtime.payload_dtype"  # of what is free: it changes values
 

@@ -1,23 +1,26 @@
-"""StopSignal: Ctrl-C and SIGTERM, at once or when it is convenient."""
+"""StopSignal: Ctrl-C, SIGTERM and a terminal that is closed, at once or when it is convenient."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_S = 0.5  # timeout(1), service managers and shells send one wish to a process more than once
 
 
 class StopSignal:
-    """Within the context both signals raise KeyboardInterrupt in the main thread, but see `deferred`.
+    """Within the context SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, but see `deferred`.
 
-    From then on they have their usual effect, so that one more ends even a process whose cleaning up hangs. A signal
-    that was ignored before stays so, as a shell has it for SIGINT of what it starts in the background.
+    From then on they have their usual effect, so that one more ends even a process whose cleaning up hangs; but that of
+    a terminal that is closed, which kernel and shell both send, has none. A signal that was ignored before stays so, as
+    a shell has it for SIGINT of what it starts in the background, and nohup for SIGHUP.
 
-    The exception alone cannot tell which of the two it was: Ray passes on a plain KeyboardInterrupt, whatever a handler
+    The exception alone cannot tell which of them it was: Ray passes on a plain KeyboardInterrupt, whatever a handler
     raised while it waited.
 
     Attributes:
@@ -27,7 +30,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.number: int | None = None
         self._on_request: Callable[[], None] | None = None
-        self._is_requested = False
+        self._requested_s: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -47,7 +50,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self, on_request: Callable[[], None]) -> Iterator[None]:
-        """Within the context a first signal is only noted, and `on_request` called; a second one raises."""
+        """Within the context a first signal is only noted, and `on_request` called; one more after a while raises."""
         self._on_request = on_request
         try:
             yield
@@ -56,17 +59,20 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether a signal was noted."""
-        return self._is_requested
+        return self._requested_s is not None
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """As a shell has it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + (self.number or signal.SIGINT)
 
     def _receive(self, number: int, _frame: object) -> None:
+        now_s = time.monotonic()
+        if self._requested_s is not None and (number == signal.SIGHUP or now_s < self._requested_s + ECHO_S):
+            return
         self.number = number
-        if self._on_request is not None and not self._is_requested:
-            self._is_requested = True
+        if self._on_request is not None and self._requested_s is None:
+            self._requested_s = now_s
             # on a thread of its own: the main one may have been interrupted in the middle of writing a line
             threading.Thread(target=self._on_request, daemon=True).start()
             return
@@ -76,4 +82,5 @@ class StopSignal:
     def _set(self, handler: Any) -> None:
         for number in _SIGNALS:
             is_ignored = self._before.get(number) is signal.SIG_IGN
-            signal.signal(number, signal.SIG_IGN if is_ignored else handler)
+            is_echo = handler is signal.SIG_DFL and number == signal.SIGHUP
+            signal.signal(number, signal.SIG_IGN if is_ignored or is_echo else handler)

@@ -143,6 +143,7 @@ class Training:
         self._job, self._workers, self._output_dir, self._listener = job, workers, output_dir, listener
         self._eval_before, self._sample_before = before
         self._held: ClosedStep | None = None  # is written with the eval loss after it
+        self._num_saved, self._saved_s = job.first_step, 0.0
 
     def run(self, throttle: Throttle, stop: Stop) -> tuple[list[StepMetrics], int | None]:
         """Return all steps' metrics and the peak of device memory."""
@@ -150,14 +151,20 @@ class Training:
         listener.phase(f"training: {job.num_steps - job.first_step} steps")
         keep = job.config.save_total_limit
         with self._driver() as (driver, log), Checkpoints(self._output_dir, keep=keep) as checkpoints:
-            for end in _pauses(job):
-                driver.train(end, stop.requested)
+            done = job.first_step
+            self._saved(done)
+            while done < job.num_steps:
+                driver.train(
+                    _next_pause(job, done), lambda: stop.requested() or self._is_overdue(driver.ledger.num_closed)
+                )
                 start_s = time.monotonic()
                 done, is_stopped = driver.ledger.num_closed, stop.requested()
                 if self._held is not None:
                     self._evaluate(self._held, log)
-                if done > job.first_step and (is_stopped or _is_due(job.config.save_steps, done)):
+                is_due = _is_due(job.config.save_steps, done) or self._is_overdue(done)
+                if done > job.first_step and (is_stopped or is_due):
                     self._save(checkpoints, log.steps, self._peak_bytes(driver))
+                    self._saved(done)
                 if is_stopped:
                     checkpoints.wait()
                     raise StoppedError(f"after {done} of {job.num_steps} steps; {way_on(self._output_dir)}")
@@ -204,6 +211,14 @@ class Training:
             )
             yield driver, log
 
+    def _saved(self, done: int) -> None:
+        self._num_saved, self._saved_s = done, time.monotonic()
+
+    def _is_overdue(self, done: int) -> bool:
+        """Whether there are steps to save, and the last checkpoint was long ago."""
+        minutes = self._job.config.save_minutes
+        return 0 < minutes <= (time.monotonic() - self._saved_s) / 60 and done > self._num_saved
+
     def _peak_bytes(self, driver: Driver) -> int | None:
         return driver.ledger.peak_device_bytes or (self._job.saved.peak_device_bytes if self._job.saved else None)
 
@@ -249,9 +264,7 @@ def _is_due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _pauses(job: Job) -> list[int]:
-    """The numbers of steps after which training pauses for a checkpoint or an evaluation, or for good."""
+def _next_pause(job: Job, done: int) -> int:
+    """The number of steps after which training pauses next for a checkpoint or an evaluation, or for good."""
     reasons = (job.config.save_steps, job.config.eval_steps)
-    between = range(job.first_step + 1, job.num_steps)
-    due = [done for done in between if any(_is_due(every, done) for every in reasons)]
-    return [*due, job.num_steps]
+    return min([job.num_steps, *(done + every - done % every for every in reasons if every > 0)])

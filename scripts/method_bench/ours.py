@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lsp_ray.report.run_folder import read_run
 
-_COMMON = {"--bf16": "true", "--save_steps": "0"}
+_COMMON = {"--bf16": "true", "--save_steps": "0", "--save_minutes": "0"}
 _CPU = {
     "--runtime.device": "cpu",
     "--runtime.device_threads": "1",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.passive_waiting import SETTINGS
 from scripts.method_bench.ours import Outcome, gpu_name
 from scripts.method_bench.tasks import rate_of
 
@@ -75,7 +76,12 @@ def _environment() -> dict[str, str]:
     if not gpu_name():
         own |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     # torch looks for this environment's ninja on the path
-    return {**os.environ, **own, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    return {
+        **SETTINGS,
+        **os.environ,
+        **own,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
 
 
 class _Bench:

@@ -1,0 +1,44 @@
+"""RayProcess: how Ray's own processes start here, so that a signal to a run reaches its driver alone."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray._private import services
+
+_DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class RayProcess(services.ConsolePopen):
+    """In a session of its own, and deaf to what a terminal or a service manager sends; what it starts inherits both.
+
+    So the driver ends a run in order, with its actors' help, whoever else was sent the signal: its process group, its
+    control group. Ray lets the kernel kill these processes when the driver dies.
+    """
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        before_exec = options.pop("preexec_fn")
+
+        def prepare() -> None:
+            before_exec()
+            signal.pthread_sigmask(signal.SIG_BLOCK, _DEAF_TO)
+
+        super().__init__(command, preexec_fn=prepare, start_new_session=True, **options)
+
+    def terminate(self) -> None:
+        """Ray sends SIGTERM first and waits a second for each process; no process here would hear it."""
+        self.kill()
+
+
+@contextmanager
+def starting_apart() -> Iterator[None]:
+    """Within the context what Ray starts is a `RayProcess`: Ray itself has no setting for that."""
+    before = services.ConsolePopen
+    services.ConsolePopen = RayProcess  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before  # type: ignore[misc]
