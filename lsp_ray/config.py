@@ -32,6 +32,9 @@ SchedulerType = Literal[  # transformers' own, but for the two that look at loss
     "warmup_stable_decay",
 ]
 
+BUILT_IN_DATASET = "stdlib-docstrings"
+BUILT_IN_STEPS, BUILT_IN_LENGTH = 40, 128  # a first run is to be quick
+
 MAX_SEED = 2**32 - 1
 MAX_PORT = 2**16 - 1
 
@@ -167,16 +170,16 @@ class RunConfig:
 
     model_name_or_path: str = "smollm2-135m"
     """Alias smollm2-135m or all-minilm-l6-v2 (an encoder), a local folder, a .gguf file or a hub id."""
-    dataset: str = "stdlib-docstrings"
+    dataset: str = BUILT_IN_DATASET
     """stdlib-docstrings, a JSONL, CSV or Parquet file or a folder of them, or a hub id."""
     output_dir: str | None = None
     """New or empty folder for checkpoint, metrics and summary; default: lsp_output, or lsp_output-2 …"""
     method: Method = "lsp"
     """lsp: projected gradients; zero_offload: full gradients to the CPU; native, lora, galore: all on the device."""
-    max_steps: int = 40
-    """Optimizer updates; -1 trains num_train_epochs instead."""
-    num_train_epochs: float = 1.0
-    """Passes over the training data where max_steps is -1."""
+    max_steps: int | None = None
+    """Optimizer updates; default: as num_train_epochs says, as does -1; 40 of the built-in data set."""
+    num_train_epochs: float | None = None
+    """Passes over the training data where max_steps is not given; default: 1."""
     per_device_train_batch_size: int = 4
     """Examples in a micro-batch."""
     gradient_accumulation_steps: int = 1
@@ -195,8 +198,8 @@ class RunConfig:
     """Clip what is sent (for lsp: compressed gradients) to this global norm, exactly; 0 (not HF's 1.0) never clips."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient of NaN or infinity: stop, or skip the step, so that no weight nor moment changes."""
-    max_seq_length: int = 128
-    """Tokens kept of an example; short by default so that a first run is quick."""
+    max_seq_length: int | None = None
+    """Tokens kept of an example; default: what 99 % of them have, at most 1024; 128 of the built-in data set."""
     max_eval_samples: int = 128
     """Held-out examples on which eval loss is measured."""
     eval_steps: int = 0
@@ -251,13 +254,42 @@ class RunConfig:
         self._check_length()
 
     def _check_length(self) -> None:
-        if self.max_steps < 1 and self.max_steps != -1:
+        if self.max_steps is not None and self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError("max_steps", "be at least 1, or -1 to train num_train_epochs", self.max_steps)
         _above_zero("num_train_epochs", self.num_train_epochs)
         shortest = 2 * (self.num_sketched_steps + 1)
         if 0 < self.lsp.check_every < shortest:
             bound = f"be 0 or at least {shortest}, so that a refit ends in time"
             raise ConfigError("lsp.check_every", bound, self.lsp.check_every)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates; -1 where `epochs` decide."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return BUILT_IN_STEPS if self.dataset == BUILT_IN_DATASET and self.num_train_epochs is None else -1
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training data where `steps` is -1."""
+        return 1.0 if self.num_train_epochs is None else self.num_train_epochs
+
+    @property
+    def asked_length(self) -> int | None:
+        """Tokens kept of an example; None where the data decide."""
+        is_built_in = self.max_seq_length is None and self.dataset == BUILT_IN_DATASET
+        return BUILT_IN_LENGTH if is_built_in else self.max_seq_length
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens kept of an example, as a number.
+
+        Raises:
+            ConfigError: It is still open; the data decide it.
+        """
+        if self.asked_length is None:
+            raise ConfigError("max_seq_length", "be a number by now", None)
+        return self.asked_length
 
     @property
     def num_sketched_steps(self) -> int:

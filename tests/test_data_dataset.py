@@ -12,8 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lsp_ray.config import BUILT_IN_DATASET
 from lsp_ray.data.dataset import Rows, Shape, load_rows
-from lsp_ray.data.paths import STDLIB_DOCSTRINGS
 from lsp_ray.errors import ConfigError
 
 Load = Callable[[Path], Rows]
@@ -187,7 +187,7 @@ def test_a_changed_file_is_read_anew(load: Load, tmp_path: Path) -> None:
 
 
 def test_the_built_in_data_set_needs_no_file() -> None:
-    rows = load_rows(STDLIB_DOCSTRINGS, seed=0)
+    rows = load_rows(BUILT_IN_DATASET, seed=0)
     assert rows.shape is Shape.PROMPT_COMPLETION
     assert len(rows.train) > 8 * len(rows.eval) > 0
     assert not set(rows.train["prompt"]) & set(rows.eval["prompt"])

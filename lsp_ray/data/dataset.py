@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
 
-from lsp_ray.config import Task
+from lsp_ray.config import BUILT_IN_DATASET, Task
 from lsp_ray.data.columns import Column, ConversationColumn, JsonColumn, LabelColumn, TextColumn, check_length
-from lsp_ray.data.paths import STDLIB_DOCSTRINGS
 from lsp_ray.data.quiet import quiet
 from lsp_ray.data.source import Source, Splits, read_splits
 from lsp_ray.data.stdlib_docstrings import DocstringPair, stdlib_pairs
@@ -95,7 +94,7 @@ def load_rows(name: str, *, seed: int, cache_dir: Path | None = None, template_c
         ConfigError: Field `dataset`: it is missing, cannot be read, has no known shape, no rows, only one row that
             cannot be split, a null or something other than text in a text column.
     """
-    if name == STDLIB_DOCSTRINGS:
+    if name == BUILT_IN_DATASET:
         return _load_stdlib()
     splits = read_splits(name, cache_dir=cache_dir)
     with quiet():
@@ -132,8 +131,8 @@ def _load_stdlib() -> Rows:
     pairs = stdlib_pairs()
     train, held_out = (_as_dataset([pair for pair in pairs if pair.is_held_out is side]) for side in (False, True))
     if not len(train) or not len(held_out):
-        raise ConfigError("dataset", "be something else: this Python has no library sources", STDLIB_DOCSTRINGS)
-    return Rows(name=STDLIB_DOCSTRINGS, shape=Shape.PROMPT_COMPLETION, train=train, eval=held_out)
+        raise ConfigError("dataset", "be something else: this Python has no library sources", BUILT_IN_DATASET)
+    return Rows(name=BUILT_IN_DATASET, shape=Shape.PROMPT_COMPLETION, train=train, eval=held_out)
 
 
 def _as_dataset(pairs: Sequence[DocstringPair]) -> Dataset:

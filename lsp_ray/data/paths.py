@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lsp_ray.config import BUILT_IN_DATASET
 from lsp_ray.errors import ConfigError
-
-STDLIB_DOCSTRINGS = "stdlib-docstrings"
 
 _FORMATS = {
     ".jsonl": "json",
@@ -38,6 +37,15 @@ def file_format(path: Path) -> str | None:
     return _FORMATS.get(path.suffix.lower())
 
 
+def absolute_path(name: str) -> str:
+    """Return the file or folder of this name from the root on, and any other name (an alias, a hub id) as it is."""
+    try:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if path.exists() else name
+    except (OSError, RuntimeError, ValueError):
+        return name
+
+
 def files_of(name: str) -> dict[str, list[Path]] | None:
     """Return the files at the path `name` by split, or None where it must be a hub id.
 
@@ -57,7 +65,7 @@ def files_of(name: str) -> dict[str, list[Path]] | None:
             raise
         raise ConfigError("dataset", "be a file or folder that can be read", name, hint=str(error)) from error
     if file_format(path) or not _HUB_ID.fullmatch(name):
-        raise ConfigError("dataset", f"be an existing file or folder, {STDLIB_DOCSTRINGS} or a hub id", name)
+        raise ConfigError("dataset", f"be an existing file or folder, {BUILT_IN_DATASET} or a hub id", name)
     return None
 
 

@@ -165,6 +165,21 @@ def _notes(
     return notes
 
 
+def check_token_ids(rows: TokenizedRows, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    """Raise ConfigError where a row has a token that the model's embeddings have no row for."""
+    if len(tokenizer) <= num_rows:
+        return
+    for split in (rows.train, rows.eval):
+        if not isinstance(split, Dataset) or "input_ids" not in split.column_names:
+            continue  # whatever a person's own collator makes batches of
+        for batch in split.select_columns(["input_ids"]).iter(batch_size=1000):
+            largest = max((max(ids, default=0) for ids in batch["input_ids"]), default=0)
+            if largest >= num_rows:
+                bound = f"have embeddings for every token of the data: they have {num_rows} rows"
+                token = f"token {tokenizer.convert_ids_to_tokens(largest)!r} of id {largest}"
+                raise ConfigError("model_name_or_path", bound, token, hint="its tokenizer is another model's")
+
+
 def _check_length(tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
     # RoBERTa's config counts two positions that no token can have; only its tokenizer knows
     if max_seq_length > tokenizer.model_max_length:

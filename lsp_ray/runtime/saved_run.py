@@ -24,6 +24,7 @@ _FREE = {
     *("output_dir", FIELD, "eval_steps", "save_steps", "save_total_limit", "runtime", "on_nonfinite"),
     *("report_to", "report_port"),
 }
+_PATHS = ("model_name_or_path", "dataset")  # a run's data are compared by their content besides
 _BOUND = "runtime.payload_dtype"  # of what is free: it changes values
 
 
@@ -136,7 +137,7 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
         before: Any = saved.config
         for part in name.split("."):
             before = before.get(part) if isinstance(before, dict) else None
-        if before != now:
+        if before != now and not (name in _PATHS and _same_path(before, now)):
             raise ConfigError(name, f"be {before!r} as it was at {saved.folder.name}", now)
     if saved.device != device:
         raise ConfigError("runtime.device", f"be {saved.device!r} as it was at {saved.folder.name}", device)
@@ -145,6 +146,15 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
         raise ConfigError("runtime.policy", f"be {kind} as it was at {saved.folder.name}", config["runtime"]["policy"])
     if saved.data_digest != digest:
         raise ConfigError("dataset", f"have the content that it had at {saved.folder.name}", config["dataset"])
+
+
+def _same_path(before: Any, now: Any) -> bool:
+    """Whether what was given as seen from some folder may be what is now given from the root on."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    path = Path(before).expanduser()
+    ends = tuple(part for part in path.parts if part != "..")
+    return not path.is_absolute() and bool(ends) and Path(now).parts[-len(ends) :] == ends
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
