@@ -7,7 +7,7 @@ command line. What follows from a value is a property; nothing here imports torc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lsp_ray.errors import ConfigError
@@ -53,6 +53,13 @@ def _above_zero(name: str, value: float | None) -> None:
         raise ConfigError(name, "be above 0", value)
 
 
+def _no_nulls(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError where a field that needs a value has None."""
+    for known in fields(config):
+        if getattr(config, known.name) is None and "None" not in str(known.type):
+            raise ConfigError(prefix + known.name, "have a value", None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LspConfig:
     """The learned sparse projectors (method lsp)."""
@@ -77,6 +84,7 @@ class LspConfig:
     """Relative bias (at its best scalar) above which a measured matrix's projectors are learned anew."""
 
     def __post_init__(self) -> None:
+        _no_nulls(self, "lsp.")
         if self.subspace_dim != "auto":
             _at_least("lsp.subspace_dim", self.subspace_dim, 1)
         elif self.init_from is not None:
@@ -111,6 +119,7 @@ class LoraConfig:
     """The adapters' output is multiplied by lora_alpha / r."""
 
     def __post_init__(self) -> None:
+        _no_nulls(self, "lora.")
         _at_least("lora.r", self.r, 1)
         _above_zero("lora.lora_alpha", self.lora_alpha)
 
@@ -127,6 +136,7 @@ class GaloreConfig:
     """Factor of the updates of projected matrices."""
 
     def __post_init__(self) -> None:
+        _no_nulls(self, "galore.")
         _at_least("galore.rank", self.rank, 1)
         _at_least("galore.update_proj_gap", self.update_proj_gap, 1)
         _above_zero("galore.scale", self.scale)
@@ -156,6 +166,7 @@ class RuntimeConfig:
     """Serve Ray's dashboard on 127.0.0.1."""
 
     def __post_init__(self) -> None:
+        _no_nulls(self, "runtime.")
         _at_least("runtime.num_shards", self.num_shards, 1)
         _at_least("runtime.device_threads", self.device_threads, 1)
         _at_least("runtime.shard_threads", self.shard_threads, 1)
@@ -228,6 +239,7 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
+        _no_nulls(self)
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_eval_samples"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_seq_length", self.max_seq_length, 8)

@@ -37,9 +37,9 @@ from transformers.utils import logging as transformers_logging
 
 from lsp_ray.config import Task
 from lsp_ray.errors import ConfigError
+from lsp_ray.models.aliases import FIELD
 from lsp_ray.special_tokens import SpecialTokens, special_tokens
 
-FIELD = "model_name_or_path"
 _CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"

@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
 
+from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.checkpoint import FACTS, FORMAT, STATE, checkpoints, checksum
 
@@ -96,15 +97,23 @@ def read_saved_run(folder: Path) -> SavedRun:
     return saved
 
 
-def saved_subspace_dim(folder: Path) -> int:
-    """Return what `lsp.subspace_dim` was when the checkpoint was written.
+def with_saved_choices(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the run with what was decided for it when the checkpoint was written, where it leaves that open.
 
     Raises:
         ConfigError: It is no checkpoint, or not whole.
     """
-    saved = read_saved_run(folder)
+    saved = read_saved_run(folder).config
     with reading(folder):
-        return int(saved.config["lsp"]["subspace_dim"])
+        if config.lsp.subspace_dim == "auto":
+            config = replace(config, lsp=replace(config.lsp, subspace_dim=int(saved["lsp"]["subspace_dim"])))
+        if config.max_seq_length is None:
+            config = replace(config, max_seq_length=int(saved["max_seq_length"]))
+        if config.max_steps is None and config.num_train_epochs is None:
+            config = replace(config, max_steps=int(saved["max_steps"]))
+            if config.max_steps == -1:
+                config = replace(config, num_train_epochs=float(saved["num_train_epochs"]))
+    return config
 
 
 @contextmanager
@@ -134,6 +143,8 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
         ConfigError: Names the option, what it was, and what it would be.
     """
     for name, now in _flat(config):
+        if name == "num_train_epochs" and config["max_steps"] != -1:
+            continue  # is not looked at
         before: Any = saved.config
         for part in name.split("."):
             before = before.get(part) if isinstance(before, dict) else None
