@@ -38,6 +38,7 @@ from lsp_ray.models.load import (
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.optim.codec import Codec
 from lsp_ray.projection.projector_file import load_projectors
+from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
@@ -190,6 +191,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
     if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
         load_projectors(Path(config.lsp.init_from), sizes)  # complains before any actor
+    _note_cut(sizes, config, note)
     payload_sizes = _payload_sizes(layers, config)
     micro_batches = MicroBatches(
         tokenized,
@@ -301,6 +303,17 @@ def _note_data(tokenized: TokenizedRows, config: RunConfig, num_steps: int, note
         note(f"data: {line}")
     if config.num_train_epochs is not None and config.steps != -1:
         note(f"num_train_epochs {config.num_train_epochs:g} is not used, as max_steps {config.steps} decides")
+
+
+def _note_cut(sizes: Mapping[str, ProjectorSizes], config: RunConfig, note: Callable[[str], None]) -> None:
+    cut = [size for size in sizes.values() if min(size.shape) // 2 < config.lsp.dim]
+    if cut:
+        smallest = min(cut, key=lambda size: size.dims[0] * size.dims[1])
+        dims, shape = (f"{rows} × {columns}" for rows, columns in (smallest.dims, smallest.shape))
+        note(
+            f"lsp.subspace_dim {config.lsp.dim} is cut to half a side in {len(cut)} of {len(sizes)} matrices, "
+            f"such as to {dims} for one of {shape}"
+        )
 
 
 def _length_line(tokenized: TokenizedRows, config: RunConfig, num_steps: int) -> str:
