@@ -7,7 +7,7 @@ command line. What follows from a value is a property; nothing here imports torc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from lsp_ray.errors import ConfigError
@@ -32,6 +32,9 @@ SchedulerType = Literal[  # transformers' own, but for the two that look at loss
     "warmup_stable_decay",
 ]
 
+BUILT_IN_DATASET = "stdlib-docstrings"
+BUILT_IN_STEPS, BUILT_IN_LENGTH = 40, 128  # a first run is to be quick
+
 MAX_SEED = 2**32 - 1
 MAX_PORT = 2**16 - 1
 
@@ -48,6 +51,13 @@ def _above_zero(name: str, value: float | None) -> None:
     """Raise ConfigError unless value is None or a finite number > 0."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise ConfigError(name, "be above 0", value)
+
+
+def _no_nulls(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError where a field that needs a value has None."""
+    for known in fields(config):
+        if getattr(config, known.name) is None and "None" not in str(known.type):
+            raise ConfigError(prefix + known.name, "have a value", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +84,7 @@ class LspConfig:
     """Relative bias (at its best scalar) above which a measured matrix's projectors are learned anew."""
 
     def __post_init__(self) -> None:
+        _no_nulls(self, "lsp.")
         if self.subspace_dim != "auto":
             _at_least("lsp.subspace_dim", self.subspace_dim, 1)
         elif self.init_from is not None:
@@ -108,6 +119,7 @@ class LoraConfig:
     """The adapters' output is multiplied by lora_alpha / r."""
 
     def __post_init__(self) -> None:
+        _no_nulls(self, "lora.")
         _at_least("lora.r", self.r, 1)
         _above_zero("lora.lora_alpha", self.lora_alpha)
 
@@ -124,6 +136,7 @@ class GaloreConfig:
     """Factor of the updates of projected matrices."""
 
     def __post_init__(self) -> None:
+        _no_nulls(self, "galore.")
         _at_least("galore.rank", self.rank, 1)
         _at_least("galore.update_proj_gap", self.update_proj_gap, 1)
         _above_zero("galore.scale", self.scale)
@@ -155,6 +168,7 @@ class RuntimeConfig:
     """Serve Ray's dashboard on 127.0.0.1."""
 
     def __post_init__(self) -> None:
+        _no_nulls(self, "runtime.")
         _at_least("runtime.num_shards", self.num_shards, 1)
         _at_least("runtime.device_threads", self.device_threads, 1)
         _at_least("runtime.shard_threads", self.shard_threads, 1)
@@ -169,16 +183,16 @@ class RunConfig:
 
     model_name_or_path: str = "smollm2-135m"
     """Alias smollm2-135m or all-minilm-l6-v2 (an encoder), a local folder, a .gguf file or a hub id."""
-    dataset: str = "stdlib-docstrings"
+    dataset: str = BUILT_IN_DATASET
     """stdlib-docstrings, a JSONL, CSV or Parquet file or a folder of them, or a hub id."""
     output_dir: str | None = None
     """New or empty folder for checkpoint, metrics and summary; default: lsp_output, or lsp_output-2 …"""
     method: Method = "lsp"
     """lsp: projected gradients; zero_offload: full gradients to the CPU; native, lora, galore: all on the device."""
-    max_steps: int = 40
-    """Optimizer updates; -1 trains num_train_epochs instead."""
-    num_train_epochs: float = 1.0
-    """Passes over the training data where max_steps is -1."""
+    max_steps: int | None = None
+    """Optimizer updates; default: as num_train_epochs says, as does -1; 40 of the built-in data set."""
+    num_train_epochs: float | None = None
+    """Passes over the training data where max_steps is not given; default: 1."""
     per_device_train_batch_size: int = 4
     """Examples in a micro-batch."""
     gradient_accumulation_steps: int = 1
@@ -197,8 +211,8 @@ class RunConfig:
     """Clip what is sent (for lsp: compressed gradients) to this global norm, exactly; 0 (not HF's 1.0) never clips."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient of NaN or infinity: stop, or skip the step, so that no weight nor moment changes."""
-    max_seq_length: int = 128
-    """Tokens kept of an example; short by default so that a first run is quick."""
+    max_seq_length: int | None = None
+    """Tokens kept of an example; default: what 99 % of them have, at most 1024; 128 of the built-in data set."""
     packing: bool = False
     """Join training examples up to max_seq_length, none seen by another: less padding; a batch counts joined ones."""
     max_eval_samples: int = 128
@@ -231,6 +245,7 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
+        _no_nulls(self)
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_eval_samples"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_seq_length", self.max_seq_length, 8)
@@ -258,13 +273,42 @@ class RunConfig:
         self._check_length()
 
     def _check_length(self) -> None:
-        if self.max_steps < 1 and self.max_steps != -1:
+        if self.max_steps is not None and self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError("max_steps", "be at least 1, or -1 to train num_train_epochs", self.max_steps)
         _above_zero("num_train_epochs", self.num_train_epochs)
         shortest = 2 * (self.num_sketched_steps + 1)
         if 0 < self.lsp.check_every < shortest:
             bound = f"be 0 or at least {shortest}, so that a refit ends in time"
             raise ConfigError("lsp.check_every", bound, self.lsp.check_every)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates; -1 where `epochs` decide."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return BUILT_IN_STEPS if self.dataset == BUILT_IN_DATASET and self.num_train_epochs is None else -1
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training data where `steps` is -1."""
+        return 1.0 if self.num_train_epochs is None else self.num_train_epochs
+
+    @property
+    def asked_length(self) -> int | None:
+        """Tokens kept of an example; None where the data decide."""
+        is_built_in = self.max_seq_length is None and self.dataset == BUILT_IN_DATASET
+        return BUILT_IN_LENGTH if is_built_in else self.max_seq_length
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens kept of an example, as a number.
+
+        Raises:
+            ConfigError: It is still open; the data decide it.
+        """
+        if self.asked_length is None:
+            raise ConfigError("max_seq_length", "be a number by now", None)
+        return self.asked_length
 
     @property
     def num_sketched_steps(self) -> int:

@@ -49,8 +49,9 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int, raw: bool) -> None
     import torch
     from transformers import GenerationConfig, TextStreamer
 
-    from lsp_ray.models.load import load_tokenizer
+    from lsp_ray.models.load import load_tokenizer, tokens_of
     from lsp_ray.models.trained import load_trained
+    from lsp_ray.special_tokens import prompt_ids
 
     model = load_trained(folder)
     if not model.can_generate():
@@ -60,19 +61,22 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int, raw: bool) -> None
     if tokenizer.chat_template and not raw:
         conversation = [{"role": "user", "content": prompt}]
         text = str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=text is prompt)
-    if not inputs["input_ids"].shape[1]:
+    # a template has written what stands before a text
+    ids = prompt_ids(tokenizer, [text])[0] if text is prompt else tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
         raise ConfigError("prompt", "have a token", prompt)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()  # type: ignore[arg-type]
+    tokens = tokens_of(model, tokenizer)
+    input_ids = torch.tensor([ids], device=device)
     model.generate(  # type: ignore[operator]
-        input_ids=inputs["input_ids"].to(device),
-        attention_mask=inputs["attention_mask"].to(device),
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=model.config.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(tokens.ends) or None,
+            pad_token_id=tokens.pad,
         ),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from lsp_ray.config import RunConfig
+from lsp_ray.inputs import check_inputs
 from lsp_ray.output_folder import claimed
 from lsp_ray.report.server import report_server
 from lsp_ray.runtime.stop_signal import StopSignal
@@ -56,6 +57,7 @@ def run_config(
     Raises:
         LspRayError: Something failed underway; a ConfigError: something cannot work, and nothing was written.
     """
+    check_inputs(config, with_dataset=rows is None)
     check_tracker(config.report_to)
     with report_server(config.report_port) as server, claimed(config) as output_dir:
         from lsp_ray.report.progress import Progress
@@ -100,12 +102,12 @@ def _prepared(config: RunConfig, rows: TokenizedRows | None, output_dir: Path, n
     """The job with everything decided, from its checkpoint on if there is one."""
     from lsp_ray.plan.auto_dim import with_subspace_dim
     from lsp_ray.runtime.job import prepare_job, resumed
-    from lsp_ray.runtime.saved_run import find_checkpoint, saved_subspace_dim
+    from lsp_ray.runtime.saved_run import find_checkpoint, with_saved_choices
 
     asked = config.resume_from_checkpoint
     checkpoint = None if asked is None else find_checkpoint(asked, output_dir)
-    if checkpoint is not None and config.lsp.subspace_dim == "auto":
-        config = replace(config, lsp=replace(config.lsp, subspace_dim=saved_subspace_dim(checkpoint)))
+    if checkpoint is not None:
+        config = with_saved_choices(config, checkpoint)
     elif rows is None:
         config = with_subspace_dim(config, note)
     job = prepare_job(config, note, rows)
@@ -116,6 +118,8 @@ def _write_config(output_dir: Path, job: Job) -> None:
     """Leave what the run is, with every default filled in: `--config` repeats it, in a folder of its own."""
     resolved = asdict(job.resolved_config)
     del resolved["output_dir"], resolved["resume_from_checkpoint"]
+    if resolved["max_steps"] != -1:
+        del resolved["num_train_epochs"]  # is not looked at
     (output_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
 
 

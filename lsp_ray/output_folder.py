@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,8 @@ def _continued(config: RunConfig) -> Path | None:
     if asked != "last" and Path(asked).absolute().parent != folder.absolute():
         return None
     if (folder / "summary.json").exists():
-        raise ConfigError("output_dir", "be another folder, as this run is finished", str(folder))
+        hint = f"to train its model longer, start another run with --model_name_or_path {shlex.quote(str(folder))}"
+        raise ConfigError("output_dir", "be another folder, as this run is finished", str(folder), hint=hint)
     return folder
 
 

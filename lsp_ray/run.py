@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from lsp_ray.arguments import spelled_out, unknown_option
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError, LspRayError, StoppedError
 from lsp_ray.launch import run_config
@@ -54,6 +55,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: An option is unknown, or has a value that cannot work.
     """
+    argv = spelled_out(argv, _SWITCHES)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under each field is its help
     parser = ArgumentParser(
         prog="python -m lsp_ray.run",
@@ -64,23 +66,23 @@ def parse(argv: Sequence[str]) -> RunConfig:
     parser.add_argument("--config", action="config", help="YAML file with any of these options; later options win.")
     parser.add_class_arguments(RunConfig)
     try:
-        namespace = parser.parse_args(_with_switch_values(argv))
+        namespace = parser.parse_args(argv)
     except (argparse.ArgumentError, UnicodeDecodeError, OSError) as error:
         raise _config_error(" ".join(str(error).split()), argv) from error
-    values = dict(parser.instantiate(namespace))
-    values.pop("config")
-    return RunConfig(**values)
+    config: RunConfig = _made(RunConfig, namespace.as_dict())
+    return config
 
 
-def _with_switch_values(argv: Sequence[str]) -> list[str]:
-    """Let `--bf16` alone mean `--bf16 true`, as everywhere else."""
-    completed: list[str] = []
-    for position, argument in enumerate(argv):
-        completed.append(argument)
-        following = argv[position + 1] if position + 1 < len(argv) else "--"
-        if argument in _SWITCHES and following.startswith("--"):
-            completed.append("true")
-    return completed
+def _made(kind: Any, values: Any) -> Any:
+    """The dataclass of parsed values; null means the default where it is no value of its own."""
+    given = {}
+    for name, hint in get_type_hints(kind).items():
+        value = values.get(name) if isinstance(values, dict) else None
+        if is_dataclass(hint):
+            given[name] = _made(hint, value)
+        elif isinstance(values, dict) and name in values and (value is not None or NoneType in get_args(hint)):
+            given[name] = value
+    return kind(**given)
 
 
 def _config_error(message: str, argv: Sequence[str]) -> ConfigError:
@@ -92,7 +94,17 @@ def _config_error(message: str, argv: Sequence[str]) -> ConfigError:
     unknown = re.search(r"unrecognized arguments: (.*)", message)
     if unknown is None and named is not None:
         return ConfigError("config", "be a readable YAML file of the options that --help lists", named, hint=message)
-    return ConfigError("options", "be those that --help lists", unknown[1] if unknown else message)
+    if unknown is None:
+        return ConfigError("options", "be those that --help lists", message)
+    return unknown_option(unknown[1], ["config", *_option_names(RunConfig)])
+
+
+def _option_names(owner: Any) -> list[str]:
+    """All options of a dataclass, a nested one's after a dot."""
+    names = []
+    for name, hint in get_type_hints(owner).items():
+        names += [f"{name}.{inner}" for inner in _option_names(hint)] if is_dataclass(hint) else [name]
+    return names
 
 
 def _hint(field: str) -> Any:

@@ -55,7 +55,7 @@ def planned_step_s(settings: Sequence[Setting], *, targets_a_row: int) -> dict[S
     work = Workload(
         method="lsp",
         batch_size=config.per_device_train_batch_size,
-        seq_length=config.max_seq_length,
+        seq_length=config.seq_length,
         typical_targets=config.per_device_train_batch_size * targets_a_row,
         bf16=True,
     )

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from lsp_ray.data.columns import Column, ConversationColumn, JsonColumn
 from lsp_ray.data.dataset import Rows, Shape
+from lsp_ray.data.source import TypedSource
 from lsp_ray.data.tokenize import IGNORED, TokenizedRows, tokenize_rows
 from lsp_ray.errors import ConfigError
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -38,8 +40,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows_of(shape: Shape, made: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None) -> Rows:
-    train, eval_ = Dataset.from_list(made), Dataset.from_list(held_out or made)
+    train, eval_ = (_split_of(shape, rows) for rows in (made, held_out or made))
     return Rows(name="made.jsonl", shape=shape, train=train, eval=eval_)
+
+
+def _split_of(shape: Shape, made: list[dict[str, Any]]) -> Dataset:
+    rows = Dataset.from_list(made)
+    if shape is not Shape.MESSAGES:
+        return rows
+    columns: dict[str, Column] = {name: JsonColumn(name) for name in rows.column_names}
+    columns["messages"] = ConversationColumn("messages", typed=True)
+    return TypedSource(rows, "made.jsonl").read(columns)
 
 
 def tokens(tokenizer: PreTrainedTokenizerFast, tokenized: TokenizedRows, row: int = 0) -> list[str]:
@@ -138,9 +149,8 @@ def test_content_in_parts_is_joined_and_null_keys_are_absent(tokenizer: PreTrain
     "messages",
     [
         "w1",
-        [],
         ["w1"],
-        [{"from": "human", "value": "w1"}],
+        [{"from": "human", "text": "w1", "value": 3}],
         [{"role": "user", "content": 3}],
         [{"role": "user", "content": {"text": "w2"}}],
         [{"role": "user", "content": [{"text": 3}]}],

@@ -19,8 +19,11 @@ from lsp_ray.device.evaluate import class_scores, generate, language_scores, num
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.load import load_model
 from lsp_ray.runtime.job import Job
+from lsp_ray.special_tokens import SpecialTokens
 from tests.tiny import Family, tiny_model, write_tiny_jsonl
 from tests.tiny_jobs import run_on_threads, tiny_config, tiny_job
+
+TOKENS = SpecialTokens(pad=0, ends=(2,))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -28,9 +31,9 @@ def test_answers_of_prompts_together_are_those_of_each_alone(family: Family) -> 
     model = tiny_model(family)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(8, 128, (length,), generator=generator).tolist() for length in (2, 9, 5, *range(1, 9))]
-    together = generate(model, prompts, 6)
+    together = generate(model, prompts, 6, TOKENS)
     for prompt, answer in zip(prompts, together, strict=True):
-        (alone,) = generate(model, [prompt], 6)
+        (alone,) = generate(model, [prompt], 6, TOKENS)
         assert answer[: len(alone)] == alone
         assert set(answer[len(alone) :]) <= {0}
 

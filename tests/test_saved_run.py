@@ -6,6 +6,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lsp_ray.config import LspConfig, RunConfig
 from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.checkpoint import FACTS, checkpoints
 from lsp_ray.runtime.job import Job, resumed
-from lsp_ray.runtime.saved_run import find_checkpoint, read_saved_run, saved_subspace_dim
+from lsp_ray.runtime.saved_run import find_checkpoint, read_saved_run, with_saved_choices
 from lsp_ray.runtime.thread_workers import ThreadWorkers
 from tests.tiny_jobs import run_on_threads, tiny_job
 
@@ -58,11 +60,16 @@ def test_a_whole_checkpoint_is_read_and_found_as_the_last(saved: Path) -> None:
     assert find_checkpoint("last", saved.parent) == saved.with_name("checkpoint-2")
 
 
-def test_a_run_that_goes_on_with_auto_takes_the_subspace_that_was_chosen(saved: Path) -> None:
-    assert saved_subspace_dim(saved) == 16
+def test_a_run_that_goes_on_takes_what_was_chosen_where_it_leaves_that_open(saved: Path) -> None:
+    open_run = RunConfig(lsp=LspConfig(subspace_dim="auto"))
+    config = with_saved_choices(open_run, saved)
+    before = read_saved_run(saved).config
+    assert config.lsp.subspace_dim == 16
+    assert (config.max_steps, config.max_seq_length) == (before["max_steps"], before["max_seq_length"])
+    assert with_saved_choices(replace(open_run, num_train_epochs=2.0, max_seq_length=9), saved).max_steps is None
     other = (saved / FACTS).read_bytes().replace(b'"subspace_dim": 16', b'"subspace_dim": []')
     with changed(saved / FACTS, other), pytest.raises(ConfigError, match=rf"^{LINE}$"):
-        saved_subspace_dim(saved)
+        with_saved_choices(open_run, saved)
 
 
 def test_a_run_without_a_checkpoint_has_no_last_one(tmp_path: Path) -> None:

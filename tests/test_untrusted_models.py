@@ -15,6 +15,7 @@ from lsp_ray.device.evaluate import generate
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.load import check_weights, load_model, load_skeleton, load_tokenizer
 from lsp_ray.models.resolve import resolve_model
+from lsp_ray.special_tokens import SpecialTokens
 from tests.tiny import tiny_model, write_tiny_model
 
 PROMPT = [[3, 4, 5]]
@@ -53,7 +54,7 @@ def test_code_in_a_model_folder_never_runs(tmp_path: Path, model_type: str) -> N
     with suppress(ConfigError):
         load_tokenizer(folder)
     with suppress(ConfigError):
-        generate(load_model(folder, dtype=torch.float32, task="causal_lm"), PROMPT, 1)
+        generate(load_model(folder, dtype=torch.float32, task="causal_lm"), PROMPT, 1, SpecialTokens(pad=0, ends=()))
     assert not mark.exists()
 
 

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     BertConfig,
@@ -181,6 +183,30 @@ def tiny_tokenizer(family: Family = "llama") -> PreTrainedTokenizerFast:
         backend = Tokenizer(WordLevel(_numbered(SPECIAL_TOKENS + MARKS + WORDS), unk_token="<unk>"))
         backend.pre_tokenizer = Whitespace()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def character_tokenizer(*, before: str = "", after: str = "") -> PreTrainedTokenizerFast:
+    """Return a tokenizer that loses nothing: a token a byte, and one each for `SPECIAL_TOKENS`.
+
+    It puts the special tokens `before` and `after` around every text.
+    """
+    alphabet = tuple(sorted(ByteLevel.alphabet()))
+    backend = Tokenizer(BPE(_numbered(SPECIAL_TOKENS + alphabet), []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevelDecoder()
+    if before or after:
+        around = f"{before} $A {after}".strip()
+        ids = [(token, SPECIAL_TOKENS.index(token)) for token in (before, after) if token]
+        backend.post_processor = TemplateProcessing(single=around, special_tokens=ids)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=list(SPECIAL_TOKENS[4:]),
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

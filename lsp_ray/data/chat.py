@@ -2,99 +2,173 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError, meta
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lsp_ray.data.dataset import check_length
+from lsp_ray.data.conversation import Message
 from lsp_ray.errors import ConfigError
 
-Message = dict[str, Any]
+KWARGS = "chat_template_kwargs"
+"""A column of mappings, as TRL has it, whose entries reach the template."""
 
-_MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedConversation:
+    """Token ids, and for each whether the assistant says it."""
+
+    input_ids: list[int]
+    is_said: list[bool]
+    num_rewritten: int = 0
+    """Assistant's turns without loss, as the template writes them differently once others follow."""
+
+
+def template_columns(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Names beside the messages that the tokenizer's chat templates read, which a data set may give for each row."""
+    templates = tokenizer.chat_template or ""
+    found = {"tools", "documents", KWARGS} if templates else set()
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        try:
+            parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
+        except TemplateSyntaxError:
+            continue  # is said where it is rendered
+        found |= meta.find_undeclared_variables(parsed)
+    own = {"messages", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now"}
+    return frozenset(found - own - set(tokenizer.special_tokens_map))
 
 
 def encode_conversation(
-    messages: object, tokenizer: PreTrainedTokenizerBase, *, dataset: str
-) -> tuple[list[int], list[bool]]:
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dataset: str,
+    variables: Mapping[str, Any] | None = None,
+) -> EncodedConversation:
     """Render one conversation.
 
     Args:
-        messages: A list of mappings with `role` and `content`; other keys go to the template where they have values.
+        messages: As `plain_messages` returns them.
         tokenizer: A fast one (it must tell character offsets) with a chat template.
-        dataset: Name of the data set, for errors.
+        dataset: Name of the data set and the row, for errors.
+        variables: What the template reads besides, such as tools.
 
     Returns:
-        Token ids, and for each whether the assistant says it. The mark that ends an assistant's turn counts as said;
-        an assistant's first turn that answers nothing does not.
+        The mark that ends an assistant's turn counts as said; an assistant's first turn that answers nothing does not.
 
     Raises:
-        ConfigError: The messages have another form, or the template refuses them.
+        ConfigError: The template refuses the messages.
     """
-    plain = _plain_messages(messages, dataset)
+    given = _variables(variables or {}, dataset)
+    if not messages:
+        return EncodedConversation(input_ids=[], is_said=[])
     try:
-        if _MARKS_GENERATION.search(str(tokenizer.get_chat_template())):
-            return _by_marks(plain, tokenizer)
-        return _by_prefixes(plain, tokenizer)
-    except TemplateError as error:
-        roles = "/".join(str(message["role"]) for message in plain)
+        return _encoded(messages, tokenizer, given)
+    except _FAILURES as error:
+        try:
+            return _encoded(_with_written_arguments(messages), tokenizer, given)
+        except _FAILURES:
+            pass
+        roles = "/".join(str(message["role"]) for message in messages)
         bound = "hold conversations that the model's chat template takes"
-        raise ConfigError("dataset", bound, roles, hint=f"in {dataset}: {error}") from error
+        raise ConfigError("dataset", bound, roles, hint=f"in {dataset}: {' '.join(str(error).split())}") from error
 
 
-def _plain_messages(messages: object, dataset: str) -> list[Message]:
-    """Return messages without keys that have no value; content given as text parts is joined."""
-    if not isinstance(messages, list) or not messages or not all(_is_message(message) for message in messages):
-        bound = "hold lists of role and content in column 'messages'"
-        raise ConfigError("dataset", bound, repr(messages)[:100], hint=f"in {dataset}")
-    plain = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content)
-        check_length(dataset, "messages", len(content or ""))
-        # files with optional keys read as null where a message has none, and templates ask whether a key is there
-        plain.append({key: value for key, value in message.items() if value is not None} | {"content": content or ""})
-    return plain
+def _encoded(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
+) -> EncodedConversation:
+    template = str(tokenizer.get_chat_template(tools=variables.get("tools")))
+    return (_by_marks if _GENERATION.search(template) else _by_prefixes)(messages, tokenizer, variables)
 
 
-def _is_message(message: object) -> bool:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    content = message.get("content")
-    if isinstance(content, list):
-        return all(isinstance(part, dict) and isinstance(part.get("text"), str | None) for part in content)
-    return isinstance(content, str | None)
+def _variables(given: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """What a row has for its template; tools and documents may be JSON text, as a whole or each."""
+    variables = {name: value for name, value in given.items() if value is not None and name != KWARGS}
+    variables |= _read(given.get(KWARGS)) or {}
+    for name in ("tools", "documents"):
+        value = _read(variables.get(name))
+        read = [_read(item) for item in value] if isinstance(value, list) else value
+        if read is not None and not (isinstance(read, list) and all(isinstance(item, dict) for item in read)):
+            raise ConfigError(
+                "dataset", f"hold lists of mappings in column '{name}'", repr(value)[:100], hint=f"in {dataset}"
+            )
+        variables[name] = read or None
+    return variables
 
 
-def _by_marks(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def _read(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
+
+
+def _with_written_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Tool calls' arguments as JSON text, for templates that add them to a text."""
+
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        inner = call.get("function")
+        if isinstance(inner, dict):
+            return {**call, "function": written(inner)}
+        return call | {"arguments": json.dumps(call.get("arguments", {}), ensure_ascii=False)}
+
+    return [
+        message | {"tool_calls": [written(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _by_marks(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
+) -> EncodedConversation:
     """The template itself marks what the assistant says, between {% generation %} and {% endgeneration %}."""
     encoding: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **variables
     )
-    return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
+    marks = [bool(mark) for mark in encoding["assistant_masks"]]
+    return EncodedConversation(input_ids=list(encoding["input_ids"]), is_said=marks)
 
 
-def _by_prefixes(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def _by_prefixes(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
+) -> EncodedConversation:
     """An assistant's turn is what the conversation up to it adds to the one before it with the assistant's turn open.
 
     Some templates write a turn differently once others follow (they cut its reasoning): such turns carry no loss.
     """
-    text = _render(messages, tokenizer)
+    text = _render(messages, tokenizer, variables)
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and index > 0:
-            before = _render(messages[:index], tokenizer, open_turn=True)
-            until = _render(messages[: index + 1], tokenizer)
-            if text.startswith(until) and until.startswith(before):
-                spans.append((len(before), len(until)))
+    turns = [at for at, message in enumerate(messages) if message["role"] == "assistant" and at > 0]
+    for index in turns:
+        before = _render(messages[:index], tokenizer, variables, open_turn=True)
+        until = _render(messages[: index + 1], tokenizer, variables)
+        if text.startswith(until) and until.startswith(before):
+            spans.append((len(before), len(until)))
     # the template has written BOS where the model wants one
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     is_said = [any(start <= at < end for start, end in spans) for at, _ in encoding["offset_mapping"]]
-    return list(encoding["input_ids"]), is_said
+    rewritten = len(turns) - len(spans)
+    return EncodedConversation(input_ids=list(encoding["input_ids"]), is_said=is_said, num_rewritten=rewritten)
 
 
-def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, open_turn: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn))
+def _render(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any],
+    *,
+    open_turn: bool = False,
+) -> str:
+    options: dict[str, Any] = {**variables, "tokenize": False, "add_generation_prompt": open_turn}
+    return str(tokenizer.apply_chat_template(list(messages), **options))

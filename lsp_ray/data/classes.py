@@ -118,6 +118,6 @@ def _dtype(rows: Dataset) -> str:
 
 def _in_order(labels: Iterable[str]) -> tuple[str, ...]:
     try:
-        return tuple(sorted(labels, key=int))
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
     except ValueError:
         return tuple(sorted(labels))

@@ -5,13 +5,15 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
 from lsp_ray.data.tokenize import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class PackedRows(Sequence[list[dict[str, Any]]]):

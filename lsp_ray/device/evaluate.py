@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from lsp_ray.models.loss import Batch, label_loss, num_targets, summed_loss
+from lsp_ray.special_tokens import SpecialTokens
 
 ANSWERS_AT_ONCE = 8  # prompts that are continued together
 _LARGEST_EXPONENT = 700.0  # a loss above it has a perplexity that no float holds
@@ -60,17 +61,20 @@ def number_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str,
     return {"loss": loss, "pearson": float(pearsonr(expected, predicted).statistic) if varies else 0.0}
 
 
-def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+def generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, tokens: SpecialTokens
+) -> list[list[int]]:
     """Continue prompts greedily; returns the new tokens of each, at most `max_new_tokens`, padding after its end."""
-    config = model.config
-    pad = config.eos_token_id if config.pad_token_id is None else config.pad_token_id
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=pad
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(tokens.ends) or None,
+        pad_token_id=tokens.pad,
     )
     answers: list[list[int]] = []
     with _evaluating(model):
         for first in range(0, len(prompts), ANSWERS_AT_ONCE):
-            inputs = _on_device_of(model, _left_padded(prompts[first : first + ANSWERS_AT_ONCE], pad))
+            inputs = _on_device_of(model, _left_padded(prompts[first : first + ANSWERS_AT_ONCE], tokens.pad))
             output_BS = model.generate(**inputs, generation_config=greedy)  # type: ignore[operator]
             answers += output_BS[:, inputs["input_ids"].shape[1] :].tolist()
     return answers
@@ -101,11 +105,10 @@ def _most_likely(logits_BC: torch.Tensor) -> list[float]:
     return list(answers_B.tolist())
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int | Sequence[int]) -> dict[str, torch.Tensor]:
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
     """On the left, so that every answer follows its prompt."""
-    filler = pad if isinstance(pad, int) else pad[0]
     longest = max(len(prompt) for prompt in prompts)
-    ids = [[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 

@@ -29,6 +29,7 @@ def projector_sizes(layers: Sequence[Layer], lsp: LspConfig) -> dict[str, Projec
     bound = min(largest.shape) if largest else 0
     if largest is None or lsp.dim > bound:
         where = f" for {largest.name} ({largest.shape[0]} × {largest.shape[1]}), the largest linear" if largest else ""
+        where += "; above half a side it is cut to that" if largest else ""
         raise ConfigError("lsp.subspace_dim", f"be at most {bound}{where}", lsp.dim)
     sizes = {
         site.name: ProjectorSizes.of(site.shape, lsp.dim, lsp.nnz_per_row) for site in sites if _is_projected(site, lsp)

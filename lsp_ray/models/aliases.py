@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.models.load import FIELD
 
+FIELD = "model_name_or_path"
 _PIP_TIMEOUT_S = 900.0
 
 

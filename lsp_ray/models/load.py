@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,9 +39,10 @@ from transformers.utils import logging as transformers_logging
 
 from lsp_ray.config import Task
 from lsp_ray.errors import ConfigError
+from lsp_ray.models.aliases import FIELD
 from lsp_ray.output_folder import SAVING
+from lsp_ray.special_tokens import SpecialTokens, special_tokens
 
-FIELD = "model_name_or_path"
 _CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
@@ -55,6 +58,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """
     with silenced(), _loading(folder, "hold a config.json of an architecture that transformers has built in"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    text = config.get_text_config()
+    if (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", sys.maxsize):
+        text.pad_token_id = None  # no row of the embeddings, which torch would refuse to leave out
     return config
 
 
@@ -164,7 +170,7 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer; where it has no pad token, its end token also pads.
+    """Return the tokenizer; where it has no pad token that the model knows, its end token also pads.
 
     Raises:
         ConfigError: The folder has no tokenizer, or one with neither a pad nor an end token.
@@ -175,11 +181,40 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ConfigError(FIELD, "have a tokenizer with a pad or an end token", str(folder))
-        tokenizer.pad_token = tokenizer.eos_token
+    tokens = _special_tokens(tokenizer, folder)
+    if tokenizer.pad_token_id != tokens.pad:
+        tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(tokens.pad))
     return tokenizer
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> SpecialTokens:
+    """Of the model in the folder; of a tokenizer alone where there is none."""
+    if not (folder / "config.json").is_file():
+        return special_tokens(tokenizer, PreTrainedConfig(), None, len(tokenizer))
+    config = load_config(folder)
+    generation = None
+    if (folder / "generation_config.json").is_file():
+        with silenced(), _loading(folder, "hold a generation_config.json that can be read"):
+            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return special_tokens(tokenizer, config, generation, config.get_text_config().vocab_size)
+
+
+def tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """What pads and ends the model's texts."""
+    generation = getattr(model, "generation_config", None)
+    return special_tokens(tokenizer, model.config, generation, num_token_rows(model))
+
+
+def num_token_rows(model: PreTrainedModel) -> int:
+    """Token ids that the model's embeddings have a row for."""
+    return int(model.get_input_embeddings().get_parameter("weight").shape[0])
+
+
+def num_positions(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that a model takes at once."""
+    # RoBERTa's config counts two positions that no token can have; its tokenizer knows. Others say 1e30
+    known = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return min(known, tokenizer.model_max_length)
 
 
 def save_model(
@@ -203,6 +238,7 @@ def save_model(
     staging = folder / f"{SAVING}{uuid4().hex}"
     staging.mkdir()
     try:
+        _name_ends(model, tokenizer)
         with silenced(), _without_generation_config(model):
             model.save_pretrained(staging, state_dict=dict(state or model.state_dict()))
         weights = _move(staging, folder)
@@ -334,6 +370,19 @@ def _check_complete(report: Mapping[str, Any], folder: Path, *, classifier: bool
 def _make_trainable(model: PreTrainedModel) -> None:
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values of past tokens serve generation only
+
+
+def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let whoever generates with the saved model stop at every end, and pad with a token that it has."""
+    generation = getattr(model, "generation_config", None)
+    if generation is None or tokenizer.eos_token_id is None:
+        return
+    tokens = tokens_of(model, tokenizer)
+    known = generation.eos_token_id
+    if set(known if isinstance(known, list) else [known]) != set(tokens.ends):
+        generation.eos_token_id = tokens.ends[0] if len(tokens.ends) == 1 else list(tokens.ends)
+    if generation.pad_token_id is not None and not 0 <= generation.pad_token_id < num_token_rows(model):
+        generation.pad_token_id = tokens.pad
 
 
 def _saved_config(model: PreTrainedModel) -> PreTrainedConfig:

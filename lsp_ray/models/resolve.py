@@ -40,14 +40,14 @@ from transformers import (
 )
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.models.aliases import ALIASES, Alias, unpack_wheel
-from lsp_ray.models.load import FIELD, one_line, save_model, shard_names, silenced
+from lsp_ray.models.aliases import ALIASES, FIELD, Alias, unpack_wheel
+from lsp_ray.models.load import one_line, save_model, shard_names, silenced
+from lsp_ray.models.names import is_hub_id, local_model
 
 _log_info = logging.getLogger(__name__).info
 
 _HUB_TIMEOUT_S = 5.0
 _MAX_LENGTH = 10**9  # transformers writes 10**30 for a tokenizer without a limit
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # what transformers' and gguf's readers raise on a file that is cut short or garbled
 _DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, OverflowError, struct.error)
@@ -73,18 +73,11 @@ def resolve_model(
         ConfigError: There is no such model, or it cannot be fetched or converted.
     """
     cache = cache_dir or default_cache_dir()
-    path = Path(name).expanduser()
     if name in ALIASES:
         return _resolve_alias(name, ALIASES[name], cache, log, hub)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(FIELD, "be a folder with a config.json", name)
-        return path
-    if path.is_file():
-        return _resolve_gguf(path, cache, log)
-    if not _HUB_ID.fullmatch(name) or name.startswith(".") or path.suffix == ".gguf":
-        choices = ", ".join(ALIASES)
-        raise ConfigError(FIELD, f"be {choices}, an existing folder or .gguf file, or a hub id", name)
+    path = local_model(name)
+    if path is not None:
+        return path if path.is_dir() else _resolve_gguf(path, cache, log)
     return _cached_snapshot(name) or _download_snapshot(name, log, hub)
 
 
@@ -102,7 +95,7 @@ def resolve_config(name: str, *, log: Callable[[str], None] = _log_info, hub: st
     path = Path(name).expanduser()
     if path.name == "config.json" and path.is_file():
         return path.parent
-    is_elsewhere = name not in ALIASES and not path.exists() and _HUB_ID.fullmatch(name) and path.suffix != ".gguf"
+    is_elsewhere = name not in ALIASES and not path.exists() and is_hub_id(name)
     if is_elsewhere and _cached_snapshot(name) is None:
         return _download_snapshot(name, log, hub, config_only=True)
     return resolve_model(name, log=log, hub=hub)

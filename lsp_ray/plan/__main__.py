@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lsp_ray.errors import ConfigError, LspRayError
-from lsp_ray.plan.command import command_of
 from lsp_ray.passive_waiting import wait_passively
+from lsp_ray.plan.command import command_of
 from lsp_ray.plan.options import PlanConfig
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch is imported

@@ -64,14 +64,14 @@ def _choose(config: RunConfig, note: Callable[[str], None]) -> tuple[int, str]:
         config.dataset,
         folder,
         batch_size=config.per_device_train_batch_size,
-        max_seq_length=config.max_seq_length,
+        max_seq_length=config.asked_length,
         seed=config.seed,
         packing=config.packing,
     )
     work = Workload(
         method="lsp",
         batch_size=config.per_device_train_batch_size,
-        seq_length=config.max_seq_length,
+        seq_length=batch.max_length,
         typical_length=batch.padded_length,
         typical_targets=batch.num_targets,
         num_micro_batches=config.gradient_accumulation_steps,

@@ -8,10 +8,11 @@ from statistics import fmean
 
 from datasets import Dataset
 
+from lsp_ray.data.chat import template_columns
 from lsp_ray.data.dataset import load_rows
 from lsp_ray.data.micro_batches import MicroBatches
-from lsp_ray.data.tokenize import tokenize_rows
-from lsp_ray.models.load import load_tokenizer
+from lsp_ray.data.tokenize import LONGEST, tokenize_rows
+from lsp_ray.models.load import load_config, load_tokenizer, num_positions
 from lsp_ray.models.loss import num_targets
 
 _NUM_ROWS = 1024  # drawn from a data set: enough for means within some percent, few enough to tokenize in a second
@@ -24,10 +25,12 @@ class TypicalBatch:
 
     padded_length: int
     num_targets: int
+    max_length: int
+    """Tokens kept of an example."""
 
 
 def typical_batch(
-    dataset: str, folder: Path, *, batch_size: int, max_seq_length: int, seed: int = 42, packing: bool = False
+    dataset: str, folder: Path, *, batch_size: int, max_seq_length: int | None, seed: int = 42, packing: bool = False
 ) -> TypicalBatch:
     """Return the means over some micro-batches as a run would make them.
 
@@ -35,17 +38,18 @@ def typical_batch(
         dataset: As a run's option.
         folder: Holds the model's tokenizer.
         batch_size: Examples in a micro-batch.
-        max_seq_length: Tokens kept of an example.
+        max_seq_length: Tokens kept of an example; None: as the data have it.
         seed: Of the draw.
         packing: Whether examples are joined up to `max_seq_length`.
 
     Raises:
         ConfigError: A run could not use the data set.
     """
-    rows = load_rows(dataset, seed=seed)
     tokenizer = load_tokenizer(folder)
-    drawn = replace(rows, train=_drawn(rows.train, seed), eval=_drawn(rows.eval, seed))
-    tokenized = tokenize_rows(drawn, tokenizer, max_seq_length=max_seq_length)
+    rows = load_rows(dataset, seed=seed, template_columns=template_columns(tokenizer))
+    drawn = replace(rows, train=_drawn(rows.train, seed), eval=_drawn(rows.eval, seed), row_numbers=None)
+    longest = min(LONGEST, num_positions(load_config(folder), tokenizer))
+    tokenized = tokenize_rows(drawn, tokenizer, max_seq_length=max_seq_length, longest=longest)
     batches = MicroBatches(
         tokenized,
         tokenizer,
@@ -60,6 +64,7 @@ def typical_batch(
     return TypicalBatch(
         padded_length=round(fmean(batch["input_ids"].shape[1] for batch in batches)),
         num_targets=max(1, round(fmean(num_targets(batch) for batch in batches))),
+        max_length=tokenized.max_seq_length,
     )
 
 

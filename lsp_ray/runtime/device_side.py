@@ -32,7 +32,7 @@ from lsp_ray.methods.lora import add_adapters, load_trained, merged_state, save_
 from lsp_ray.methods.lsp import lsp_units, projector_sizes, take_projectors
 from lsp_ray.methods.units import full_payload_sizes, full_units
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import load_model, load_tokenizer, save_model
+from lsp_ray.models.load import load_model, load_tokenizer, save_model, tokens_of
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
@@ -98,6 +98,7 @@ class DeviceSide:
             new_head=base == job.model_folder,
         ).to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
+        self._tokens = tokens_of(self._model, self._tokenizer)
         layers = find_layers(self._model)
         if config.gradient_checkpointing:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
@@ -156,7 +157,7 @@ class DeviceSide:
         scores = language_scores(self._model, batches)
         if job.questions:
             prompts = [question.prompt for question in job.questions]
-            answers = generate(self._model, prompts, job.config.max_seq_length)
+            answers = generate(self._model, prompts, job.config.seq_length, self._tokens)
             texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
             scores["answer_accuracy"] = share_right(job.questions, texts)
         return scores
@@ -173,7 +174,7 @@ class DeviceSide:
         """The model's answer to the sample prompt: token ids, a classifier's label, or a number."""
         self.worker.flush()
         if self._job.task == "causal_lm":
-            return generate(self._model, [self._job.sample_inputs["input_ids"]], SAMPLE_TOKENS)[0]
+            return generate(self._model, [self._job.sample_inputs["input_ids"]], SAMPLE_TOKENS, self._tokens)[0]
         inputs = {name: torch.tensor([ids]) for name, ids in self._job.sample_inputs.items()}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return predict(self._model, inputs)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lsp_ray.config import RunConfig, Task
+from lsp_ray.config import BUILT_IN_LENGTH, RunConfig, Task
+from lsp_ray.data.chat import template_columns
 from lsp_ray.data.dataset import load_rows
 from lsp_ray.data.final_numbers import Question, find_questions
 from lsp_ray.data.micro_batches import MicroBatches
-from lsp_ray.data.tokenize import TokenizedRows, tokenize_rows
+from lsp_ray.data.paths import absolute_path
+from lsp_ray.data.tokenize import LONGEST, TokenizedRows, check_token_ids, tokenize_rows
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.galore import check_rank
 from lsp_ray.methods.lora import check_lora
@@ -26,10 +28,19 @@ from lsp_ray.methods.lsp import lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.attention import check_packing
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import check_saving, check_weights, load_skeleton, load_tokenizer
+from lsp_ray.models.load import (
+    check_saving,
+    check_weights,
+    load_config,
+    load_skeleton,
+    load_tokenizer,
+    num_positions,
+    num_token_rows,
+)
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.optim.codec import Codec
 from lsp_ray.projection.projector_file import load_projectors
+from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
@@ -143,7 +154,15 @@ class Job:
             device_threads=self.layout.device_threads,
             shard_threads=self.layout.shard_threads,
         )
-        return replace(self.config, bf16=self.dtype == torch.bfloat16, runtime=runtime)
+        return replace(
+            self.config,
+            model_name_or_path=absolute_path(self.config.model_name_or_path),
+            dataset=absolute_path(self.config.dataset),
+            max_steps=self.config.steps,
+            num_train_epochs=self.config.epochs,
+            bf16=self.dtype == torch.bfloat16,
+            runtime=runtime,
+        )
 
 
 def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedRows | None = None) -> Job:
@@ -161,19 +180,16 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         config = replace(config, lsp=replace(config.lsp, init_from=str(Path(config.lsp.init_from).absolute())))
     device = choose_device(config)
     dtype = torch.bfloat16 if choose_bf16(config, device, note) else torch.float32
-    source = rows or load_rows(config.dataset, seed=config.seed)
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
     tokenizer = load_tokenizer(model_folder)
-    if isinstance(source, TokenizedRows):
-        tokenized = source
-    else:
-        tokenized = tokenize_rows(source, tokenizer, max_seq_length=config.max_seq_length)
-    _note_data(tokenized, config, note)
+    tokenized = rows or _tokenized(config, tokenizer, num_positions(load_config(model_folder), tokenizer))
+    config = _with_length(config, tokenized)
     label_names = tuple(tokenized.label_names)
     skeleton = load_skeleton(model_folder, task=tokenized.task, num_labels=len(label_names))
     _check_positions(skeleton, tokenizer, config)
     if config.packing:
-        check_packing(skeleton.config, tokenized.task, config.max_seq_length)
+        check_packing(skeleton.config, tokenized.task, config.seq_length)
+    check_token_ids(tokenized, tokenizer, num_token_rows(skeleton))
     check_weights(model_folder)
     check_saving(skeleton, tokenizer, model_folder)
     layers = find_layers(skeleton)
@@ -181,6 +197,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
     if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
         load_projectors(Path(config.lsp.init_from), sizes)  # complains before any actor
+    _note_cut(sizes, config, note)
     payload_sizes = _payload_sizes(layers, config)
     micro_batches = MicroBatches(
         tokenized,
@@ -188,13 +205,14 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
         seed=config.seed,
-        max_steps=config.max_steps,
-        num_train_epochs=config.num_train_epochs,
+        max_steps=config.steps,
+        num_train_epochs=config.epochs,
         max_eval_samples=config.max_eval_samples,
         length_multiple=_length_multiple(skeleton, config, device),
-        pack_to=config.max_seq_length if config.packing else None,
+        pack_to=config.seq_length if config.packing else None,
     )
     _check_sizes(config, micro_batches.num_steps, micro_batches.num_rows)
+    _note_data(tokenized, config, micro_batches.num_steps, note)
     sample_inputs, sample_expected = _sample(_first_held_out(tokenized), tokenized, tokenizer)
     cores = len(os.sched_getaffinity(0))
     return Job(
@@ -215,6 +233,17 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         sample_expected=sample_expected,
         questions=tuple(find_questions(tokenized, tokenizer, config.max_eval_answers)),
     )
+
+
+def _tokenized(config: RunConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> TokenizedRows:
+    rows = load_rows(config.dataset, seed=config.seed, template_columns=template_columns(tokenizer))
+    longest = min(LONGEST, positions)
+    return tokenize_rows(rows, tokenizer, max_seq_length=config.asked_length, longest=longest)
+
+
+def _with_length(config: RunConfig, tokenized: TokenizedRows) -> RunConfig:
+    """The run with the length that was decided; that of rows that were given matters for nothing but answers."""
+    return replace(config, max_seq_length=config.asked_length or tokenized.max_seq_length or BUILT_IN_LENGTH)
 
 
 def resumed(job: Job, folder: Path) -> Job:
@@ -243,6 +272,8 @@ def _check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
             "per_device_train_batch_size",
             f"make, times gradient_accumulation_steps, at most the {num_examples} {kind} examples",
             config.per_device_train_batch_size,
+            hint=f"{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} = {batch_size} examples "
+            f"a step, there are {num_examples}",
         )
     if config.warmup_steps >= num_steps:
         raise ConfigError("warmup_steps", f"be below the {num_steps} steps of this run", config.warmup_steps)
@@ -266,29 +297,56 @@ def _wire_sizes(sizes: Sequence[int], config: RunConfig) -> list[int]:
 
 
 def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
-    # RoBERTa's config counts two positions that no token can have; its tokenizer knows. Others say 1e30
-    bound = min(getattr(skeleton.config, "max_position_embeddings", sys.maxsize), tokenizer.model_max_length)
-    if config.max_seq_length > bound:
-        raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", config.max_seq_length)
+    bound = num_positions(skeleton.config, tokenizer)
+    if config.seq_length > bound:
+        raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", config.seq_length)
 
 
 def _length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: str) -> int | None:
     """A graph is recorded for every length of a batch: with few lengths there are few."""
-    longest = -(-config.max_seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
-    fits = longest <= getattr(skeleton.config, "max_position_embeddings", sys.maxsize)
+    longest = -(-config.seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
+    fits = longest <= getattr(skeleton.config, "max_position_embeddings", longest)
     return GRAPH_LENGTHS if device == "cuda" and config.runtime.cuda_graphs and fits else None
 
 
-def _note_data(tokenized: TokenizedRows, config: RunConfig, note: Callable[[str], None]) -> None:
-    note(f"data: {len(tokenized.train)} train and {len(tokenized.eval)} eval examples of {config.dataset}")
+def _note_data(tokenized: TokenizedRows, config: RunConfig, num_steps: int, note: Callable[[str], None]) -> None:
+    num_train, num_eval = len(tokenized.train), len(tokenized.eval)
+    note(f"data: {num_train} train and {num_eval} eval examples of {config.dataset}")
+    note(f"data: {_length_line(tokenized, config, num_steps)}")
     if tokenized.task == "sequence_classification" and len(tokenized.label_names) == 1:
         note("data: labels are floats, so the model learns the number (regression)")
-    if tokenized.num_truncated or tokenized.num_dropped:
-        why = "had no label" if tokenized.task == "sequence_classification" else "had nothing to learn left"
+    for line in tokenized.notes:
+        note(f"data: {line}")
+    if config.num_train_epochs is not None and config.steps != -1:
+        note(f"num_train_epochs {config.num_train_epochs:g} is not used, as max_steps {config.steps} decides")
+
+
+def _note_cut(sizes: Mapping[str, ProjectorSizes], config: RunConfig, note: Callable[[str], None]) -> None:
+    cut = [size for size in sizes.values() if min(size.shape) // 2 < config.lsp.dim]
+    if cut:
+        smallest = min(cut, key=lambda size: size.dims[0] * size.dims[1])
+        dims, shape = (f"{rows} × {columns}" for rows, columns in (smallest.dims, smallest.shape))
         note(
-            f"data: {tokenized.num_truncated} examples cut to {config.max_seq_length} tokens (--max_seq_length), "
-            f"{tokenized.num_dropped} dropped as they {why}"
+            f"lsp.subspace_dim {config.lsp.dim} is cut to half a side in {len(cut)} of {len(sizes)} matrices, "
+            f"such as to {dims} for one of {shape}"
         )
+
+
+def _length_line(tokenized: TokenizedRows, config: RunConfig, num_steps: int) -> str:
+    """How long a run is, and how long its examples."""
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    num_train = len(tokenized.train)
+    epochs = num_steps * size / num_train if config.steps != -1 else config.epochs
+    parts = [f"{num_train:,} examples, {_rounded(epochs)}, {num_steps:,} steps of {size}"]
+    if tokenized.max_seq_length:
+        num_rows = num_train + len(tokenized.eval) + tokenized.num_dropped
+        held = math.floor(100 * (1 - tokenized.num_truncated / num_rows))
+        parts.append(f"{tokenized.max_seq_length} tokens hold {held} % of them")
+    return "; ".join(parts)
+
+
+def _rounded(epochs: float) -> str:
+    return f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}"
 
 
 def _first_held_out(tokenized: TokenizedRows) -> Mapping[str, Any]:

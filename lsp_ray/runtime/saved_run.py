@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
 
+from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.checkpoint import FACTS, FORMAT, STATE, checkpoints, checksum
 
@@ -24,6 +25,7 @@ _FREE = {
     *("output_dir", FIELD, "eval_steps", "save_steps", "save_minutes", "save_total_limit", "runtime"),
     *("on_nonfinite", "report_to", "report_port"),
 }
+_PATHS = ("model_name_or_path", "dataset")  # a run's data are compared by their content besides
 _BOUND = "runtime.payload_dtype"  # of what is free: it changes values
 
 
@@ -95,15 +97,23 @@ def read_saved_run(folder: Path) -> SavedRun:
     return saved
 
 
-def saved_subspace_dim(folder: Path) -> int:
-    """Return what `lsp.subspace_dim` was when the checkpoint was written.
+def with_saved_choices(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the run with what was decided for it when the checkpoint was written, where it leaves that open.
 
     Raises:
         ConfigError: It is no checkpoint, or not whole.
     """
-    saved = read_saved_run(folder)
+    saved = read_saved_run(folder).config
     with reading(folder):
-        return int(saved.config["lsp"]["subspace_dim"])
+        if config.lsp.subspace_dim == "auto":
+            config = replace(config, lsp=replace(config.lsp, subspace_dim=int(saved["lsp"]["subspace_dim"])))
+        if config.max_seq_length is None:
+            config = replace(config, max_seq_length=int(saved["max_seq_length"]))
+        if config.max_steps is None and config.num_train_epochs is None:
+            config = replace(config, max_steps=int(saved["max_steps"]))
+            if config.max_steps == -1:
+                config = replace(config, num_train_epochs=float(saved["num_train_epochs"]))
+    return config
 
 
 @contextmanager
@@ -133,10 +143,12 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
         ConfigError: Names the option, what it was, and what it would be.
     """
     for name, now in _flat(config):
+        if name == "num_train_epochs" and config["max_steps"] != -1:
+            continue  # is not looked at
         before: Any = saved.config
         for part in name.split("."):
             before = before.get(part) if isinstance(before, dict) else None
-        if before != now:
+        if before != now and not (name in _PATHS and _same_path(before, now)):
             raise ConfigError(name, f"be {before!r} as it was at {saved.folder.name}", now)
     if saved.device != device:
         raise ConfigError("runtime.device", f"be {saved.device!r} as it was at {saved.folder.name}", device)
@@ -145,6 +157,15 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
         raise ConfigError("runtime.policy", f"be {kind} as it was at {saved.folder.name}", config["runtime"]["policy"])
     if saved.data_digest != digest:
         raise ConfigError("dataset", f"have the content that it had at {saved.folder.name}", config["dataset"])
+
+
+def _same_path(before: Any, now: Any) -> bool:
+    """Whether what was given as seen from some folder may be what is now given from the root on."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    path = Path(before).expanduser()
+    ends = tuple(part for part in path.parts if part != "..")
+    return not path.is_absolute() and bool(ends) and Path(now).parts[-len(ends) :] == ends
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
