@@ -1,4 +1,4 @@
-"""`python -m lsp_ray.export`: a run's checkpoint in another dtype, with a model card, checked against the original."""
+"""`lsp-ray export`: a run's checkpoint in another dtype, with a model card, checked against the original."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Exported:
     relative_error: float
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.export") -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for a failed check."""
-    options = _parser().parse_args(argv)
+    options = _parser(prog).parse_args(argv)
     try:
         exported = export(options.run_dir, options.output_dir, options.dtype)
     except ConfigError as error:
@@ -71,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str = "python -m lsp_ray.export") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lsp_ray.export",
+        prog=prog,
         description="Write a trained model in another dtype, with a model card, and check that its logits stay.",
         allow_abbrev=False,
     )

@@ -21,7 +21,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
 SECTIONS = {
     "Training": "finetune LSPTrainer LSPAdamW RunResult runtime.fine_tune.Summary trace.StepMetrics",
     "Configuration": "RunConfig LspConfig config.LoraConfig config.GaloreConfig RuntimeConfig",
-    "After training": "export.export export.Exported generate.answer report.run_folder.read_run report.page.report",
+    "After training": "export.export export.Exported generate.Speaker generate.Sampling "
+    "report.run_folder.read_run report.page.report",
     "Planning": "plan.skeleton.shape_of sim.hardware_profile.load_hardware sim.workload.Workload plan.plan.make_plan "
     "plan.plan.Plan sim.forecast.forecast sim.forecast.Forecast sim.memory.DeviceMemory sim.memory.HostMemory",
     "Projectors": "projection.sparse_projector.SparseProjector projection.sparse_projector.ProjectorSizes "

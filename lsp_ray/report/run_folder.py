@@ -17,6 +17,7 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.trace import StepMetrics
 from lsp_ray.trace_file import Trace, read_trace
 
+REPORT = "report.html"
 WARM_UP_STEPS = 2  # the first is slow, and the second's memory is measured, which makes it slow
 
 _T = TypeVar("_T")
