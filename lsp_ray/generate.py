@@ -235,7 +235,7 @@ class Speaker:
 def _streamer(tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None] | None) -> Any:
     from transformers import TextStreamer
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    streamer: Any = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if show is not None:
         streamer.on_finalized_text = lambda text, stream_end=False: show(text)
     return streamer

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +14,10 @@ from typing import TYPE_CHECKING
 import yaml
 
 from lsp_ray.config import RunConfig
+from lsp_ray.errors import ConfigError
 from lsp_ray.output_folder import claimed
+from lsp_ray.report.page import report
+from lsp_ray.report.run_folder import REPORT, read_run
 from lsp_ray.report.server import report_server
 from lsp_ray.runtime.stop_signal import StopSignal
 from lsp_ray.runtime.trackers import check_tracker
@@ -71,7 +78,8 @@ def run_config(
             progress.phase("preparing model and data")
             job = _prepared(config, rows, output_dir, progress.note)
             check_memory(job, read_host_memory())
-            progress.total_steps = job.num_steps
+            progress.total_steps, progress.steps_per_epoch = job.num_steps, job.micro_batches.steps_per_epoch
+            progress.device, progress.logging_steps = "gpu" if job.device == "cuda" else "cpu", config.logging_steps
             progress.note(_plan_line(job))
             progress.phase("starting Ray")
             with ray_cluster(
@@ -85,13 +93,52 @@ def run_config(
                 _note_dashboard(cluster, progress)
                 _write_config(output_dir, job)
                 signal = stop or StopSignal()
-                summary = fine_tune_persistently(job, RayWorkers, output_dir, progress, _decoder(job), signal)
-            progress.note(
-                f"done: eval {_changes(summary)}, "
-                f"{summary.step_time_s_median:.2f} s a step, {summary.overlap_fraction:.1%} overlapped; "
-                f"checkpoint, metrics and summary are in {output_dir}"
-            )
+                with _reported(output_dir, progress):
+                    summary = fine_tune_persistently(job, RayWorkers, output_dir, progress, _decoder(job), signal)
+            progress.note(_done(job, summary, output_dir, progress.elapsed))
     return RunResult(output_dir=output_dir, summary=summary)
+
+
+@contextmanager
+def _reported(output_dir: Path, progress: Progress) -> Iterator[None]:
+    """Leave a report however the run ends, once there is a step to show."""
+    try:
+        yield
+    finally:
+        try:
+            run = read_run(output_dir)
+            if run.steps:
+                (output_dir / REPORT).write_text(report([run]), encoding="utf-8")
+        except (ConfigError, OSError) as error:
+            progress.note(f"no {REPORT}: {error}")
+
+
+def _done(job: Job, summary: Summary, output_dir: Path, elapsed: str) -> str:
+    """The last lines: what came of it, and what to do next."""
+    peak = summary.peak_device_bytes
+    facts = [
+        f"done in {elapsed}: eval {_changes(summary)}",
+        f"{summary.step_time_s_median:.2f} s a step",
+        *([f"{summary.overlap_fraction:.1%} of it not waiting"] if job.payload_sizes else []),
+        *([] if peak is None else [f"peak device memory {peak / 1e9:.2f} GB"]),
+        f"everything is in {output_dir}",
+    ]
+    command, folder = _command(), shlex.quote(str(output_dir))
+    following = [f"{command} report {folder}", f"{command} export {folder} {shlex.quote(f'{output_dir}-exported')}"]
+    if job.task == "causal_lm":
+        following.insert(0, f"{command} chat {folder} --base")
+    return "\n".join([", ".join(facts), "next:", *(f"  {line}" for line in following)])
+
+
+def _command() -> str:
+    """How this installation is started from a shell."""
+    if shutil.which("lsp-ray"):
+        return "lsp-ray"
+    beside = Path(sys.executable).with_name("lsp-ray")
+    if not beside.exists():
+        return f"{shlex.quote(sys.executable)} -m lsp_ray"
+    here = Path.cwd()
+    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
 
 
 def _prepared(config: RunConfig, rows: TokenizedRows | None, output_dir: Path, note: Callable[[str], None]) -> Job:

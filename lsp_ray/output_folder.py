@@ -13,6 +13,14 @@ from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
 
 DEFAULT_OUTPUT = "lsp_output"
+INTERNALS = "internals"
+"""Folder in a run's own for what no loader of models is to find: projectors, traces, decisions."""
+
+
+def internal(run_folder: Path, name: str) -> Path:
+    """Return where a run keeps an internal file; runs of older versions have it beside the model."""
+    path = run_folder / INTERNALS / name
+    return path if path.exists() or not (run_folder / name).exists() else run_folder / name
 
 
 @contextmanager
@@ -54,9 +62,9 @@ def claimed(config: RunConfig) -> Iterator[Path]:
 
 def _clear(path: Path) -> None:
     """Remove what a run writes before its first step is done."""
-    for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.json"):
+    for name in ("config.yaml", "metrics.jsonl"):
         (path / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "wandb"):
+    for name in (INTERNALS, "tensorboard", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
 
 

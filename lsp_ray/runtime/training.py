@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Protocol
 
 from lsp_ray.errors import StoppedError
+from lsp_ray.output_folder import INTERNALS
+from lsp_ray.runtime.best_step import best_step, num_without_gain
 from lsp_ray.runtime.checkpoint import Checkpoints, way_on
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import ClosedStep
+from lsp_ray.runtime.loss_watch import LossWatch
 from lsp_ray.runtime.metrics_file import METRICS, Sink, read_metrics
 from lsp_ray.runtime.saved_run import SavedRun
 from lsp_ray.runtime.sinks import open_sinks
@@ -50,6 +53,10 @@ class FineTuneWorkers(Workers, Protocol):
 
     def save_state(self, folder: Path) -> None:
         """See `DeviceSide.save_state`; the shards' part as well."""
+        ...
+
+    def take_weights(self, checkpoint: Path) -> None:
+        """See `DeviceSide.take_weights`."""
         ...
 
 
@@ -106,6 +113,7 @@ class StepLog:
     def __init__(self, sinks: Sequence[Sink], trace: TraceFile, listener: Listener, steps: list[StepMetrics]) -> None:
         self._sinks, self._trace, self._listener = sinks, trace, listener
         self.steps = steps
+        self._watch = LossWatch()
 
     def write(self, closed: ClosedStep, eval_loss: float | None = None) -> None:
         """Write one, with the eval loss that was measured after it."""
@@ -117,6 +125,9 @@ class StepLog:
         self._listener.step(metrics)
         if metrics.grad_scale == 0.0:
             self._listener.note(f"step {metrics.step} is skipped: its loss or gradient is not finite")
+        warning = self._watch.warning(metrics.loss, metrics.learning_rate)
+        if warning is not None:
+            self._listener.note(warning)
 
 
 class Training:
@@ -154,12 +165,16 @@ class Training:
                 done, is_stopped = driver.ledger.num_closed, stop.requested()
                 if self._held is not None:
                     self._evaluate(self._held, log)
-                if done > job.first_step and (is_stopped or _is_due(job.config.save_steps, done)):
+                is_best = self._is_best(log.steps, checkpoints)
+                if done > job.first_step and (is_stopped or is_best or _is_due(job.config.save_steps, done)):
                     self._save(checkpoints, log.steps, self._peak_bytes(driver))
                 if is_stopped:
                     checkpoints.wait()
                     raise StoppedError(f"after {done} of {job.num_steps} steps; {way_on(self._output_dir)}")
                 driver.ledger.add_pause(start_s, time.monotonic())
+                if self._has_learned_enough(log.steps):
+                    listener.note(f"stopping early after {done} steps: eval loss has not been lower since")
+                    break
             if job.payload_sizes and done > job.first_step:
                 slower = slower_by_themselves(
                     throttle,
@@ -172,15 +187,29 @@ class Training:
                     listener.note(line)
             return log.steps, self._peak_bytes(driver)
 
+    def _is_best(self, steps: Sequence[StepMetrics], checkpoints: Checkpoints) -> bool:
+        """Whether the weights of this moment are those to end with, as far as is known; their checkpoint is kept."""
+        best = best_step(steps)
+        if not self._job.config.load_best_model_at_end or best is None:
+            return False
+        checkpoints.protected = best.step
+        return best is steps[-1]
+
+    def _has_learned_enough(self, steps: Sequence[StepMetrics]) -> bool:
+        patience = self._job.config.early_stopping_patience
+        return patience is not None and num_without_gain(steps) >= patience
+
     @contextmanager
     def _driver(self) -> Iterator[tuple[Driver, StepLog]]:
         job, folder = self._job, self._output_dir
         shard_of_unit = job.layout.shard_of_unit
         earlier = read_metrics(job.saved.folder.parent / METRICS, job.first_step) if job.saved else []
+        internals = folder / INTERNALS
+        internals.mkdir(exist_ok=True)
         with (
             open_sinks(job.config, folder, earlier) as sinks,
-            (folder / "events.jsonl").open("w", encoding="utf-8") as events,
-            trace_file(folder / "trace.json", shard_of_unit, num_steps=job.num_steps) as trace,
+            (internals / "events.jsonl").open("w", encoding="utf-8") as events,
+            trace_file(internals / "trace.json", shard_of_unit, num_steps=job.num_steps) as trace,
         ):
             log = StepLog(sinks, trace, self._listener, earlier)
 
