@@ -93,6 +93,10 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "pip": check_pip,
     "lm_eval": check_lm_eval,
     "lsp-ray": check_lsp_ray,
+    "source": lambda words: (
+        check_no_arguments(words[1:]) if words == [".venv/bin/activate"] else pytest.fail(str(words))
+    ),
+    "echo": lambda words: json.loads(words[0]),  # a row of a data set
     "./scripts/demo": run_module.parse,
     "./scripts/test": check_no_arguments,
     "./scripts/check": check_no_arguments,
