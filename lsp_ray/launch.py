@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import yaml
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
     from lsp_ray.runtime.cluster import ClusterInfo
     from lsp_ray.runtime.fine_tune import Summary
     from lsp_ray.runtime.job import Job
+    from lsp_ray.trace import StepMetrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +46,53 @@ class RunResult:
     summary: Summary
 
 
+class Follower(Protocol):
+    """Who follows a run beside its progress display."""
+
+    def begins(self, num_steps: int, steps_per_epoch: float, first_step: int) -> None:
+        """All is decided: so many steps in all, so many an epoch, so many made before."""
+        ...
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Listener`; a step that is made again comes again."""
+        ...
+
+    def saved(self, checkpoint: Path) -> None:
+        """See `Listener`."""
+        ...
+
+    def has_enough(self) -> bool:
+        """See `Listener`."""
+        ...
+
+
+class _Followed:
+    """The progress display, and who follows besides."""
+
+    def __init__(self, progress: Progress, follower: Follower | None) -> None:
+        self.note, self.phase = progress.note, progress.phase
+        self._progress, self._follower = progress, follower
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._progress.step(metrics)
+        if self._follower is not None:
+            self._follower.step(metrics)
+
+    def saved(self, checkpoint: Path) -> None:
+        if self._follower is not None:
+            self._follower.saved(checkpoint)
+
+    def has_enough(self) -> bool:
+        return self._follower is not None and self._follower.has_enough()
+
+
 def run_config(
     config: RunConfig,
     *,
     stop: StopSignal | None = None,
     console: Console | None = None,
     rows: TokenizedRows | None = None,
+    follower: Follower | None = None,
 ) -> RunResult:
     """Fine-tune from configuration to checkpoint.
 
@@ -59,6 +101,7 @@ def run_config(
         stop: Ends it early; default: nothing does.
         console: Where progress is shown; default: standard output.
         rows: What to train on in place of `config.dataset`.
+        follower: Told of the run's course.
 
     Raises:
         LspRayError: Something failed underway; a ConfigError: something cannot work, and nothing was written.
@@ -78,9 +121,7 @@ def run_config(
             progress.phase("preparing model and data")
             job = _prepared(config, rows, output_dir, progress.note)
             check_memory(job, read_host_memory())
-            progress.total_steps, progress.steps_per_epoch = job.num_steps, job.micro_batches.steps_per_epoch
-            progress.device, progress.logging_steps = "gpu" if job.device == "cuda" else "cpu", config.logging_steps
-            progress.note(_plan_line(job))
+            _show(job, progress)
             progress.phase("starting Ray")
             with ray_cluster(
                 num_actors=1 + job.layout.num_shards,
@@ -93,8 +134,11 @@ def run_config(
                 _note_dashboard(cluster, progress)
                 _write_config(output_dir, job)
                 signal = stop or StopSignal()
+                listener = _Followed(progress, follower)
+                if follower is not None:
+                    follower.begins(job.num_steps, job.micro_batches.steps_per_epoch, job.first_step)
                 with _reported(output_dir, progress):
-                    summary = fine_tune_persistently(job, RayWorkers, output_dir, progress, _decoder(job), signal)
+                    summary = fine_tune_persistently(job, RayWorkers, output_dir, listener, _decoder(job), signal)
             progress.note(_done(job, summary, output_dir, progress.elapsed))
     return RunResult(output_dir=output_dir, summary=summary)
 
@@ -162,6 +206,13 @@ def _write_config(output_dir: Path, job: Job) -> None:
     resolved = asdict(job.resolved_config)
     del resolved["output_dir"], resolved["resume_from_checkpoint"]
     (output_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+def _show(job: Job, progress: Progress) -> None:
+    """Tell the display what it shows of steps, and the person what was decided."""
+    progress.total_steps, progress.steps_per_epoch = job.num_steps, job.micro_batches.steps_per_epoch
+    progress.device, progress.logging_steps = "gpu" if job.device == "cuda" else "cpu", job.config.logging_steps
+    progress.note(_plan_line(job))
 
 
 def _plan_line(job: Job) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from lsp_ray.runtime.loss_watch import LossWatch
 from tests.test_progress import STEP
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
 
-GETS_WORSE = {"learning_rate": 0.03, "lr_scheduler_type": "constant"}  # after a step or two
+GETS_WORSE: dict[str, Any] = {"learning_rate": 0.03, "lr_scheduler_type": "constant"}  # after a step or two
 
 
 def measured(folder: Path) -> dict[int, float]:
@@ -30,7 +31,7 @@ def measured(folder: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize("method", ["lsp", "lora", "native"])
 def test_a_run_ends_with_the_weights_of_its_lowest_eval_loss(tmp_path: Path, method: str) -> None:
-    options = {"method": method, "eval_steps": 1, "save_steps": 0, "save_total_limit": 1, **GETS_WORSE}
+    options: dict[str, Any] = {"method": method, "eval_steps": 1, "save_steps": 0, "save_total_limit": 1, **GETS_WORSE}
     job = tiny_job(tmp_path, max_steps=3, load_best_model_at_end=True, **options)
     summary, listener = run_on_threads(job, tmp_path / "out")
     losses = measured(tmp_path / "out")
@@ -60,7 +61,7 @@ def test_a_run_without_gain_ends_early_and_is_finished_and_so_does_one_that_goes
     losses = measured(tmp_path / "out")
     best = min(losses, key=lambda step: losses[step])
     assert summary.num_steps == max(losses) == best + 3
-    assert f"stopping early after {best + 3} steps: eval loss has not been lower since" in listener.notes
+    assert f"stopping early after {best + 3} steps: eval loss has stopped falling" in listener.notes
     again, _ = run_on_threads(resumed(job, tmp_path / "out" / f"checkpoint-{best + 2}"), tmp_path / "out")
     assert again.num_steps == summary.num_steps
     assert again.eval_loss_after == summary.eval_loss_after

@@ -99,6 +99,14 @@ class Listener(Protocol):
         """A step is closed."""
         ...
 
+    def saved(self, checkpoint: Path) -> None:
+        """This checkpoint is being finished beside the next steps."""
+        ...
+
+    def has_enough(self) -> bool:
+        """Whether the run is to end after the steps under way, as a finished one."""
+        ...
+
 
 class StepLog:
     """Writes every closed step down and tells the listener.
@@ -160,7 +168,7 @@ class Training:
         keep = job.config.save_total_limit
         with self._driver() as (driver, log), Checkpoints(self._output_dir, keep=keep) as checkpoints:
             for end in _pauses(job):
-                driver.train(end, stop.requested)
+                driver.train(end, lambda: stop.requested() or listener.has_enough())
                 start_s = time.monotonic()
                 done, is_stopped = driver.ledger.num_closed, stop.requested()
                 if self._held is not None:
@@ -172,8 +180,7 @@ class Training:
                     checkpoints.wait()
                     raise StoppedError(f"after {done} of {job.num_steps} steps; {way_on(self._output_dir)}")
                 driver.ledger.add_pause(start_s, time.monotonic())
-                if self._has_learned_enough(log.steps):
-                    listener.note(f"stopping early after {done} steps: eval loss has not been lower since")
+                if self._ends_early(log.steps):
                     break
             if job.payload_sizes and done > job.first_step:
                 slower = slower_by_themselves(
@@ -195,9 +202,14 @@ class Training:
         checkpoints.protected = best.step
         return best is steps[-1]
 
-    def _has_learned_enough(self, steps: Sequence[StepMetrics]) -> bool:
+    def _ends_early(self, steps: Sequence[StepMetrics]) -> bool:
         patience = self._job.config.early_stopping_patience
-        return patience is not None and num_without_gain(steps) >= patience
+        why = "a callback asked for it" if self._listener.has_enough() else ""
+        if patience is not None and num_without_gain(steps) >= patience:
+            why = "eval loss has stopped falling"
+        if why:
+            self._listener.note(f"stopping early after {steps[-1].step} steps: {why}")
+        return bool(why)
 
     @contextmanager
     def _driver(self) -> Iterator[tuple[Driver, StepLog]]:
@@ -270,6 +282,7 @@ class Training:
         }
         checkpoints.save(done, self._workers.save_state, trainer, saved.facts())
         self._listener.note(f"{saved.folder.name}: training paused for {time.monotonic() - start_s:.2f} s")
+        self._listener.saved(saved.folder)
 
 
 def _is_due(every: int, done: int) -> bool:
