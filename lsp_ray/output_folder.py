@@ -16,6 +16,9 @@ DEFAULT_OUTPUT = "lsp_output"
 INTERNALS = "internals"
 """Folder in a run's own for what no loader of models is to find: projectors, traces, decisions."""
 
+BASE_MODEL = "base_model"
+"""File among them with the name of a model that was given in memory."""
+
 
 def internal(run_folder: Path, name: str) -> Path:
     """Return where a run keeps an internal file; runs of older versions have it beside the model."""

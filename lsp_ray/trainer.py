@@ -31,6 +31,7 @@ from lsp_ray.launch import RunResult, run_config
 from lsp_ray.models.load import load_config, load_model, save_model
 from lsp_ray.models.resolve import default_cache_dir, resolve_model
 from lsp_ray.models.trained import label_names, load_trained
+from lsp_ray.output_folder import BASE_MODEL, INTERNALS
 from lsp_ray.trainer_arguments import run_config_of
 from lsp_ray.trainer_callbacks import Callbacks
 from lsp_ray.trainer_rows import check_classes, check_labels, split, task_of, usable, with_model_columns
@@ -146,6 +147,8 @@ class LSPTrainer:
                 new_head=False,
             )
             self._model.load_state_dict(trained.state_dict())
+            name = getattr(self._model.config, "_name_or_path", "")  # of where it was loaded from
+            (result.output_dir / INTERNALS / BASE_MODEL).write_text(name, encoding="utf-8")
         self.callbacks.evaluated({f"eval_{name}": score for name, score in result.summary.eval_after.items()})
         self.callbacks.ends()
         return result

@@ -53,6 +53,7 @@ def test_a_model_card_holds_the_runs_facts(run_dir: Path, tmp_path: Path) -> Non
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
         "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "tags": ["lsp_ray"],
         "base_model": "someone/base",
     }
@@ -61,12 +62,54 @@ def test_a_model_card_holds_the_runs_facts(run_dir: Path, tmp_path: Path) -> Non
     assert re.search(r"\| Held-out loss after \| \d+\.\d{4} \|", body)
 
 
+@pytest.mark.parametrize(
+    ("named", "noted", "base"),
+    [
+        ("smollm2-135m", None, "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/tmp/somewhere/model", None, None),
+        ("~/models/llama", None, None),
+        ("models/llama.gguf", None, None),
+        ("/home/me/.cache/lsp_ray/trainer/0123", "someone/base", "someone/base"),
+    ],
+)
+def test_a_model_card_names_the_base_as_others_know_it_and_no_path(
+    run_dir: Path, tmp_path: Path, named: str, noted: str | None, base: str | None
+) -> None:
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config |= {"model_name_or_path": named, "dataset": "/home/me/data/notes.jsonl"}
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    if noted is not None:
+        (run / "internals" / "base_model").write_text(noted)
+    export.export(run, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == base
+    assert (f"| Base model | {base} |" in card) == (base is not None)
+    assert "| Data | notes.jsonl |" in card
+    for path in ("/home/", "~/", str(tmp_path), "/tmp/somewhere"):
+        assert path not in card
+
+
+def test_the_usage_in_a_model_card_runs(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export.export(run_dir, tmp_path / "exported")
+    code = (tmp_path / "exported" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "exported")
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_a_classifier_is_exported_with_its_labels(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, "bert", max_steps=2)
     run_on_threads(job, tmp_path / "run")
     assert export.export(tmp_path / "run", tmp_path / "exported").relative_error == 0
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported")
     assert tuple(model.config.id2label.values()) == job.label_names
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained(folder" in card
+    assert "pipeline_tag: text-classification" in card
 
 
 def test_a_model_that_a_dtype_cannot_hold_fails_the_check(
