@@ -72,3 +72,10 @@ def test_readme_choosing_and_the_option_say_the_same_of_learning_rates() -> None
         assert "at most a quarter of it" in " ".join(text.split())
     for text in texts[:2]:
         assert "about ten times as much" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/how_it_works.md"])
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    named = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|toml|md))`", (ROOT / page).read_text(encoding="utf-8")))
+    assert named
+    assert [name for name in sorted(named) if not any((ROOT / at / name).exists() for at in (".", "lsp_ray"))] == []
