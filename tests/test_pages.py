@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from lsp_ray.data.dataset import load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -79,3 +82,22 @@ def test_files_that_a_page_names_are_there(page: str) -> None:
     named = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|toml|md))`", (ROOT / page).read_text(encoding="utf-8")))
     assert named
     assert [name for name in sorted(named) if not any((ROOT / at / name).exists() for at in (".", "lsp_ray"))] == []
+
+
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+SAMPLES = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `(\{.*?\})` \|", DATA, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("columns", "row"), SAMPLES, ids=[columns for columns, _ in SAMPLES])
+def test_a_sample_row_has_the_columns_that_it_stands_for_and_can_be_read(
+    tmp_path: Path, columns: str, row: str
+) -> None:
+    assert re.findall(r"\w+", columns) == list(json.loads(row))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{row}\n" * 4, encoding="utf-8")
+    rows = load_rows(str(path), seed=0)
+    assert len(rows.train) + len(rows.eval) == 4
+
+
+def test_every_shape_has_a_sample_row() -> None:
+    assert len(SAMPLES) >= 10
