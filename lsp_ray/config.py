@@ -219,6 +219,10 @@ class RunConfig:
     """Held-out examples on which eval loss is measured."""
     eval_steps: int = 0
     """Steps between measurements of eval loss while training, whose time is not counted; 0: only before and after."""
+    load_best_model_at_end: bool = False
+    """End with the weights of the lowest eval loss (eval_steps), not the last; their checkpoint is kept."""
+    early_stopping_patience: int | None = None
+    """End after so many measurements of eval loss (eval_steps) without a lower one; default: train to the end."""
     max_eval_answers: int = 0
     """Held-out questions answered to compare the final number, after ####, with the data's (as GSM8K has it); slow."""
     seed: int = 42
@@ -231,6 +235,8 @@ class RunConfig:
     """Steps between checkpoints (checkpoint-N in output_dir), from which a run can go on; Ctrl-C saves in any case."""
     save_minutes: float = 10.0
     """Minutes between checkpoints where save_steps would be later; 0 for either leaves it to the other."""
+    logging_steps: int = 1
+    """Steps between lines of progress in a log file; metrics.jsonl has every step."""
     save_total_limit: int | None = 2
     """Checkpoints kept, the newest ones; null keeps all."""
     resume_from_checkpoint: str | None = None
@@ -249,7 +255,8 @@ class RunConfig:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_eval_samples"):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_seq_length", self.max_seq_length, 8)
-        _at_least("save_total_limit", self.save_total_limit, 1)
+        for name in ("save_total_limit", "early_stopping_patience", "logging_steps"):
+            _at_least(name, getattr(self, name), 1)
         for name in (
             "learning_rate",
             "weight_decay",
@@ -280,6 +287,12 @@ class RunConfig:
         if 0 < self.lsp.check_every < shortest:
             bound = f"be 0 or at least {shortest}, so that a refit ends in time"
             raise ConfigError("lsp.check_every", bound, self.lsp.check_every)
+        self._check_best()
+
+    def _check_best(self) -> None:
+        if self.eval_steps == 0 and (self.load_best_model_at_end or self.early_stopping_patience is not None):
+            name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
+            raise ConfigError("eval_steps", f"be at least 1 with {name}, which goes by eval loss", self.eval_steps)
 
     @property
     def steps(self) -> int:

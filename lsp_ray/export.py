@@ -1,4 +1,4 @@
-"""`python -m lsp_ray.export`: a run's checkpoint in another dtype, with a model card, checked against the original."""
+"""`lsp-ray export`: a run's checkpoint in another dtype, with a model card, checked against the original."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsp_ray.errors import ConfigError, LspRayError
+from lsp_ray.output_folder import BASE_MODEL, INTERNALS
 from lsp_ray.passive_waiting import wait_passively
 
 if TYPE_CHECKING:  # --help is answered before torch is imported
@@ -24,9 +25,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 PROBE_TOKENS = 32
 MAX_ERROR_IN_EPS = 10.0  # of ‖logits‖: every layer rounds anew, and errors of a layer add up like a random walk's
 
+_PIPELINES = {False: "text-generation", True: "text-classification"}
 _FACTS = {
     "method": "Method",
-    "model_name_or_path": "Base model",
     "dataset": "Data",
     "max_steps": "Steps",
     "learning_rate": "Learning rate",
@@ -54,9 +55,9 @@ class Exported:
     relative_error: float
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.export") -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for a failed check."""
-    options = _parser().parse_args(argv)
+    options = _parser(prog).parse_args(argv)
     wait_passively()
     try:
         exported = export(options.run_dir, options.output_dir, options.dtype)
@@ -73,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str = "python -m lsp_ray.export") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lsp_ray.export",
+        prog=prog,
         description="Write a trained model in another dtype, with a model card, and check that its logits stay.",
         allow_abbrev=False,
     )
@@ -110,9 +111,10 @@ def export(run_dir: Path, output_dir: Path, dtype: str | None = None) -> Exporte
     own = str(trained.dtype).removeprefix("torch.")
     dtype = dtype or own
     expected = _logits(trained)
+    card = model_card(run, dtype, base=base_model(run_dir, run.config), is_classifier=not trained.can_generate())
     try:
         save_model(trained.to(getattr(torch, dtype)), load_tokenizer(run_dir), output_dir)
-        (output_dir / "README.md").write_text(model_card(run, dtype), encoding="utf-8")
+        (output_dir / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error
     relative_error = float((_logits(load_trained(output_dir)) - expected).norm() / expected.norm())
@@ -125,17 +127,59 @@ def export(run_dir: Path, output_dir: Path, dtype: str | None = None) -> Exporte
     return Exported(folder=output_dir, dtype=dtype, relative_error=relative_error)
 
 
-def model_card(run: RunFolder, dtype: str) -> str:
-    """The run's facts as a README.md for a model hub."""
-    facts = [(label, run.config[name]) for name, label in _FACTS.items() if name in run.config]
-    base = run.config.get("model_name_or_path", "")
-    header = ["---", "library_name: transformers", "tags:", "- lsp_ray"]
-    if base and not Path(base).exists():  # a folder's name means nothing to others
+def model_card(run: RunFolder, dtype: str, *, base: str | None, is_classifier: bool = False) -> str:
+    """The run's facts, and how to load the model, as a README.md for a model hub; no path of this machine is in it.
+
+    Args:
+        run: The run.
+        dtype: Of the weights.
+        base: What the run began with, by a name that others know.
+        is_classifier: What to load it as.
+    """
+    config = dict(run.config)
+    if "dataset" in config and _is_path(config["dataset"]):
+        config["dataset"] = Path(config["dataset"]).name
+    facts = [(label, config[name]) for name, label in _FACTS.items() if name in config]
+    header = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES[is_classifier]}", "tags:", "- lsp_ray"]
+    if base is not None:
+        facts.insert(0, ("Base model", base))
         header.append(f"base_model: {json.dumps(base)}")
     lines = [*header, "---", "", f"# {run.name}", "", "Fine-tuned with lsp_ray (learned sparse projectors).", ""]
+    lines += ["## Use", "", "```python", *_usage(is_classifier), "```", "", "## Training", ""]
     lines += ["| | |", "|---|---|", *(f"| {label} | {_cell(value)} |" for label, value in facts)]
     lines += [f"| Weights | {dtype} |", *_results(run.summary), ""]
     return "\n".join(lines)
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value says where something is on this machine, and so means nothing to others."""
+    return Path(value).is_absolute() or value.startswith(("~", "./", "../")) or Path(value).exists()
+
+
+def base_model(run_dir: Path, config: Mapping[str, str]) -> str | None:
+    """What the run began with, by a name that others know: of an alias the hub's; None for a folder or file."""
+    from lsp_ray.models.aliases import ALIASES
+
+    noted = run_dir / INTERNALS / BASE_MODEL  # of a model that was in memory
+    name = noted.read_text(encoding="utf-8").strip() if noted.is_file() else config.get("model_name_or_path", "")
+    if name in ALIASES:
+        return ALIASES[name].hub_id
+    return None if not name or _is_path(name) or name.endswith(".gguf") else name
+
+
+def _usage(is_classifier: bool) -> list[str]:
+    kind = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    return [
+        f"from transformers import {kind}, AutoTokenizer",
+        "",
+        'folder = "."  # or where this model is',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f'model = {kind}.from_pretrained(folder, dtype="auto")',
+        'inputs = tokenizer("Write your text here", return_tensors="pt")',
+        "print(model(**inputs).logits.argmax(-1))"
+        if is_classifier
+        else "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
+    ]
 
 
 def _results(summary: dict[str, Any]) -> list[str]:

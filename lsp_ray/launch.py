@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import yaml
 
 from lsp_ray.config import RunConfig
+from lsp_ray.errors import ConfigError
 from lsp_ray.inputs import check_inputs
 from lsp_ray.output_folder import claimed
+from lsp_ray.report.page import report
+from lsp_ray.report.run_folder import REPORT, read_run
 from lsp_ray.report.server import report_server
 from lsp_ray.runtime.stop_signal import StopSignal
 from lsp_ray.runtime.trackers import check_tracker
@@ -24,6 +31,7 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
     from lsp_ray.runtime.cluster import ClusterInfo
     from lsp_ray.runtime.fine_tune import Summary
     from lsp_ray.runtime.job import Job
+    from lsp_ray.trace import StepMetrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +47,53 @@ class RunResult:
     summary: Summary
 
 
+class Follower(Protocol):
+    """Who follows a run beside its progress display."""
+
+    def begins(self, num_steps: int, steps_per_epoch: float, first_step: int) -> None:
+        """All is decided: so many steps in all, so many an epoch, so many made before."""
+        ...
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Listener`; a step that is made again comes again."""
+        ...
+
+    def saved(self, checkpoint: Path) -> None:
+        """See `Listener`."""
+        ...
+
+    def has_enough(self) -> bool:
+        """See `Listener`."""
+        ...
+
+
+class _Followed:
+    """The progress display, and who follows besides."""
+
+    def __init__(self, progress: Progress, follower: Follower | None) -> None:
+        self.note, self.phase = progress.note, progress.phase
+        self._progress, self._follower = progress, follower
+
+    def step(self, metrics: StepMetrics) -> None:
+        self._progress.step(metrics)
+        if self._follower is not None:
+            self._follower.step(metrics)
+
+    def saved(self, checkpoint: Path) -> None:
+        if self._follower is not None:
+            self._follower.saved(checkpoint)
+
+    def has_enough(self) -> bool:
+        return self._follower is not None and self._follower.has_enough()
+
+
 def run_config(
     config: RunConfig,
     *,
     stop: StopSignal | None = None,
     console: Console | None = None,
     rows: TokenizedRows | None = None,
+    follower: Follower | None = None,
 ) -> RunResult:
     """Fine-tune from configuration to checkpoint.
 
@@ -53,6 +102,7 @@ def run_config(
         stop: Ends it early; default: nothing does.
         console: Where progress is shown; default: standard output.
         rows: What to train on in place of `config.dataset`.
+        follower: Told of the run's course.
 
     Raises:
         LspRayError: Something failed underway; a ConfigError: something cannot work, and nothing was written.
@@ -63,7 +113,6 @@ def run_config(
         from lsp_ray.report.progress import Progress
         from lsp_ray.runtime.cluster import ray_cluster
         from lsp_ray.runtime.host_memory import check_memory, read_host_memory
-        from lsp_ray.runtime.leftovers import clear_leftovers
         from lsp_ray.runtime.persistence import fine_tune_persistently
         from lsp_ray.runtime.ray_workers import RayWorkers
 
@@ -74,9 +123,7 @@ def run_config(
             progress.phase("preparing model and data")
             job = _prepared(config, rows, output_dir, progress.note)
             check_memory(job, read_host_memory())
-            progress.total_steps = job.num_steps
-            progress.note(_plan_line(job))
-            clear_leftovers(output_dir, progress.note)
+            _show(job, progress)
             progress.phase("starting Ray")
             with ray_cluster(
                 num_actors=1 + job.layout.num_shards,
@@ -89,19 +136,62 @@ def run_config(
                 _note_dashboard(cluster, progress)
                 _write_config(output_dir, job)
                 signal = stop or StopSignal()
-                summary = fine_tune_persistently(job, RayWorkers, output_dir, progress, _decoder(job), signal)
-            progress.note(
-                f"done: eval {_changes(summary)}, "
-                f"{summary.step_time_s_median:.2f} s a step, {summary.overlap_fraction:.1%} overlapped; "
-                f"checkpoint, metrics and summary are in {output_dir}"
-            )
+                listener = _Followed(progress, follower)
+                if follower is not None:
+                    follower.begins(job.num_steps, job.micro_batches.steps_per_epoch, job.first_step)
+                with _reported(output_dir, progress):
+                    summary = fine_tune_persistently(job, RayWorkers, output_dir, listener, _decoder(job), signal)
+            progress.note(_done(job, summary, output_dir, progress.elapsed))
     return RunResult(output_dir=output_dir, summary=summary)
+
+
+@contextmanager
+def _reported(output_dir: Path, progress: Progress) -> Iterator[None]:
+    """Leave a report however the run ends, once there is a step to show."""
+    try:
+        yield
+    finally:
+        try:
+            run = read_run(output_dir)
+            if run.steps:
+                (output_dir / REPORT).write_text(report([run]), encoding="utf-8")
+        except (ConfigError, OSError) as error:
+            progress.note(f"no {REPORT}: {error}")
+
+
+def _done(job: Job, summary: Summary, output_dir: Path, elapsed: str) -> str:
+    """The last lines: what came of it, and what to do next."""
+    peak = summary.peak_device_bytes
+    facts = [
+        f"done in {elapsed}: eval {_changes(summary)}",
+        f"{summary.step_time_s_median:.2f} s a step",
+        *([f"{summary.overlap_fraction:.1%} of it not waiting"] if job.payload_sizes else []),
+        *([] if peak is None else [f"peak device memory {peak / 1e9:.2f} GB"]),
+        f"everything is in {output_dir}",
+    ]
+    command, folder = _command(), shlex.quote(str(output_dir))
+    following = [f"{command} report {folder}", f"{command} export {folder} {shlex.quote(f'{output_dir}-exported')}"]
+    if job.task == "causal_lm":
+        following.insert(0, f"{command} chat {folder} --base")
+    return "\n".join([", ".join(facts), "next:", *(f"  {line}" for line in following)])
+
+
+def _command() -> str:
+    """How this installation is started from a shell."""
+    if shutil.which("lsp-ray"):
+        return "lsp-ray"
+    beside = Path(sys.executable).with_name("lsp-ray")
+    if not beside.exists():
+        return f"{shlex.quote(sys.executable)} -m lsp_ray"
+    here = Path.cwd()
+    return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
 
 
 def _prepared(config: RunConfig, rows: TokenizedRows | None, output_dir: Path, note: Callable[[str], None]) -> Job:
     """The job with everything decided, from its checkpoint on if there is one."""
     from lsp_ray.plan.auto_dim import with_subspace_dim
     from lsp_ray.runtime.job import prepare_job, resumed
+    from lsp_ray.runtime.leftovers import clear_leftovers
     from lsp_ray.runtime.saved_run import find_checkpoint, with_saved_choices
 
     asked = config.resume_from_checkpoint
@@ -111,6 +201,7 @@ def _prepared(config: RunConfig, rows: TokenizedRows | None, output_dir: Path, n
     elif rows is None:
         config = with_subspace_dim(config, note)
     job = prepare_job(config, note, rows)
+    clear_leftovers(output_dir, note)
     return job if checkpoint is None else resumed(job, checkpoint)
 
 
@@ -121,6 +212,13 @@ def _write_config(output_dir: Path, job: Job) -> None:
     if resolved["max_steps"] != -1:
         del resolved["num_train_epochs"]  # is not looked at
     (output_dir / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+
+
+def _show(job: Job, progress: Progress) -> None:
+    """Tell the display what it shows of steps, and the person what was decided."""
+    progress.total_steps, progress.steps_per_epoch = job.num_steps, job.micro_batches.steps_per_epoch
+    progress.device, progress.logging_steps = "gpu" if job.device == "cuda" else "cpu", job.config.logging_steps
+    progress.note(_plan_line(job))
 
 
 def _plan_line(job: Job) -> str:

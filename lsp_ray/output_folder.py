@@ -16,6 +16,18 @@ from lsp_ray.errors import ConfigError
 DEFAULT_OUTPUT = "lsp_output"
 SAVING = ".saving-"  # folders of saves that are not done begin so
 
+INTERNALS = "internals"
+"""Folder in a run's own for what no loader of models is to find: projectors, traces, decisions."""
+
+BASE_MODEL = "base_model"
+"""File among them with the name of a model that was given in memory."""
+
+
+def internal(run_folder: Path, name: str) -> Path:
+    """Return where a run keeps an internal file; runs of older versions have it beside the model."""
+    path = run_folder / INTERNALS / name
+    return path if path.exists() or not (run_folder / name).exists() else run_folder / name
+
 
 @contextmanager
 def claimed(config: RunConfig) -> Iterator[Path]:
@@ -56,9 +68,9 @@ def claimed(config: RunConfig) -> Iterator[Path]:
 
 def _clear(path: Path) -> None:
     """Remove what a run writes before its first step is done."""
-    for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "trace.json"):
+    for name in ("config.yaml", "metrics.jsonl"):
         (path / name).unlink(missing_ok=True)
-    for name in ("tensorboard", "wandb"):
+    for name in (INTERNALS, "tensorboard", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
 
 

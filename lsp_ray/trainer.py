@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast, get_args
+from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset
 from rich.console import Console
-from torch.utils.data import Subset
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerState,
     TrainingArguments,
 )
 
-from lsp_ray.config import LspConfig, Method, ReportTo, RunConfig, RuntimeConfig, SchedulerType, Task
+from lsp_ray.config import LspConfig, Method, RunConfig, RuntimeConfig
+from lsp_ray.data.micro_batches import MicroBatches
 from lsp_ray.data.tokenize import TokenizedRows
+from lsp_ray.device.evaluate import class_scores, language_scores, number_scores
 from lsp_ray.errors import ConfigError
 from lsp_ray.launch import RunResult, run_config
-from lsp_ray.models.load import load_config, save_model
-from lsp_ray.models.resolve import resolve_model
-from lsp_ray.models.trained import label_names
-from lsp_ray.runtime.leftovers import own_folder
-
-HELD_OUT_SHARE = 10  # one row in so many is held out where no eval_dataset is given
-GIVEN = "(rows given to LSPTrainer)"
-_COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "label", "label_ids")
-_SHARED = (
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-    *("weight_decay", "seed"),
-)
+from lsp_ray.models.load import load_config, load_model, save_model
+from lsp_ray.models.resolve import default_cache_dir, resolve_model
+from lsp_ray.models.trained import label_names, load_trained
+from lsp_ray.output_folder import BASE_MODEL, INTERNALS
+from lsp_ray.trainer_arguments import run_config_of
+from lsp_ray.trainer_callbacks import Callbacks
+from lsp_ray.trainer_rows import check_classes, check_labels, split, task_of, usable, with_model_columns
 
 
-def finetune(config: RunConfig, *, verbose: bool = False) -> RunResult:
-    """Fine-tune a model as `python -m lsp_ray.run` does; with `verbose` it prints the same.
+def finetune(config: RunConfig, *, verbose: bool = True) -> RunResult:
+    """Fine-tune a model as `lsp-ray train` does; it prints the same, unless `verbose` is false.
 
     Raises:
         ConfigError: Something cannot work; nothing was written.
@@ -49,22 +50,25 @@ def finetune(config: RunConfig, *, verbose: bool = False) -> RunResult:
 class LSPTrainer:
     """Runs a dataset and a collator of transformers' Trainer on the GPU and shard actors.
 
-    Of `args` it reads output_dir (new or empty), max_steps, num_train_epochs, per_device_train_batch_size,
-    gradient_accumulation_steps, learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_steps, weight_decay,
-    seed, bf16, gradient_checkpointing, remove_unused_columns and report_to. Gradients are not clipped.
+    Of `args` it follows output_dir (new or empty, unless a run goes on in it), max_steps, num_train_epochs,
+    per_device_train_batch_size, gradient_accumulation_steps, learning_rate, lr_scheduler_type, lr_scheduler_kwargs,
+    warmup_steps, weight_decay, max_grad_norm, seed, bf16, gradient_checkpointing, logging_steps, eval_steps, save_steps
+    and the strategies of these three, save_total_limit, load_best_model_at_end, use_cpu, disable_tqdm,
+    remove_unused_columns and report_to. Another field with a value of its own is refused where it would change the
+    result, and warned of by its name elsewhere.
 
     Args:
-        model: A folder, hub id or alias, or a model in memory, which is written to a temporary folder for the GPU actor
-            and not changed: the trained weights are in `args.output_dir`.
+        model: A folder, hub id or alias, or a model in memory, which has the trained weights after training.
         args: transformers' own.
         data_collator: Makes batches with `input_ids` and `labels`; default: pads both.
-        train_dataset: Indexable, with a length.
+        train_dataset: Indexable, with a length. Rows from which nothing is learned are left out, with a line.
         eval_dataset: The same; default: a tenth of train_dataset, drawn by the seed, is held out.
         processing_class: The model's tokenizer.
+        callbacks: transformers' TrainerCallbacks, see `Callbacks`.
         method: See `RunConfig`.
         lsp: The projectors.
         runtime: Actors, threads and schedule.
-        verbose: Show progress as `python -m lsp_ray.run` does.
+        verbose: Show progress as `lsp-ray train` does; default: as `args.disable_tqdm` says.
     """
 
     def __init__(
@@ -75,120 +79,158 @@ class LSPTrainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[Any] | None = None,
         *,
         method: Method = "lsp",
         lsp: LspConfig | None = None,
         runtime: RuntimeConfig | None = None,
-        verbose: bool = True,
+        verbose: bool | None = None,
     ) -> None:
         if processing_class is None:
             raise ConfigError("processing_class", "be the model's tokenizer", None)
-        self._model, self._tokenizer, self._verbose = model, processing_class, verbose
-        self._config = _run_config(args, model, method, lsp or LspConfig(), runtime or RuntimeConfig())
-        train, held_out = _split(train_dataset, eval_dataset, seed=args.seed)
-        if args.remove_unused_columns:
-            train, held_out = _with_model_columns(train), _with_model_columns(held_out)
-        task = _task(train[0])
-        if data_collator is None:
-            kind = DataCollatorForSeq2Seq if task == "causal_lm" else DataCollatorWithPadding
-            data_collator = kind(processing_class)
-        names: tuple[str, ...] = ()
-        if task == "sequence_classification":
-            names = label_names(load_config(resolve_model(model)) if isinstance(model, str) else model.config)
-            _check_labels(train[0], names)
-        self.rows = TokenizedRows(train=train, eval=held_out, task=task, label_names=names, collate=data_collator)
+        self.args, self.processing_class = args, processing_class
+        self._output_dir = Path(str(args.output_dir))
+        self._model, self._loaded = model, None if isinstance(model, str) else model
+        self._verbose = not args.disable_tqdm if verbose is None else verbose
+        train, held_out = split(train_dataset, eval_dataset, seed=args.seed)
+        self._config = run_config_of(args, method, lsp or LspConfig(), runtime or RuntimeConfig(), num_rows=len(train))
+        if not isinstance(model, str) and not args.bf16:
+            self._config = replace(self._config, bf16=model.dtype == torch.bfloat16)
+        self.rows = self._checked(train, held_out, data_collator)
+        self.callbacks = Callbacks(
+            callbacks or (), args, self._loaded, processing_class, logging_steps=self._config.logging_steps
+        )
 
-    def train(self) -> RunResult:
-        """Train and write the checkpoint.
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded where it was given by name; after training with the trained weights."""
+        if self._loaded is None:
+            assert isinstance(self._model, str)
+            is_trained = (self._output_dir / "summary.json").exists()
+            self._loaded = load_trained(self._output_dir) if is_trained else self._untrained(resolve_model(self._model))
+        return self._loaded
+
+    @property
+    def state(self) -> TrainerState:
+        """What callbacks are given: steps, epochs and what was logged."""
+        return self.callbacks.state
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> RunResult:
+        """Train, write the model into `args.output_dir` and put the trained weights into `model`.
+
+        Args:
+            resume_from_checkpoint: A checkpoint-N folder, or True for the last one in `args.output_dir`.
 
         Raises:
             ConfigError: Something cannot work; nothing was written.
             LspRayError: Something failed underway.
         """
+        asked = "last" if resume_from_checkpoint is True else resume_from_checkpoint or None
+        config = replace(self._config, resume_from_checkpoint=asked)
         if isinstance(self._model, str):
-            return self._run(self._model)
-        with own_folder() as private:
-            folder = private / "model"
-            save_model(self._model, self._tokenizer, folder)
-            return self._run(str(folder))
+            result = self._run(config, self._model)
+            self._loaded = None
+        else:
+            # the same name when a run goes on, as a run goes on with the model of the same name alone
+            name = hashlib.sha256(str(self._output_dir.absolute()).encode()).hexdigest()[:16]
+            folder = default_cache_dir() / "trainer" / name
+            try:
+                save_model(self._model, self.processing_class, folder)
+                result = self._run(config, str(folder))
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            trained = load_model(
+                result.output_dir,
+                dtype=self._model.dtype,
+                task=self.rows.task,
+                label_names=self.rows.label_names,
+                new_head=False,
+            )
+            self._model.load_state_dict(trained.state_dict())
+            name = getattr(self._model.config, "_name_or_path", "")  # of where it was loaded from
+            (result.output_dir / INTERNALS / BASE_MODEL).write_text(name, encoding="utf-8")
+        self.callbacks.evaluated({f"eval_{name}": score for name, score in result.summary.eval_after.items()})
+        self.callbacks.ends()
+        return result
 
-    def _run(self, model_name: str) -> RunResult:
-        config = replace(self._config, model_name_or_path=model_name)
-        return run_config(config, console=_console(self._verbose), rows=self.rows)
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Return the model's scores on the held-out rows, or on others, by names that begin with `eval_`."""
+        rows = self.rows
+        if eval_dataset is not None:
+            given = with_model_columns(eval_dataset) if self.args.remove_unused_columns else eval_dataset
+            rows = replace(rows, eval=given)
+        batches = MicroBatches(
+            rows,
+            self.processing_class,
+            batch_size=self.args.per_device_eval_batch_size,
+            accumulation=1,
+            seed=self.args.seed,
+            max_steps=1,
+            num_train_epochs=1.0,
+            max_eval_samples=len(rows.eval),
+        ).eval_batches()
+        score = language_scores
+        if rows.task == "sequence_classification":
+            score = number_scores if len(rows.label_names) == 1 else class_scores
+        return {f"eval_{name}": value for name, value in score(self.model, batches).items()}
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write model and tokenizer as they are now; default: into `args.output_dir`."""
+        save_model(self.model, self.processing_class, Path(output_dir or self._output_dir))
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a TrainerCallback, an instance or a class."""
+        self.callbacks.each.append(callback() if isinstance(callback, type) else callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a TrainerCallback, or all of a class."""
+        is_class = isinstance(callback, type)
+        kept = [one for one in self.callbacks.each if not (type(one) is callback if is_class else one is callback)]
+        self.callbacks.each = kept
+
+    def _run(self, config: RunConfig, model_name: str) -> RunResult:
+        config = replace(config, model_name_or_path=model_name)
+        return run_config(config, console=_console(self._verbose), rows=self.rows, follower=self.callbacks)
+
+    def _untrained(self, folder: Path) -> PreTrainedModel:
+        dtype = torch.bfloat16 if self._config.bf16 else torch.float32
+        return load_model(folder, dtype=dtype, task=self.rows.task, label_names=self.rows.label_names)
+
+    def _checked(
+        self, train: Any, held_out: Any, collate: Callable[[list[Any]], Mapping[str, Any]] | None
+    ) -> TokenizedRows:
+        """The rows, once they are known to be of some use."""
+        if self.args.remove_unused_columns:
+            train, held_out = with_model_columns(train), with_model_columns(held_out)
+        task = task_of(train[0])
+        if collate is None:
+            kind: Any = DataCollatorForSeq2Seq if task == "causal_lm" else DataCollatorWithPadding
+            collate = kind(self.processing_class)
+        names: tuple[str, ...] = ()
+        if task == "sequence_classification":
+            names = label_names(self._model_config())
+            check_classes(train[0], names)
+        else:
+            check_labels(train[0], collate, task)
+            bound = self._max_length()
+            train = usable("train_dataset", train, max_length=bound, note=self._note)
+            held_out = usable("eval_dataset", held_out, max_length=bound, note=self._note)
+        return TokenizedRows(train=train, eval=held_out, task=task, label_names=names, collate=collate)
+
+    def _model_config(self) -> PreTrainedConfig:
+        return load_config(resolve_model(self._model)) if isinstance(self._model, str) else self._model.config
+
+    def _max_length(self) -> int:
+        bound: int = self.processing_class.model_max_length
+        if isinstance(self._model, str) and not Path(self._model).is_dir():  # a hub is not asked before training
+            return bound
+        positions = getattr(self._model_config(), "max_position_embeddings", None)
+        return bound if positions is None else min(bound, positions)
+
+    def _note(self, line: str) -> None:
+        if self._verbose:
+            print(line, file=sys.stderr)
 
 
 def _console(verbose: bool) -> Console | None:
     return None if verbose else Console(quiet=True)
-
-
-def _run_config(
-    args: TrainingArguments, model: str | PreTrainedModel, method: Method, lsp: LspConfig, runtime: RuntimeConfig
-) -> RunConfig:
-    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if schedule not in get_args(SchedulerType):
-        raise ConfigError("lr_scheduler_type", f"be one of {', '.join(get_args(SchedulerType))}", schedule)
-    if args.fp16:
-        raise ConfigError("fp16", "be false: weights are float32 or bfloat16", args.fp16)
-    if args.warmup_steps != int(args.warmup_steps):
-        raise ConfigError("warmup_steps", "be a whole number", args.warmup_steps)
-    report_to = args.report_to or ["none"]
-    if len(report_to) > 1 or report_to[0] not in get_args(ReportTo):
-        raise ConfigError("report_to", f"be one of {', '.join(get_args(ReportTo))}", args.report_to)
-    in_bf16 = None if isinstance(model, str) else model.dtype == torch.bfloat16
-    return RunConfig(
-        dataset=GIVEN,
-        output_dir=args.output_dir,
-        method=method,
-        lr_scheduler_type=cast(SchedulerType, schedule),
-        lr_scheduler_kwargs=cast(dict[str, Any] | None, args.lr_scheduler_kwargs) or None,
-        warmup_steps=int(args.warmup_steps),
-        bf16=True if args.bf16 else in_bf16,
-        gradient_checkpointing=bool(args.gradient_checkpointing or args.activation_checkpointing),
-        report_to=cast(ReportTo, report_to[0]),
-        lsp=lsp,
-        runtime=runtime,
-        **{name: getattr(args, name) for name in _SHARED},
-    )
-
-
-def _split(train: Any, held_out: Any, *, seed: int) -> tuple[Any, Any]:
-    for name, rows in {"train_dataset": train, "eval_dataset": held_out}.items():
-        indexable = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-        if not (indexable and len(rows)) and not (rows is None and name == "eval_dataset"):
-            raise ConfigError(name, "have rows, a length and be indexable", type(rows).__name__)
-    if held_out is not None:
-        return train, held_out
-    if len(train) < 2:
-        raise ConfigError("train_dataset", "have at least 2 rows, one of them to hold out", len(train))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    num_held_out = -(-len(train) // HELD_OUT_SHARE)
-    return _chosen(train, order[num_held_out:]), _chosen(train, order[:num_held_out])
-
-
-def _chosen(rows: Any, indices: list[int]) -> Any:
-    return rows.select(indices) if isinstance(rows, Dataset) else Subset(rows, indices)
-
-
-def _with_model_columns(rows: Any) -> Any:
-    """Without the columns of a datasets.Dataset that no model takes, as transformers' Trainer does."""
-    if not isinstance(rows, Dataset):
-        return rows
-    return rows.select_columns([name for name in rows.column_names if name in _COLUMNS])
-
-
-def _task(row: Mapping[str, Any]) -> Task:
-    """A class is one number; what has a list of labels, or none before it is collated, is a language model's."""
-    label = _label(row)
-    return "causal_lm" if label is None or torch.as_tensor(label).ndim else "sequence_classification"
-
-
-def _check_labels(row: Mapping[str, Any], names: Sequence[str]) -> None:
-    """As transformers has it: one output learns floats, several tell classes apart."""
-    label = _label(row)
-    if torch.as_tensor(label).is_floating_point() != (len(names) == 1):
-        kind = "floats" if len(names) == 1 else "whole numbers"
-        raise ConfigError("train_dataset", f"have labels that are {kind} where num_labels is {len(names)}", label)
-
-
-def _label(row: Mapping[str, Any]) -> Any:
-    return next((row[name] for name in ("labels", "label", "label_ids") if name in row), None)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/api.md from signatures and docstrings.
+"""Writes docs/api.md from signatures and docstrings, and docs/options.md from the fields of a run's configuration.
 
 python scripts/api_reference.py
 """
@@ -17,11 +17,16 @@ from typing import Any
 
 from docstring_parser import Docstring, parse_from_object
 
+from lsp_ray.config import RunConfig
+from scripts.wrapped import wrapped
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "api.md"
+OPTIONS_PAGE = PAGE.with_name("options.md")
 SECTIONS = {
     "Training": "finetune LSPTrainer LSPAdamW RunResult runtime.fine_tune.Summary trace.StepMetrics",
     "Configuration": "RunConfig LspConfig config.LoraConfig config.GaloreConfig RuntimeConfig",
-    "After training": "export.export export.Exported generate.answer report.run_folder.read_run report.page.report",
+    "After training": "export.export export.Exported generate.Speaker generate.Sampling "
+    "report.run_folder.read_run report.page.report",
     "Planning": "plan.skeleton.shape_of sim.hardware_profile.load_hardware sim.workload.Workload plan.plan.make_plan "
     "plan.plan.Plan sim.forecast.forecast sim.forecast.Forecast sim.memory.DeviceMemory sim.memory.HostMemory",
     "Projectors": "projection.sparse_projector.SparseProjector projection.sparse_projector.ProjectorSizes "
@@ -33,18 +38,59 @@ SECTIONS = {
 BAR = "\\|"
 HEAD = """# API reference
 
-Written by `scripts/api_reference.py` from signatures and docstrings. Names directly in `lsp_ray` are meant to stay;
-others may move.
+Written by `scripts/api_reference.py` from signatures and docstrings. Names directly in `lsp_ray` are meant to
+stay; others may move.
 
-M are a weight's rows (out), N its columns (in), D the subspace, R non-zeros in a projector's row, T tokens; a name that
-ends in such letters is a tensor of that shape. Times are in seconds, sizes in bytes, unless a name says otherwise.
+M are a weight's rows (out), N its columns (in), D the subspace, R non-zeros in a projector's row, T tokens; a
+name that ends in such letters is a tensor of that shape. Times are in seconds, sizes in bytes, unless a name
+says otherwise.
+"""
+
+
+OPTIONS_HEAD = """# Options of a run
+
+Written by `scripts/api_reference.py` from the texts that `lsp-ray train --help_all` shows. `--config
+run.yaml` reads any of these from a file; options after it win. A value that cannot work ends the run before
+it starts, with one line that names the option and what would be accepted. An option of another method than
+the one that runs has no effect.
+
+| option | default | meaning |
+|---|---|---|
+"""
+OPTIONS_TAIL = """
+Policies, for a layer's gradient on its way down, through its update and up again:
+
+| policy | order |
+|---|---|
+| `sequential` | Zero-Offload's: all gradients down, then all updates, then all deltas up |
+| `delayed` | the same, beside the next step: each update is added one step late, so losses differ from the others' |
+| `layerwise_fcfs` | each layer as soon as its gradient is there, first come, first served |
+| `layerwise` | first come, first served while the deep layers go by, then the shallowest first |
+| `earliest_deadline` | each layer as soon as its gradient is there, the shallowest first |
 """
 
 
 def main() -> int:
-    """Write the page; returns the exit code."""
+    """Write both pages; returns the exit code."""
     PAGE.write_text(page(), encoding="utf-8")
+    OPTIONS_PAGE.write_text(options_page(), encoding="utf-8")
     return 0
+
+
+def options_page() -> str:
+    """Return the page of options."""
+    return OPTIONS_HEAD + "".join(_option_rows(RunConfig)) + OPTIONS_TAIL
+
+
+def _option_rows(config: type, prefix: str = "") -> Iterator[str]:
+    said = {param.arg_name: _line(param.description) for param in parse_from_object(config).params}
+    for field in dataclasses.fields(config):
+        if isinstance(field.default_factory, type):
+            yield from _option_rows(field.default_factory, f"{prefix}{field.name}.")
+            continue
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        shown = "" if default is None else f"`{default}`"
+        yield f"| `--{prefix}{field.name}` | {shown} | {said[field.name].replace('|', BAR)} |\n"
 
 
 def page() -> str:
@@ -54,7 +100,7 @@ def page() -> str:
         parts.append(f"## {title}\n")
         for name in names.split():
             parts += _entry(f"lsp_ray.{name}", locate(f"lsp_ray.{name}"))
-    return "\n".join(parts)
+    return wrapped("\n".join(parts))
 
 
 def _entry(name: str, found: Any) -> Iterator[str]:

@@ -40,6 +40,7 @@ from scripts.projection_bench.tables import (
     transfer_table,
 )
 from scripts.projection_bench.transfer import transfers
+from scripts.wrapped import wrapped
 
 MODEL, STDLIB, GSM8K = "smollm2-135m", "stdlib-docstrings", "gsm8k"
 MAIN = Point(8, 256)
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not drawn:
         console.print("no plot: matplotlib is not installed")
     (options.out / "projection.md").write_text(
-        page(findings, tables, "projection.png" if drawn else None), encoding="utf-8"
+        wrapped(page(findings, tables, "projection.png" if drawn else None)), encoding="utf-8"
     )
     if options.json is not None:
         options.json.write_text(json.dumps(_summary(findings), indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile, load_hardware
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import Workload
+from scripts.wrapped import wrapped
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "hardware.md"
 MACHINE = "rtx3060"  # decides how many payloads and deltas are on the device at one time, and nothing else here
@@ -99,7 +100,7 @@ def page(models: Mapping[str, PreTrainedConfig], say: Callable[[str], None]) -> 
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             shapes[name] = shape_of(Path(folder))
-    return "\n".join([HEAD, *(_section(shapes, length, machine) for length in LENGTHS)])
+    return wrapped("\n".join([HEAD, *(_section(shapes, length, machine) for length in LENGTHS)]))
 
 
 def _section(shapes: Mapping[str, ModelShape], length: int, machine: HardwareProfile) -> str:

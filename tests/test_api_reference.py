@@ -1,4 +1,4 @@
-"""docs/api.md says what the code says, about every public name."""
+"""docs/api.md and docs/options.md say what the code says, about every public name and every option."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import lsp_ray
 from lsp_ray import errors
-from scripts.api_reference import PAGE, SECTIONS, page
+from scripts.api_reference import OPTIONS_PAGE, PAGE, SECTIONS, options_page, page
 
 NAMES = [name for names in SECTIONS.values() for name in names.split()]
 
@@ -21,6 +21,13 @@ def test_the_committed_page_is_what_the_docstrings_make() -> None:
     assert "LSPAdamW.for_model(model: PreTrainedModel, lr: float = 0.0001, *, target_modules:" in made
     assert "| `save_total_limit` | `int \\| None` | `2` | Checkpoints kept" in made
     assert "- raises `ConfigError`: Something cannot work; nothing was written." in made
+
+
+def test_the_committed_page_of_options_is_what_the_configuration_makes() -> None:
+    made = options_page()
+    assert OPTIONS_PAGE.read_text(encoding="utf-8") == made, "run scripts/api_reference.py"
+    assert "| `--save_total_limit` | `2` | Checkpoints kept" in made
+    assert "| `--lsp.balance` | `true` | " in made
 
 
 def test_every_public_name_and_every_error_is_there() -> None:

@@ -120,7 +120,7 @@ def test_clipping_amid_takeovers_depends_neither_on_shards_nor_on_the_policy(tmp
         assert_same_bits(base, weights(tmp_path, policy, runtime=runtime, **changes))
     assert lines(tmp_path / "one")[-1]["grad_scale"] < 1.0
     assert any(line["num_refitted"] for line in lines(tmp_path / "one"))
-    replayed, decisions = read_event_log(tmp_path / "layerwise_fcfs" / "events.jsonl")
+    replayed, decisions = read_event_log(tmp_path / "layerwise_fcfs" / "internals" / "events.jsonl")
     assert all(replayed.handle(decision.event) == decision.actions for decision in decisions)
 
 

@@ -18,6 +18,7 @@ from lsp_ray import export, generate
 from lsp_ray import run as run_module
 from lsp_ray.plan import __main__ as plan_module
 from lsp_ray.report import __main__ as report_module
+from lsp_ray.train_help import train_help
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,6 +32,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "lsp_ray.export": export._parser().parse_args,
     "lsp_ray.generate": generate._parser().parse_args,
 }
+MODULES = {"train": "run", "plan": "plan", "chat": "generate", "report": "report", "export": "export"}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -61,6 +63,11 @@ def check_module(name: str, arguments: list[str]) -> None:
         PARSERS[name](arguments)
 
 
+def check_lsp_ray(words: list[str]) -> None:
+    if words != ["--help"] and words != ["train", "--help"]:
+        check_module(f"lsp_ray.{MODULES[words[0]]}", ["--help" if word == "--help_all" else word for word in words[1:]])
+
+
 def check_pip(words: list[str]) -> None:
     assert words[0] == "install"
     if "-e" in words:
@@ -85,6 +92,11 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "python": check_python,
     "pip": check_pip,
     "lm_eval": check_lm_eval,
+    "lsp-ray": check_lsp_ray,
+    "source": lambda words: (
+        check_no_arguments(words[1:]) if words == [".venv/bin/activate"] else pytest.fail(str(words))
+    ),
+    "echo": lambda words: json.loads(words[0]),  # a row of a data set
     "./scripts/demo": run_module.parse,
     "./scripts/test": check_no_arguments,
     "./scripts/check": check_no_arguments,
@@ -105,6 +117,12 @@ def test_a_documented_command_can_be_typed(page: str, line: str) -> None:
     if words[0] == "python" or not NEEDS.search(line):  # an own script's options must be right wherever it can run
         assert words[0] in CHECKS, f"{page}: no test runs {words[0]}; say what it needs"
         CHECKS[words[0]](words[1:])
+
+
+def test_the_examples_in_the_help_of_train_can_be_typed() -> None:
+    examples = [line.split("   ")[0].split() for line in train_help().split("\n\n")[1].strip().splitlines()]
+    for words in (shlex.split(" ".join(example)) for example in examples):
+        check_lsp_ray(words[1:])
 
 
 @pytest.mark.parametrize(("page", "block"), [item for item in blocks("python") if item[0] != "api.md"])

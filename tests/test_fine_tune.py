@@ -119,7 +119,7 @@ def test_a_recorded_run_replays_to_the_same_actions(tmp_path: Path) -> None:
     for name in POLICIES:
         job = tiny_job(tmp_path, runtime={"policy": name, "num_shards": 2})
         run_on_threads(job, tmp_path / name)
-        policy, decisions = read_event_log(tmp_path / name / "events.jsonl")
+        policy, decisions = read_event_log(tmp_path / name / "internals" / "events.jsonl")
         replayed = [(policy.handle(decision.event), decision.actions) for decision in decisions]
         num_told = 3  # of costs: after 1, 2 and 4 of the 6 steps
         assert len(replayed) == 4 * job.num_steps * len(job.payload_sizes) + num_told
@@ -135,7 +135,7 @@ def test_little_room_for_deltas_changes_no_bit_and_pauses_for_checkpoints_as_eve
     for job, folder in ((free, tmp_path / "free"), (bounded, tmp_path / "bounded")):
         run_on_threads(job, folder)
     assert_same_bits(*(saved_weights(free, tmp_path / folder) for folder in ("free", "bounded")))
-    policy, decisions = read_event_log(tmp_path / "bounded" / "events.jsonl")
+    policy, decisions = read_event_log(tmp_path / "bounded" / "internals" / "events.jsonl")
     told = list(decisions)
     assert policy.room == bounded.delta_room
     assert all(policy.handle(decision.event) == decision.actions for decision in told)
@@ -165,17 +165,23 @@ def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
         *("method", "policy", "device", "num_shards", "eval_loss_before", "eval_loss_after", "step_time_s_median"),
         *("eval_before", "eval_after"),
         *("tokens_per_second", "overlap_fraction", "peak_device_bytes", "bytes_d2h_per_step", "bytes_h2d_per_step"),
-        *("sample_before", "sample_after", "sample_expected", "trainable_subspace_dims"),
+        *("sample_before", "sample_after", "sample_expected", "duration_s", "num_steps", "best_step"),
+        *("model", "dataset", "num_train_examples", "num_eval_examples"),
         *("emulated_compute_s", "num_clipped", "num_skipped"),
     }
+    assert (written["num_train_examples"], written["num_eval_examples"]) == (180, 20)
     assert written["peak_device_bytes"] > 0
+    dims = json.loads((tmp_path / "out" / "internals" / "subspace_dims.json").read_text())
+    assert {name: tuple(sides) for name, sides in dims.items()} == job.subspace_dims
+    weights = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert weights == {"model.safetensors"}  # loaders take every such file for a part of the model
     assert 0 <= written["overlap_fraction"] <= 1
 
 
 def test_a_runs_trace_holds_every_layers_work_on_every_stream_once_a_step(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, max_steps=4, runtime={"num_shards": 2, "policy": "sequential"})
     _, listener = run_on_threads(job, tmp_path / "out")
-    trace = read_trace(tmp_path / "out" / "trace.json")
+    trace = read_trace(tmp_path / "out" / "internals" / "trace.json")
     found = Counter((span.category, span.step, span.layer) for span in trace.spans if span.category != "wait")
     layers = range(len(job.payload_sizes))
     once = [

@@ -110,7 +110,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveRun]:
 
 def test_the_page_is_there_before_the_first_step_and_then_shows_the_steps(live: LiveRun) -> None:
     before = Page(live.first_page)
-    assert "preparing model and data" in before.texts or "starting Ray" in before.texts
+    assert any(re.match(r"(preparing model and data|starting Ray) \(\d+:\d\d\)", text) for text in before.texts)
     assert not before.of_class("dot")
 
     def shown() -> Page | None:
@@ -118,7 +118,10 @@ def test_the_page_is_there_before_the_first_step_and_then_shows_the_steps(live: 
         return page if page.of_class("bar") and page.of_class("line") else None
 
     page = awaited("steps and their streams", shown)
-    assert any(re.match(r"step \d+/100000 · loss [\d.]+ · \d+ tokens/s · ETA ", text) for text in page.texts)
+    assert any(
+        re.match(r"step \d+/100000 · epoch [\d.]+ · loss [\d.]+ · lr \S+ · \d+ tokens/s · ETA ", text)
+        for text in page.texts
+    )
     assert not page.of_class("complaints")
 
 

@@ -330,3 +330,13 @@ def test_trls_trainer_takes_it(tmp_path: Path) -> None:
     trainer.train()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "embed_tokens" not in name and "lm_head" not in name}
+
+
+def test_the_first_step_says_in_one_line_that_it_learns_projectors(capsys: pytest.CaptureFixture[str]) -> None:
+    weight = torch.nn.Parameter(torch.randn(32, 24, generator=torch.Generator().manual_seed(0)))
+    optimizer = LSPAdamW([weight], subspace_dim=8, nnz_per_row=2)
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    expected = "LSPAdamW: learning the projectors of 1 matrices from this first gradient, which takes a while\n"
+    assert capsys.readouterr().err == expected

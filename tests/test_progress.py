@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lsp_ray.report.progress import Progress, format_duration, stream_shares
+from lsp_ray.report.duration import format_duration
+from lsp_ray.report.progress import Progress, stream_shares
 from lsp_ray.trace import StepMetrics
 
 STEP = StepMetrics(
@@ -61,8 +62,13 @@ def log() -> io.StringIO:
 
 
 @pytest.fixture
-def plain(log: io.StringIO) -> Progress:
-    return Progress(40, Console(file=log, force_terminal=False, width=20))
+def plain(log: io.StringIO, now: list[float]) -> Progress:
+    return Progress(40, Console(file=log, force_terminal=False, width=20), clock=lambda: now[0])
+
+
+@pytest.fixture
+def now() -> list[float]:
+    return [100.0]
 
 
 @pytest.fixture
@@ -71,9 +77,9 @@ def screen() -> io.StringIO:
 
 
 @pytest.fixture
-def live(screen: io.StringIO) -> Iterator[Progress]:
+def live(screen: io.StringIO, now: list[float]) -> Iterator[Progress]:
     console = Console(file=screen, force_terminal=True, width=120, height=20, _environ={"TERM": "xterm"})
-    with Progress(40, console) as progress:
+    with Progress(40, console, clock=lambda: now[0]) as progress:
         yield progress
 
 
@@ -90,22 +96,56 @@ def test_a_log_gets_one_line_per_step_however_narrow(plain: Progress, log: io.St
         plain.step(STEP)
         plain.step(replace(STEP, step=2))
     assert log.getvalue().splitlines() == [
-        "step 1/40  loss 3.2500  256 tokens/s  ETA 1:18  gpu 97 %  d2h 1 %  cpu 23 %  h2d 0 %",
-        "step 2/40  loss 3.2500  256 tokens/s  ETA 1:16  gpu 97 %  d2h 1 %  cpu 23 %  h2d 0 %",
+        "step 1/40  loss 3.2500  lr 1.00e-04  256 tokens/s  ETA 1:18  gpu 97 %  down 1 %  shards 23 %  up 0 %",
+        "step 2/40  loss 3.2500  lr 1.00e-04  256 tokens/s  ETA 1:16  gpu 97 %  down 1 %  shards 23 %  up 0 %",
     ]
+
+
+def test_a_step_names_its_epoch_and_the_device_that_computed(plain: Progress, log: io.StringIO) -> None:
+    plain.steps_per_epoch, plain.device = 16.0, "cpu"
+    plain.step(replace(STEP, step=24))
+    assert log.getvalue().startswith("step 24/40  epoch 1.50  loss 3.2500  lr 1.00e-04  ")
+    assert "  cpu 97 %  down 1 %" in log.getvalue()
+    assert "gpu" not in log.getvalue()
+
+
+def test_one_line_in_logging_steps_is_written_and_the_first_and_the_last(plain: Progress, log: io.StringIO) -> None:
+    plain.logging_steps = 15
+    for step in range(1, 41):
+        plain.step(replace(STEP, step=step))
+    assert [line.split()[1] for line in log.getvalue().splitlines()] == ["1/40", "15/40", "30/40", "40/40"]
 
 
 def test_a_log_gets_one_line_per_phase(plain: Progress, log: io.StringIO) -> None:
     with plain:
         plain.phase("fitting\n projectors")
-    assert log.getvalue() == "fitting projectors ...\n"
+    assert log.getvalue() == "[0:00] fitting projectors ...\n"
+
+
+def test_a_phase_says_how_long_the_run_has_taken_and_the_phase(
+    plain: Progress, log: io.StringIO, now: list[float]
+) -> None:
+    now[0] += 65.0
+    plain.phase("training")
+    now[0] += 12.0
+    assert log.getvalue() == "[1:05] training ...\n"
+    assert plain.status() == "training (0:12)"
+    assert plain.elapsed == "1:17"
+
+
+def test_the_phase_on_a_terminal_counts_its_seconds(live: Progress, screen: io.StringIO, now: list[float]) -> None:
+    live.phase("fitting projectors")
+    now[0] += 9.0
+    assert live._live is not None
+    live._live.refresh()
+    assert "fitting projectors (0:09)" in screen.getvalue()
 
 
 def test_lines_are_plain_outside_the_with_block_too(plain: Progress, log: io.StringIO) -> None:
     plain.phase("loading")
     plain.note("ready")
     plain.step(STEP)
-    assert [line.split()[0] for line in log.getvalue().splitlines()] == ["loading", "ready", "step"]
+    assert [line.split()[0] for line in log.getvalue().splitlines()] == ["[0:00]", "ready", "step"]
 
 
 def test_one_slow_step_does_not_move_the_eta(plain: Progress, log: io.StringIO) -> None:
@@ -152,8 +192,8 @@ def test_a_terminal_shows_phase_bar_and_streams(live: Progress, screen: io.Strin
     live.step(STEP)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "sample [answer]" in shown
-    assert "step 1/40  loss 3.2500  256 tokens/s  ETA 1:18" in shown
-    assert "gpu 97 %  d2h 1 %  cpu 23 %  h2d 0 %" in shown
+    assert "step 1/40  loss 3.2500  lr 1.00e-04  256 tokens/s  ETA 1:18" in shown
+    assert "gpu 97 %  down 1 %  shards 23 %  up 0 %" in shown
 
 
 def test_a_step_ends_the_phase(live: Progress, screen: io.StringIO) -> None:
@@ -232,5 +272,9 @@ def test_durations_read_as_clock_times(seconds: float, text: str) -> None:
 
 
 def test_shares_are_of_the_step_time() -> None:
-    assert stream_shares(STEP) == "gpu 97 %  d2h 1 %  cpu 23 %  h2d 0 %"
-    assert stream_shares(replace(STEP, step_time_s=0.0)) == "gpu ? %  d2h ? %  cpu ? %  h2d ? %"
+    assert stream_shares(STEP, "gpu") == "gpu 97 %  down 1 %  shards 23 %  up 0 %"
+    assert stream_shares(replace(STEP, step_time_s=0.0), "cpu") == "cpu ? %  down ? %  shards ? %  up ? %"
+
+
+def test_where_nothing_leaves_the_device_only_its_share_is_shown() -> None:
+    assert stream_shares(replace(STEP, d2h_busy_s=0.0, cpu_busy_s=0.0), "cpu") == "cpu 97 %"

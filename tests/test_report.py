@@ -117,6 +117,40 @@ def test_the_typical_step_is_the_traced_one_nearest_to_the_median(tmp_path: Path
     assert read_run(folder).typical_step() == 3  # the median is 2 s, but the first two steps warm up
 
 
+def test_a_report_names_model_data_and_duration(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    facts = {"model": "some/model", "num_train_examples": 90, "num_eval_examples": 10, "duration_s": 83.0}
+    (folder / "summary.json").write_text(json.dumps({**summary, **facts}))
+    page = Page(report([read_run(folder)]))
+    assert {"some/model", "notes.jsonl (90 examples, 10 held out)", "1:23"} <= set(page.texts)
+
+
+def test_steps_of_two_runs_are_drawn_to_one_scale(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name) for name in ("one", "two")]
+    with trace_file(folders[1] / "trace.json", [0], num_steps=4) as trace:
+        for step in range(4):
+            trace.write(replace(timeline(step), start_s=100.0 + 10 * step, end_s=104.0 + 10 * step))
+    runs = [read_run(folder) for folder in folders]
+    alone, both = (Page(report(some)) for some in (runs[:1], runs))
+
+    def axes(page: Page) -> list[str]:
+        ticks = [text for text in page.texts if re.fullmatch(r"\d+", text)]
+        return [text for text in ticks if int(text) >= 1000]
+
+    assert "4000" not in axes(alone)
+    assert axes(both).count("4000") == 2  # the shorter run's axis is the longer one's
+
+
+def test_internal_files_are_found_in_their_folder_and_where_older_runs_have_them(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    older = read_run(folder)
+    (folder / "internals").mkdir()
+    (folder / "trace.json").rename(folder / "internals" / "trace.json")
+    assert older.trace is not None
+    assert read_run(folder) == older
+
+
 def test_text_from_data_is_escaped_wherever_it_shows(tmp_path: Path) -> None:
     folder = write_run(tmp_path / EVIL.replace("/", "_"), dataset=EVIL)
     summary = json.loads((folder / "summary.json").read_text())
@@ -124,7 +158,7 @@ def test_text_from_data_is_escaped_wherever_it_shows(tmp_path: Path) -> None:
     document = report([read_run(folder)])
     page = Page(document)
     assert "<script" not in document
-    assert page.texts.count(EVIL) == 3  # method, dataset, sample
+    assert page.texts.count(EVIL) == 4  # method, dataset twice, sample
 
 
 def test_the_report_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
@@ -188,6 +222,13 @@ def test_a_folder_that_is_no_run_ends_in_one_line_with_code_2(
         said = capsys.readouterr().err
         assert re.fullmatch(rf"error: run_dir must be the output folder of a run, .*, got '{folder}'\n", said)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_report_of_one_run_is_written_into_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run")
+    assert main([str(folder)]) == 0
+    assert capsys.readouterr().out == f"report: {folder / 'report.html'}\n"
+    Page((folder / "report.html").read_text())
 
 
 def test_an_output_that_cannot_be_written_ends_in_one_line_with_code_2(

@@ -69,9 +69,22 @@ def test_a_run_goes_from_options_to_a_checkpoint(
         "sample before",
         "step 3/3",
         "eval loss after",
-        "done:",
     ):
         assert expected in shown
+    assert re.search(r"step 3/3  epoch 0\.13  loss \S+  lr 3\.33e-05  .*  cpu \d+ %  down \d+ %  shards", shown)
+    last = shown.splitlines()[-5:]
+    assert re.fullmatch(
+        rf"done in \d+:\d\d: eval loss .* s a step, .*, peak device memory \S+ GB, everything is in {out}", last[0]
+    )
+    assert last[1] == "next:"
+    assert [line.split()[-3:-1] for line in last[2:]] == [
+        ["chat", str(out)],
+        ["lsp-ray", "report"],
+        ["export", str(out)],
+    ]
+    page = (out / "report.html").read_text()
+    assert str(tiny / "model") in page
+    assert "(90 examples, 10 held out)" in page
     AutoModelForCausalLM.from_pretrained(out)
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["gradient_checkpointing"] is True
@@ -79,7 +92,7 @@ def test_a_run_goes_from_options_to_a_checkpoint(
     assert config["runtime"]["num_shards"] == json.loads((out / "summary.json").read_text())["num_shards"]
     assert config["runtime"].pop("link_gbps") is None  # emulation decides it
     assert config.pop("report_port") is None
-    assert config.pop("lr_scheduler_kwargs") is None
+    assert config.pop("lr_scheduler_kwargs") is config.pop("early_stopping_patience") is None
     assert None not in (*config.values(), *config["runtime"].values())
     assert "output_dir" not in config
 
@@ -177,6 +190,10 @@ BAD = [
     (["--runtime.device", "cuda"], r"runtime\.device must be cpu or auto where torch finds no GPU, got 'cuda'"),
     (["--lsp.init_from", "/nowhere"], r"lsp\.init_from must be a file of projectors .*got '/nowhere'"),
     (["--report_to", "mlflow"], r"report_to must be one of none, tensorboard, wandb, got 'mlflow'"),
+    (["--load_best_model_at_end"], r"eval_steps must be at least 1 with load_best_model_at_end, .*, got 0"),
+    (["--early_stopping_patience", "2"], r"eval_steps must be at least 1 with early_stopping_patience, .*, got 0"),
+    (["--early_stopping_patience", "0", "--eval_steps", "1"], r"early_stopping_patience must be at least 1, got 0"),
+    (["--logging_steps", "0"], r"logging_steps must be at least 1, got 0"),
     (["--report_port", "65536"], r"report_port must be at most 65535, got 65536"),
     (["--report_port", "-1"], r"report_port must be at least 0, got -1"),
     (["--output_dir", "/proc/out"], r"output_dir must be writable.* got '/proc/out'"),
@@ -248,6 +265,6 @@ def test_without_an_output_folder_runs_are_numbered(
     options = arguments(tiny, tmp_path)
     del options[options.index("--output_dir") : options.index("--output_dir") + 2]
     assert main(options) == 0
-    for name in ("summary.json", "model.safetensors", "lsp_projectors.safetensors"):
+    for name in ("summary.json", "model.safetensors", "internals/lsp_projectors.safetensors", "report.html"):
         assert (tmp_path / "lsp_output-2" / name).exists()
     assert [path.name for path in (tmp_path / "lsp_output").iterdir()] == ["kept"]

@@ -194,7 +194,7 @@ def test_a_run_on_ray_gives_the_bits_of_the_same_run_on_threads(
         assert torch.equal(tensor, theirs[name]), name
     assert on_ray.eval_loss_after == on_threads.eval_loss_after
     assert len(listener.steps) == job.num_steps
-    fresh, decisions = read_event_log(tmp_path / "ray" / "events.jsonl")
+    fresh, decisions = read_event_log(tmp_path / "ray" / "internals" / "events.jsonl")
     assert all(fresh.handle(decision.event) == decision.actions for decision in decisions)
 
 

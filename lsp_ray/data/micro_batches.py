@@ -95,6 +95,21 @@ class MicroBatches:
         """Optimizer updates of the run."""
         return self._num_steps
 
+    @property
+    def num_train_examples(self) -> int:
+        """Rows of an epoch."""
+        return len(self._train)
+
+    @property
+    def num_eval_examples(self) -> int:
+        """Rows that are held out."""
+        return len(self._eval)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer updates in which every train row is seen once."""
+        return len(self._train) / (self._batch_size * self._accumulation)
+
     def step(self, k: int) -> list[Batch]:
         """Return the micro-batches of optimizer update k, counted from 0; equal at every call."""
         return self._drawn(_TRAIN_ORDER, k * self._accumulation, self._accumulation)

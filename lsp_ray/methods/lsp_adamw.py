@@ -15,6 +15,7 @@ Legend: M rows, N columns of a weight, D × E what Adam sees, R non-zeros a row.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -122,11 +123,22 @@ class LSPAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._announce()
         for key, (group, weight) in enumerate(self._weights()):
             if weight.grad is not None:
                 step_of = self._plain_step if group["subspace_dim"] is None else self._projected_step
                 step_of(weight, weight.grad, group, key)
         return loss
+
+    def _announce(self) -> None:
+        """Say once why the first step takes longer than the others."""
+        if self.__dict__.setdefault("_has_announced", bool(self.state)):
+            return
+        self.__dict__["_has_announced"] = True
+        num = sum(len(group["params"]) for group in self.param_groups if group["subspace_dim"] is not None)
+        if num:
+            line = f"LSPAdamW: learning the projectors of {num} matrices from this first gradient, which takes a while"
+            print(line, file=sys.stderr)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Optimizer.load_state_dict`; exact, where torch's would cast the state to the weights' dtype.

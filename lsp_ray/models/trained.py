@@ -22,7 +22,7 @@ def load_trained(folder: Path) -> PreTrainedModel:
     Raises:
         ConfigError: The folder holds no model, or a damaged one.
     """
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
         raise ConfigError("model", "be the folder of a finished run or of an export", str(folder))
     check_weights(folder)
     config = load_config(folder)
@@ -43,7 +43,7 @@ def _dtype(folder: Path) -> torch.dtype:
     """What its config.json says, else that of a weight."""
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     if name is None:
-        with safe_open(next(folder.glob("*.safetensors")), framework="pt") as weights:
+        with safe_open(next(folder.glob("model*.safetensors")), framework="pt") as weights:
             name = str(weights.get_tensor(next(iter(weights.keys()))).dtype).removeprefix("torch.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype

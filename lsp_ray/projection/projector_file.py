@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.output_folder import internal
 from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
 
@@ -60,7 +61,7 @@ def load_projectors(
         ConfigError: There is no such file, it is damaged or of a form that is gone, or a linear is missing or has other
             sizes in it.
     """
-    file = path / FILE_NAME if path.is_dir() else path
+    file = internal(path, FILE_NAME) if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(field, f"be a file of projectors or a run's folder with {FILE_NAME} in it", str(path))
     try:

@@ -13,24 +13,31 @@ GAP = 0.5  # between neighbours
 MIN_WIDTH = 1.2  # what is too short to see is still there
 
 STREAM_NAMES = {
-    WorkStream.GPU: "GPU",
+    WorkStream.GPU: "device",
     WorkStream.D2H: "down-link",
-    WorkStream.CPU: "CPU",
+    WorkStream.CPU: "shards",
     WorkStream.H2D: "up-link",
 }
 
 
-def gantt(trace: Trace, step: int) -> Markup:
-    """Return an SVG figure of the step, counted from 0: every span that reaches into it, cut off at its ends."""
+def gantt(trace: Trace, step: int, *, length_s: float | None = None, device: str = "GPU") -> Markup:
+    """Return an SVG figure of the step, counted from 0: every span that reaches into it, cut off at its ends.
+
+    Args:
+        trace: Of the run.
+        step: In the trace.
+        length_s: What the width stands for; default: the step. Runs side by side share the longest one's.
+        device: What its rows are called.
+    """
     start_s, end_s = trace.steps[step]
-    across = Axis(low=0.0, high=(end_s - start_s) * 1e3, start=LEFT, end=WIDTH - RIGHT)
+    across = Axis(low=0.0, high=(length_s or end_s - start_s) * 1e3, start=LEFT, end=WIDTH - RIGHT)
     bottom = TOP + ROW * len(trace.rows)
     parts = [_time_axis(across, bottom)]
     for index, row in enumerate(trace.rows):
         top = TOP + ROW * index
-        parts.append(element("text", row, x=LEFT - 8, y=top + ROW / 2 + 4, class_="row end"))
+        parts.append(element("text", row.replace("GPU", device), x=LEFT - 8, y=top + ROW / 2 + 4, class_="row end"))
         parts += [
-            _bar(span, across, start_s, top + (ROW - BAR) / 2, is_own=span.step == step)
+            _bar(span, across, start_s, end_s, top + (ROW - BAR) / 2, is_own=span.step == step)
             for span in trace.spans
             if span.row == row and span.end_s > start_s and span.start_s < end_s
         ]
@@ -48,9 +55,9 @@ def _time_axis(across: Axis, bottom: float) -> Markup:
     return joined(*parts)
 
 
-def _bar(span: TracedSpan, across: Axis, zero_s: float, y: float, *, is_own: bool) -> Markup:
+def _bar(span: TracedSpan, across: Axis, zero_s: float, end_s: float, y: float, *, is_own: bool) -> Markup:
     left = max(across.start, across.at((span.start_s - zero_s) * 1e3))
-    right = min(across.end, across.at((span.end_s - zero_s) * 1e3))
+    right = across.at((min(span.end_s, end_s) - zero_s) * 1e3)
     width = max(right - left - GAP, MIN_WIDTH)
     kind = "wait" if span.cause is not None else f"{_stream(span)} {span.category}"
     is_pale = span.category in (Phase.APPLY, Phase.FORWARD) or not (is_own or span.cause is not None)

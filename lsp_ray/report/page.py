@@ -17,7 +17,7 @@ from lsp_ray.trace import WorkStream
 _SAMPLES = (("sample_before", "Before"), ("sample_after", "After"), ("sample_expected", "In the data"))
 _LEAST_SHOWN = 0.05  # of a step: the width of the figure, so that next to no waiting looks like it
 _LATE = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)
-_LEGEND = {**{stream.value: name for stream, name in STREAM_NAMES.items()}, "wait": "GPU waits"}
+_LEGEND = {**{stream.value: name for stream, name in STREAM_NAMES.items()}, "wait": "device waits"}
 
 
 def report(runs: Sequence[RunFolder]) -> str:
@@ -107,28 +107,39 @@ def _loss_charts(runs: Sequence[RunFolder], losses: Sequence[Sequence[LossPoint]
 
 def _gantts(runs: Sequence[RunFolder]) -> Sequence[Markup]:
     how = _text(
-        "Time runs from left to right; numbers are layers. On the GPU each layer adds the last step's delta (palest) "
-        "and goes forward (pale); then come the backwards, deepest layer first (full colour). A layer's gradient goes "
-        "down the link, a CPU shard makes the update, the delta comes up. Pale bars on the links and the CPU belong to "
-        "the step before. A wait means that the next layer's delta was not there yet."
+        "Time runs from left to right; numbers are layers. On the device each layer adds the last step's delta "
+        "(palest) and goes forward (pale); then come the backwards, deepest layer first (full colour). A layer's "
+        "gradient goes down the link, a shard on the CPU makes the update, the delta comes up. Pale bars on the links "
+        "and shards belong to the step before. A wait means that the next layer's delta was not there yet."
     )
     parts = [how, _stream_legend(*_LEGEND)]
-    for run in runs:
-        step = run.typical_step()
+    typical = [(run, run.typical_step()) for run in runs]
+    lengths_s = [end_s - start_s for run, step in typical for start_s, end_s in [_ends(run, step)]]
+    for run, step in typical:
         parts.append(element("h3", run.name))
         if step is None or run.trace is None:
             parts.append(element("p", "No traced step to show.", class_="nothing"))
             continue
-        start_s, end_s = run.trace.steps[step]
+        start_s, end_s = _ends(run, step)
         median = "" if run.step_time_s is None else f"; the median step takes {run.step_time_s:.3f} s"
         parts.append(_text(f"Step {step + 1}, {end_s - start_s:.3f} s{median}."))
-        parts.append(element("div", gantt(run.trace, step), class_="wide"))
+        drawn = gantt(run.trace, step, length_s=max(lengths_s), device=_device(run))
+        parts.append(element("div", drawn, class_="wide"))
     return parts
+
+
+def _ends(run: RunFolder, step: int | None) -> tuple[float, float]:
+    return (0.0, 0.0) if step is None or run.trace is None else run.trace.steps[step]
+
+
+def _device(run: RunFolder) -> str:
+    """As people call it."""
+    return "CPU" if run.figures.get("device") == "cpu" else "GPU"
 
 
 def _exposed(runs: Sequence[RunFolder]) -> Sequence[Markup]:
     how = (
-        "Time a step in which the GPU stood still for a delta, by the stream that it was still in "
+        "Time a step in which the device stood still for a delta, by the stream that it was still in "
         f"(means over the steps after the first {WARM_UP_STEPS})."
     )
     rows = []
@@ -158,7 +169,8 @@ def _busy(runs: Sequence[RunFolder]) -> Sequence[Markup]:
         step_s = fmean(step.step_time_s for step in run.settled)
         for stream in WorkStream:
             share = fmean(step.busy_by_stream[stream] for step in run.settled) / step_s
-            label = f"{run.name} · {STREAM_NAMES[stream]}" if len(runs) > 1 else STREAM_NAMES[stream]
+            name = _device(run) if stream is WorkStream.GPU else STREAM_NAMES[stream]
+            label = f"{run.name} · {name}" if len(runs) > 1 else name
             segment = Segment(value=share, kind=stream.value, text=f"{share:.1%}")
             rows.append(Bar(label=label, segments=[segment], figures=f"{share:.1%}"))
     return _text("Share of the step in which a stream had work; several shards count as one stream."), bars(

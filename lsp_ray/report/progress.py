@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from statistics import median
 from types import TracebackType
@@ -22,6 +23,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from lsp_ray.report.duration import format_duration
 from lsp_ray.trace import StepMetrics, WorkStream
 
 RECENT_STEPS = 20
@@ -39,14 +41,29 @@ class Progress:
     Args:
         total_steps: Optimizer updates that the run will make; may be set later, once it is known.
         console: Where to write; by default standard output, whose failures are then ignored.
+        clock: Seconds, never backwards.
+
+    `steps_per_epoch`, `device` and `logging_steps` may be set as well, once they are known: steps show the epoch then,
+    shares name the device, and one line in so many steps is written where there is no live display.
     """
 
-    def __init__(self, total_steps: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int = 0,
+        console: Console | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console = console or _tolerant_console()
+        self._clock = clock
+        self._start_s = self._phase_start_s = clock()
         self.total_steps = total_steps
+        self.steps_per_epoch: float | None = None
+        self.device = "gpu"
+        self.logging_steps = 1
         self._step_times_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._live: Live | None = None
-        self._phase: Spinner | None = None
+        self._spinner: Spinner | None = None
         self._doing = ""
         self._latest: StepMetrics | None = None
 
@@ -61,7 +78,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._phase = None
+        self._spinner = None
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -72,33 +89,47 @@ class Progress:
 
     def phase(self, text: str) -> None:
         """Say what is being done now, outside the steps; the next step or phase ends it."""
-        line = self._doing = " ".join(_clean(text).split())
+        self._doing = " ".join(_clean(text).split())
+        self._phase_start_s = self._clock()
         if self._live is None:
-            self._write(f"{line} ...")
+            self._write(f"[{self.elapsed}] {self._doing} ...")
         else:
-            name = "dots" if _shows_unicode(self._console) else "line"
-            self._phase = Spinner(name, Text(line, no_wrap=True, overflow="crop"))
+            self._spinner = Spinner("dots" if _shows_unicode(self._console) else "line")
             self._live.refresh()
+
+    @property
+    def elapsed(self) -> str:
+        """Time since the start, as `m:ss` or `h:mm:ss`."""
+        return format_duration(self._clock() - self._start_s)
 
     def step(self, metrics: StepMetrics) -> None:
         """Show a finished step."""
-        self._phase, self._doing = None, ""
+        self._spinner, self._doing = None, ""
         self._latest = metrics
         if math.isfinite(metrics.step_time_s):
             self._step_times_s.append(metrics.step_time_s)
-        if self._live is None:
-            self._write("  ".join((*self._headline(metrics), stream_shares(metrics))))
-        else:
+        if self._live is not None:
             self._live.refresh()
+        elif self._is_logged(metrics.step):
+            self._write("  ".join((*self._headline(metrics), stream_shares(metrics, self.device))))
+
+    def _is_logged(self, step: int) -> bool:
+        return step == 1 or step >= self.total_steps or step % max(self.logging_steps, 1) == 0
 
     def status(self) -> str:
         """Return in one line what is being done, and how far the run is; for other threads too."""
         latest, doing = self._latest, self._doing
-        return " · ".join([*([doing] if doing else []), *(self._headline(latest) if latest is not None else ())])
+        return " · ".join([*([self._phase_line()] if doing else []), *(self._headline(latest) if latest else ())])
+
+    def _phase_line(self) -> str:
+        return f"{self._doing} ({format_duration(self._clock() - self._phase_start_s)})"
 
     def _headline(self, metrics: StepMetrics) -> Iterable[str]:
         yield f"step {metrics.step}/{self.total_steps}"
+        if self.steps_per_epoch:
+            yield f"epoch {metrics.step / self.steps_per_epoch:.2f}"
         yield f"loss {metrics.loss:.4f}"
+        yield f"lr {metrics.learning_rate:.2e}"
         yield f"{metrics.tokens_per_second:.0f} tokens/s"
         yield f"ETA {self._eta(metrics.step)}"
 
@@ -113,7 +144,7 @@ class Progress:
     def _display(self) -> RenderableType:
         """The live display; called from rich's refresh thread too."""
         rows: list[RenderableType] = []
-        latest, phase = self._latest, self._phase
+        latest, spinner = self._latest, self._spinner
         if latest is not None:
             grid = Table.grid(padding=(0, 1), expand=True)
             grid.add_column(ratio=1)
@@ -121,25 +152,25 @@ class Progress:
             bar = ProgressBar(total=max(self.total_steps, 1), completed=latest.step)
             grid.add_row(bar, Text("  ".join(self._headline(latest))))
             rows.append(grid)
-            rows.append(Text(stream_shares(latest), style="dim", no_wrap=True, overflow="crop"))
-        if phase is not None:
-            rows.append(phase)
+            shares = stream_shares(latest, self.device)
+            rows.append(Text(shares, style="dim", no_wrap=True, overflow="crop"))
+        if spinner is not None:
+            spinner.update(text=Text(self._phase_line(), no_wrap=True, overflow="crop"))
+            rows.append(spinner)
         return Group(*rows)
 
 
-def stream_shares(metrics: StepMetrics) -> str:
-    """Return each stream's busy share of the step time, e.g. `gpu 97 %  d2h 1 %  cpu 23 %  h2d 1 %`."""
+def stream_shares(metrics: StepMetrics, device: str) -> str:
+    """Return each stream's busy share of the step time, e.g. `gpu 97 %  down 1 %  shards 23 %  up 1 %`.
+
+    Args:
+        metrics: Of the step.
+        device: What computes: gpu or cpu.
+    """
     busy_s = metrics.busy_by_stream
-    return "  ".join(f"{stream} {_percent(busy_s[stream], metrics.step_time_s)} %" for stream in WorkStream)
-
-
-def format_duration(seconds: float) -> str:
-    """Return `m:ss` or `h:mm:ss`, and `?` for what is not a time."""
-    if not (math.isfinite(seconds) and seconds >= 0):
-        return "?"
-    minutes, whole_seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{whole_seconds:02}" if hours else f"{minutes}:{whole_seconds:02}"
+    names = {WorkStream.GPU: device, WorkStream.D2H: "down", WorkStream.CPU: "shards", WorkStream.H2D: "up"}
+    shown = names if any(busy_s[stream] for stream in WorkStream if stream is not WorkStream.GPU) else [WorkStream.GPU]
+    return "  ".join(f"{names[stream]} {_percent(busy_s[stream], metrics.step_time_s)} %" for stream in shown)
 
 
 def _percent(part: float, whole: float) -> str:

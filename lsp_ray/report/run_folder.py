@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 import yaml
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.output_folder import internal
 from lsp_ray.trace import StepMetrics
 from lsp_ray.trace_file import Trace, read_trace
 
+REPORT = "report.html"
 WARM_UP_STEPS = 2  # the first is slow, and the second's memory is measured, which makes it slow
 
 _T = TypeVar("_T")
@@ -78,6 +80,8 @@ class RunFolder:
     def figures(self) -> dict[str, Any]:
         """The summary; what it lacks, as the run has not ended, from configuration and steps."""
         known: dict[str, Any] = {
+            "model": self.config.get("model_name_or_path"),
+            "dataset": self.config.get("dataset"),
             "method": self.config.get("method"),
             "device": self.config.get("runtime.device"),
             "num_shards": self.config.get("runtime.num_shards"),
@@ -120,7 +124,7 @@ def read_run(path: Path) -> RunFolder:
         config=_read(path / "config.yaml", _config, complaints) or {},
         steps=_read(path / "metrics.jsonl", lambda file: _steps(file, complaints), complaints) or (),
         summary=_read(path / "summary.json", _summary, complaints) or {},
-        trace=_read(path / "trace.json", lambda file: _trace(file, complaints), complaints),
+        trace=_read(internal(path, "trace.json"), lambda file: _trace(file, complaints), complaints),
         complaints=tuple(complaints),
     )
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lsp_ray.report.duration import format_duration
 from lsp_ray.report.markup import Markup, element
 from lsp_ray.report.run_folder import RunFolder
 
 NOTHING = "–"
 
 _FIGURES: tuple[tuple[str, Callable[[RunFolder], str]], ...] = (
+    ("Model", lambda run: _figure(run, "model")),
+    ("Data", lambda run: _data(run)),
     ("Method", lambda run: _figure(run, "method")),
     ("Policy", lambda run: _figure(run, "policy")),
     ("Device", lambda run: _figure(run, "device")),
     ("Shards", lambda run: _figure(run, "num_shards")),
     ("Steps", lambda run: str(len(run.steps))),
+    ("Duration", lambda run: _figure(run, "duration_s", format_duration)),
     ("Eval loss before", lambda run: _figure(run, "eval_loss_before", "{:.4f}")),
     ("Eval loss after", lambda run: _figure(run, "eval_loss_after", "{:.4f}")),
     ("Step time, median", lambda run: NOTHING if run.step_time_s is None else f"{run.step_time_s:.3f} s"),
@@ -45,6 +49,12 @@ def size(num_bytes: float) -> str:
         if num_bytes >= factor:
             return f"{num_bytes / factor:.3g} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def _data(run: RunFolder) -> str:
+    counts = [run.figures.get(f"num_{part}_examples") for part in ("train", "eval")]
+    counted = "" if None in counts else f" ({counts[0]} examples, {counts[1]} held out)"
+    return f"{_figure(run, 'dataset')}{counted}"
 
 
 def _figure(run: RunFolder, name: str, form: str | Callable[[float], str] = "{}") -> str:

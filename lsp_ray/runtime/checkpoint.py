@@ -68,8 +68,10 @@ class Checkpoints:
 
     Args:
         run_folder: Where they go.
-        keep: How many, the newest, are kept; None keeps all.
+        keep: How many, the newest, are kept; None keeps all. The one of `protected` updates is kept besides.
     """
+
+    protected: int | None = None
 
     def __init__(self, run_folder: Path, *, keep: int | None) -> None:
         self._run_folder = run_folder
@@ -143,8 +145,9 @@ class Checkpoints:
             staging.rename(target)
             _flush(self._run_folder)
             if self._keep is not None:
-                for path in list(checkpoints(self._run_folder).values())[: -self._keep]:
-                    self._remove(path)
+                for step, path in list(checkpoints(self._run_folder).items())[: -self._keep]:
+                    if step != self.protected:
+                        self._remove(path)
 
     def _sealed(self, path: Path) -> list[int]:
         """See `checksum`; on return the file is on the disk."""

@@ -36,6 +36,7 @@ from lsp_ray.models.load import load_model, load_tokenizer, save_model, tokens_o
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.output_folder import INTERNALS
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors
 from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
@@ -179,6 +180,24 @@ class DeviceSide:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return predict(self._model, inputs)
 
+    def take_weights(self, checkpoint: Path) -> None:
+        """After the last step: go back to the weights of a checkpoint of this run, for evaluation and saving.
+
+        Raises:
+            ConfigError: It is damaged.
+        """
+        job = self._job
+        self.worker.flush()
+        with reading(checkpoint), torch.no_grad():
+            if self._adapters is not None:
+                load_trained(self.worker.units, checkpoint / STATE / _TRAINED)
+                return
+            saved = load_model(checkpoint, dtype=job.dtype, task=job.task, label_names=job.label_names, new_head=False)
+            self._model.load_state_dict(saved.state_dict())
+            if self._linears:
+                sizes = projector_sizes(find_layers(saved), job.config.lsp)
+                take_projectors(self._linears, load_projectors(checkpoint / STATE / FILE_NAME, sizes, field=FIELD))
+
     def abandon(self, error: LspRayError) -> None:
         """See `DeviceWorker.abandon`."""
         if self._is_set_up:
@@ -197,7 +216,7 @@ class DeviceSide:
         """
         self.worker.flush()
         with writing(folder):
-            self._save_to(folder, folder)
+            self._save_to(folder, folder / INTERNALS)
 
     def save_state(self, folder: Path) -> None:
         """Between two steps: write this side's part of a checkpoint, see `runtime.checkpoint`.
@@ -227,6 +246,7 @@ class DeviceSide:
             save_adapter(self._adapters, folder)
         if self._linears:
             projectors = {name: module.projector for name, module in self._linears}
+            projector_folder.mkdir(exist_ok=True)
             save_projectors(projector_folder / FILE_NAME, projectors)
 
     def _restore(self, saved: SavedRun) -> None:

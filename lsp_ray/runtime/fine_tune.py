@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from lsp_ray.output_folder import INTERNALS
+from lsp_ray.runtime.best_step import best_step
+from lsp_ray.runtime.checkpoint import checkpoints
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.training import FineTuneWorkers, Listener, NeverStop, Stop, Training
@@ -19,10 +23,17 @@ class Summary:
     """What summary.json holds. Times are seconds, without the step whose memory was measured; sizes are bytes.
 
     Attributes:
+        model: See `RunConfig.model_name_or_path`.
+        dataset: See `RunConfig`.
+        num_train_examples: What is trained on.
+        num_eval_examples: What is held out.
         method: See `RunConfig`.
         policy: None where nothing leaves the device.
         device: cpu or cuda.
         num_shards: 0 where nothing leaves the device.
+        num_steps: Optimizer updates made.
+        best_step: The update with the lowest eval loss, whose weights these are; None: they are the last ones.
+        duration_s: From set-up to the saved model, of the process that ended the run.
         eval_loss_before: Mean over the held-out targets, before training.
         eval_loss_after: The same after training.
         eval_before: Every score of the task, its `loss` as well.
@@ -39,13 +50,19 @@ class Summary:
         sample_before: The model's answer to a held-out prompt, before training.
         sample_after: The same after training.
         sample_expected: What the data says.
-        trainable_subspace_dims: (D, E) of what is sent, by the linear's name; empty for other methods than lsp.
     """
 
+    model: str
+    dataset: str
+    num_train_examples: int
+    num_eval_examples: int
     method: str
     policy: str | None
     device: str
     num_shards: int
+    num_steps: int
+    best_step: int | None
+    duration_s: float
     eval_loss_before: float
     eval_loss_after: float
     eval_before: dict[str, float]
@@ -62,7 +79,6 @@ class Summary:
     sample_before: str
     sample_after: str
     sample_expected: str
-    trainable_subspace_dims: dict[str, list[int]]
 
 
 def fine_tune(
@@ -88,6 +104,7 @@ def fine_tune(
             all the same.
     """
     stop = stop or NeverStop()
+    start_s = time.monotonic()
     setup = workers.setup(listener.phase)
     _note_setup(job, setup, listener)
     if job.saved is None:
@@ -102,7 +119,7 @@ def fine_tune(
     with stop.deferred(lambda: listener.note("stopping once all that is done is saved; a second time stops at once")):
         steps, peak_bytes = training.run(setup.throttle, stop)
         listener.phase("evaluating after training")
-        after = workers.evaluate()
+        after, best = _evaluated(job, workers, steps, output_dir, listener)
         change = (after["loss"] - before["loss"]) / before["loss"]
         listener.note(f"eval loss after: {_scores_line(after)} (loss {change:+.1%})")
         sample_after = decode(workers.sample())
@@ -110,10 +127,43 @@ def fine_tune(
         listener.note(f"sample in the data: {job.sample_expected}")
         listener.phase("saving the checkpoint")
         workers.save(output_dir)
-        compute_s = setup.throttle.compute_s
-        summary = _summary(job, steps, (before, after), (sample_before, sample_after), peak_bytes, compute_s)
+        summary = _summary(
+            job,
+            steps,
+            (before, after),
+            (sample_before, sample_after),
+            peak_bytes=peak_bytes,
+            emulated_compute_s=setup.throttle.compute_s,
+            best_step=None if best is None else int(best.name.rpartition("-")[2]),
+            duration_s=time.monotonic() - start_s,
+        )
+        if job.subspace_dims:
+            _write_json(output_dir / INTERNALS / "subspace_dims.json", job.subspace_dims)
         _write_json(output_dir / "summary.json", asdict(summary))
     return summary
+
+
+def _evaluated(
+    job: Job, workers: FineTuneWorkers, steps: Sequence[StepMetrics], output_dir: Path, listener: Listener
+) -> tuple[dict[str, float], Path | None]:
+    """The scores of the weights that the run ends with, and the checkpoint that they are from, if they are."""
+    after = workers.evaluate()
+    best = _best(job, steps, after["loss"], output_dir)
+    if best is not None:
+        listener.note(f"going back to {best.name}, whose eval loss is lower than the last one, {after['loss']:.4f}")
+        workers.take_weights(best)
+        after = workers.evaluate()
+    return after, best
+
+
+def _best(job: Job, steps: Sequence[StepMetrics], last_loss: float, output_dir: Path) -> Path | None:
+    """The checkpoint that a run is to end with, where that is not the last step."""
+    best = best_step(steps) if job.config.load_best_model_at_end else None
+    if best is None or best.eval_loss is None or best.eval_loss >= last_loss:
+        return None
+    folders = [output_dir] if job.saved is None else [output_dir, job.saved.folder.parent]
+    found = (checkpoints(folder).get(best.step) for folder in folders)
+    return next((folder for folder in found if folder is not None), None)
 
 
 def _scores_line(scores: dict[str, float]) -> str:
@@ -151,18 +201,28 @@ def _summary(
     steps: Sequence[StepMetrics],
     scores: tuple[dict[str, float], dict[str, float]],
     samples: tuple[str, str],
+    *,
     peak_bytes: int | None,
     emulated_compute_s: float | None,
+    best_step: int | None,
+    duration_s: float,
 ) -> Summary:
     """Of a run whose eval scores and sample answers were these, before and after."""
     # the step whose memory was measured is slower for it
     timed = [metrics for metrics in steps if metrics.step != job.measured_step + 1] or steps
     total_s = sum(metrics.step_time_s for metrics in timed)
     return Summary(
+        model=job.config.model_name_or_path,
+        dataset=job.config.dataset,
+        num_train_examples=job.micro_batches.num_train_examples,
+        num_eval_examples=job.micro_batches.num_eval_examples,
         method=job.config.method,
         policy=job.config.policy if job.payload_sizes else None,
         device=job.device,
         num_shards=job.layout.num_shards,
+        num_steps=steps[-1].step,
+        best_step=best_step,
+        duration_s=duration_s,
         eval_loss_before=scores[0]["loss"],
         eval_loss_after=scores[1]["loss"],
         eval_before=scores[0],
@@ -179,7 +239,6 @@ def _summary(
         sample_before=samples[0],
         sample_after=samples[1],
         sample_expected=job.sample_expected,
-        trainable_subspace_dims={name: list(dims) for name, dims in job.subspace_dims.items()},
     )
 
 

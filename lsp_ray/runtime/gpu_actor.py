@@ -73,6 +73,10 @@ class GpuActor:
         """See `DeviceSide.save_state`."""
         self._side.save_state(Path(folder))
 
+    def take_weights(self, checkpoint: str) -> None:
+        """See `DeviceSide.take_weights`."""
+        self._side.take_weights(Path(checkpoint))
+
     @ray.method(concurrency_group="d2h")
     def send(self, step: int, unit: int) -> OpReport:
         """Copy a unit's payload into its down-slot."""

@@ -89,3 +89,9 @@ class _Watched:
     def step(self, metrics: StepMetrics) -> None:
         self.furthest = max(self.furthest, metrics.step)
         self._listener.step(metrics)
+
+    def saved(self, checkpoint: Path) -> None:
+        self._listener.saved(checkpoint)
+
+    def has_enough(self) -> bool:
+        return self._listener.has_enough()

@@ -105,6 +105,10 @@ class RayWorkers:
         for what, call in calls.items():
             answer(call, what)
 
+    def take_weights(self, checkpoint: Path) -> None:
+        """See `DeviceSide.take_weights`."""
+        answer(self._gpu.take_weights.remote(str(checkpoint.absolute())), "gpu: weights of a checkpoint")
+
     # the driver's seam
 
     def start_step(self, step: int) -> None:

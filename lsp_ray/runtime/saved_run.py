@@ -22,8 +22,8 @@ _MAX_FACTS_BYTES = 64 << 20
 _MOMENTS = re.compile(r"moments-\d+\.safetensors")
 # what may differ: it decides where and how fast a run computes, not what, or whether it ends early, or who watches it
 _FREE = {
-    *("output_dir", FIELD, "eval_steps", "save_steps", "save_minutes", "save_total_limit", "runtime"),
-    *("on_nonfinite", "report_to", "report_port"),
+    *("output_dir", FIELD, "eval_steps", "save_steps", "save_minutes", "save_total_limit", "runtime", "on_nonfinite"),
+    *("report_to", "report_port", "logging_steps", "load_best_model_at_end", "early_stopping_patience"),
 }
 _PATHS = ("model_name_or_path", "dataset")  # a run's data are compared by their content besides
 _BOUND = "runtime.payload_dtype"  # of what is free: it changes values

@@ -96,6 +96,10 @@ class ThreadWorkers:
             with writing(folder):
                 save_moments(folder / STATE / f"moments-{index}.safetensors", shard.states)
 
+    def take_weights(self, checkpoint: Path) -> None:
+        """See `DeviceSide.take_weights`."""
+        self._compute.submit(self.side.take_weights, checkpoint).result()
+
     def start_step(self, step: int) -> None:
         """See `Workers`."""
         self._report(self._compute.submit(self.side.run_step, step, self._host_payloads))

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Protocol
 
 from lsp_ray.errors import StoppedError
+from lsp_ray.output_folder import INTERNALS
+from lsp_ray.runtime.best_step import best_step, num_without_gain
 from lsp_ray.runtime.checkpoint import Checkpoints, way_on
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.event_log import EventLog
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.ledger import ClosedStep
+from lsp_ray.runtime.loss_watch import LossWatch
 from lsp_ray.runtime.metrics_file import METRICS, Sink, read_metrics
 from lsp_ray.runtime.saved_run import SavedRun
 from lsp_ray.runtime.sinks import open_sinks
@@ -50,6 +53,10 @@ class FineTuneWorkers(Workers, Protocol):
 
     def save_state(self, folder: Path) -> None:
         """See `DeviceSide.save_state`; the shards' part as well."""
+        ...
+
+    def take_weights(self, checkpoint: Path) -> None:
+        """See `DeviceSide.take_weights`."""
         ...
 
 
@@ -92,6 +99,14 @@ class Listener(Protocol):
         """A step is closed."""
         ...
 
+    def saved(self, checkpoint: Path) -> None:
+        """This checkpoint is being finished beside the next steps."""
+        ...
+
+    def has_enough(self) -> bool:
+        """Whether the run is to end after the steps under way, as a finished one."""
+        ...
+
 
 class StepLog:
     """Writes every closed step down and tells the listener.
@@ -106,6 +121,7 @@ class StepLog:
     def __init__(self, sinks: Sequence[Sink], trace: TraceFile, listener: Listener, steps: list[StepMetrics]) -> None:
         self._sinks, self._trace, self._listener = sinks, trace, listener
         self.steps = steps
+        self._watch = LossWatch()
 
     def write(self, closed: ClosedStep, eval_loss: float | None = None) -> None:
         """Write one, with the eval loss that was measured after it."""
@@ -119,6 +135,9 @@ class StepLog:
             self._listener.note(f"step {metrics.step} is skipped: its loss or gradient is not finite")
         for line in closed.notes:
             self._listener.note(line)
+        warning = self._watch.warning(metrics.loss, metrics.learning_rate)
+        if warning is not None:
+            self._listener.note(warning)
 
 
 class Training:
@@ -155,20 +174,23 @@ class Training:
             self._saved(done)
             while done < job.num_steps:
                 driver.train(
-                    _next_pause(job, done), lambda: stop.requested() or self._is_overdue(driver.ledger.num_closed)
+                    _next_pause(job, done),
+                    lambda: stop.requested() or listener.has_enough() or self._is_overdue(driver.ledger.num_closed),
                 )
                 start_s = time.monotonic()
                 done, is_stopped = driver.ledger.num_closed, stop.requested()
                 if self._held is not None:
                     self._evaluate(self._held, log)
-                is_due = _is_due(job.config.save_steps, done) or self._is_overdue(done)
-                if done > job.first_step and (is_stopped or is_due):
+                is_due = self._is_best(log.steps, checkpoints) or _is_due(job.config.save_steps, done)
+                if done > job.first_step and (is_stopped or is_due or self._is_overdue(done)):
                     self._save(checkpoints, log.steps, self._peak_bytes(driver))
                     self._saved(done)
                 if is_stopped:
                     checkpoints.wait()
                     raise StoppedError(f"after {done} of {job.num_steps} steps; {way_on(self._output_dir)}")
                 driver.ledger.add_pause(start_s, time.monotonic())
+                if self._ends_early(log.steps):
+                    break
             if job.payload_sizes and done > job.first_step:
                 slower = slower_by_themselves(
                     throttle,
@@ -181,15 +203,34 @@ class Training:
                     listener.note(line)
             return log.steps, self._peak_bytes(driver)
 
+    def _is_best(self, steps: Sequence[StepMetrics], checkpoints: Checkpoints) -> bool:
+        """Whether the weights of this moment are those to end with, as far as is known; their checkpoint is kept."""
+        best = best_step(steps)
+        if not self._job.config.load_best_model_at_end or best is None:
+            return False
+        checkpoints.protected = best.step
+        return best is steps[-1]
+
+    def _ends_early(self, steps: Sequence[StepMetrics]) -> bool:
+        patience = self._job.config.early_stopping_patience
+        why = "a callback asked for it" if self._listener.has_enough() else ""
+        if patience is not None and num_without_gain(steps) >= patience:
+            why = "eval loss has stopped falling"
+        if why:
+            self._listener.note(f"stopping early after {steps[-1].step} steps: {why}")
+        return bool(why)
+
     @contextmanager
     def _driver(self) -> Iterator[tuple[Driver, StepLog]]:
         job, folder = self._job, self._output_dir
         shard_of_unit = job.layout.shard_of_unit
         earlier = read_metrics(job.saved.folder.parent / METRICS, job.first_step) if job.saved else []
+        internals = folder / INTERNALS
+        internals.mkdir(exist_ok=True)
         with (
             open_sinks(job.config, folder, earlier) as sinks,
-            (folder / "events.jsonl").open("w", encoding="utf-8") as events,
-            trace_file(folder / "trace.json", shard_of_unit, num_steps=job.num_steps) as trace,
+            (internals / "events.jsonl").open("w", encoding="utf-8") as events,
+            trace_file(internals / "trace.json", shard_of_unit, num_steps=job.num_steps) as trace,
         ):
             log = StepLog(sinks, trace, self._listener, earlier)
 
@@ -258,6 +299,7 @@ class Training:
         }
         checkpoints.save(done, self._workers.save_state, trainer, saved.facts())
         self._listener.note(f"{saved.folder.name}: training paused for {time.monotonic() - start_s:.2f} s")
+        self._listener.saved(saved.folder)
 
 
 def _is_due(every: int, done: int) -> bool:

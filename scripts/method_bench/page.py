@@ -17,6 +17,7 @@ from scripts.method_bench.peers import PEERS
 from scripts.method_bench.plot import draw
 from scripts.method_bench.readings import DEFAULT_MODEL, Readings, Timed
 from scripts.method_bench.tasks import METHODS, SCORED, Task, options_of, rate_of
+from scripts.wrapped import wrapped
 
 PACKAGES = ("lsp_ray", "torch", "transformers", "ray", "peft", "galore-torch", "deepspeed")
 SKIPPED_STEPS = 2  # caches fill, GaLore decomposes, and the second step's memory is watched
@@ -107,7 +108,7 @@ def write_page(readings: Readings, found: Mapping[str, Task], path: Path) -> Non
             "Eval loss against steps and seconds": _plots(readings, path),
         }
     parts = [_head(readings), *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    path.write_text(wrapped("\n\n".join(parts) + "\n"), encoding="utf-8")
 
 
 def short_table(groups: Groups, found: Mapping[str, Task]) -> Table:
