@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,8 @@ class Run:
         """As systemd's KillMode=control-group does: to Ray's processes too, and these first."""
         driver = psutil.Process(self.process.pid)
         for process in (*driver.children(recursive=True), driver):
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):  # an idle process of Ray's may just have ended
+                process.send_signal(number)
 
     def ends(self) -> int:
         return self.process.wait(DEADLINE_S)
@@ -208,7 +210,8 @@ def test_a_driver_that_is_killed_leaves_no_actor_and_no_shared_memory(runs: Runs
     os.kill(run.process.pid, signal.SIGINT)  # it was started with that ignored, as a shell does for `… &`
     for process in belongings.processes:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
     run.wait_for_step()
     run.wait_for_step()
     assert run.said().count("starting again") == 0
