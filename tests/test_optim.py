@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lsp_ray.config import PayloadDtype
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
-from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.shard import OptimizerShard
 
 NUM_STEPS = 20
@@ -141,21 +139,3 @@ def test_finite_numbers_whose_squares_overflow_are_a_gradient_like_any_other() -
     delta = torch.zeros(4)
     OptimizerShard({0: 4}).update(0, torch.full((4,), 1e20), delta, learning_rate=1.0, grad_scale=1e-20)
     torch.testing.assert_close(delta, torch.full((4,), -1.0))
-
-
-@pytest.mark.parametrize("payload_dtype", ["float32", "bfloat16", "int8"])
-def test_threads_that_share_an_update_change_no_bit(payload_dtype: PayloadDtype) -> None:
-    numel, codec = 2 * (1 << 19) + 100, Codec(payload_dtype)
-    alone, shared = (OptimizerShard({0: numel}, codec=codec, num_threads=threads) for threads in (1, 3))
-    wire = torch.empty(codec.wire_numel(numel), dtype=codec.dtype)
-    for step, size in enumerate((1.0, 0.5, torch.nan)):
-        values = torch.randn(numel, generator=torch.Generator().manual_seed(step))
-        values[-1] *= size  # a gradient that is not finite in its last part alone is none in the others either
-        codec.encode_(wire, values)
-        ups = [torch.empty_like(wire) for _ in range(2)]
-        for shard, up in zip((alone, shared), ups, strict=True):
-            shard.update(0, wire, up, learning_rate=1e-3, grad_scale=0.5)
-        assert torch.equal(ups[0], ups[1])
-        assert bool(ups[0].any()) == (size == size)
-    for name, tensor in alone.states[0].tensors().items():
-        assert torch.equal(tensor, shared.states[0].tensors()[name])

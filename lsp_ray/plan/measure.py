@@ -187,8 +187,7 @@ def _update_bytes_per_s(model: ModelShape, workload: Workload, timer: _Timer) ->
     numel = min(_STATE_ELEMENTS, max(map(workload.payload_numel, model.layers)))
     layers = range(_STATE_ELEMENTS // numel)
     codec = Codec(workload.payload_dtype)
-    threads = torch.get_num_threads()
-    shard, undo = (OptimizerShard(dict.fromkeys(layers, numel), codec=codec, num_threads=threads) for _ in range(2))
+    shard, undo = (OptimizerShard(dict.fromkeys(layers, numel), codec=codec) for _ in range(2))
     down, up = (torch.zeros(len(layers), codec.wire_numel(numel), dtype=codec.dtype) for _ in range(2))
 
     def update() -> None:

@@ -88,7 +88,7 @@ class ShardActor:
         self._undo = {pair.unit: pair.open_undo(undo[pair.unit]) for pair in pairs}
         self._numel = {pair.unit: pair.numel for pair in pairs}
         states = {unit: _state(slot.payload, self._numel[unit]) for unit, slot in self._slots.items()}
-        self._shard = OptimizerShard(self._numel, states=states, codec=pairs[0].codec, num_threads=num_threads)
+        self._shard = OptimizerShard(self._numel, states=states, codec=pairs[0].codec)
         self._bucket: TokenBucket | None = None
         for unit, slot in self._slots.items():
             if slot.generation is None:

@@ -47,11 +47,7 @@ class ThreadWorkers:
         self._before: dict[int, tuple[int, AdamWState]] = {}  # unit -> its last update's step, the state before it
         layout = job.layout
         self._shards = [
-            OptimizerShard(
-                {unit: job.payload_sizes[unit] for unit in layout.units_of(index)},
-                codec=job.codec,
-                num_threads=layout.shard_threads,
-            )
+            OptimizerShard({unit: job.payload_sizes[unit] for unit in layout.units_of(index)}, codec=job.codec)
             for index in range(layout.num_shards)
         ]
         self._compute, self._d2h, self._h2d = (ThreadPoolExecutor(1, name) for name in ("compute", "d2h", "h2d"))

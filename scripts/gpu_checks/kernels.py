@@ -141,7 +141,7 @@ def added_delta(bench: Bench, dtype: torch.dtype) -> str:
                 with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                     add()
                     torch.cuda.synchronize(bench.device)
-                kernels = [event for event in profiled.key_averages() if event.device_type is DeviceType.CUDA]
+                kernels = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
                 launches += [sum(event.count for event in kernels)]
             else:
                 add()
