@@ -32,7 +32,7 @@ HELD_OUT_SHARE = 10  # one row in so many is held out where no eval_dataset is g
 GIVEN = "(rows given to LSPTrainer)"
 _COLUMNS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "label", "label_ids")
 _SHARED = (
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+    *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("weight_decay", "seed"),
 )
 
@@ -139,6 +139,7 @@ def _run_config(
         dataset=GIVEN,
         output_dir=args.output_dir,
         method=method,
+        num_train_epochs=args.num_train_epochs if args.max_steps < 1 else None,
         lr_scheduler_type=cast(SchedulerType, schedule),
         lr_scheduler_kwargs=cast(dict[str, Any] | None, args.lr_scheduler_kwargs) or None,
         warmup_steps=int(args.warmup_steps),
