@@ -29,13 +29,11 @@ def special_tokens(tokenizer: Any, config: Any, generation: Any, num_rows: int) 
         num_rows: Of its embeddings.
 
     Raises:
-        ConfigError: Nothing names a token that could pad.
+        ConfigError: The tokenizer names no token that could pad.
     """
     sources = [tokenizer, config.get_text_config(), generation]
     ends = _valid(sources, "eos_token_id", num_rows)
     pads = _valid([tokenizer], "pad_token_id", num_rows) + _valid([tokenizer], "eos_token_id", num_rows)
-    pads += _valid(sources, "pad_token_id", num_rows) + ends
-    pads = [pad for pad in pads if pad < len(tokenizer)]
     if not pads:
         bound = "have a tokenizer with a pad or an end token"
         raise ConfigError("model_name_or_path", bound, getattr(tokenizer, "name_or_path", ""))

@@ -92,7 +92,14 @@ def test_a_table_that_csv_writes_is_trained_as_csv_reads_it(
         writer = csv.writer(file, quoting=quoting, lineterminator=end, delimiter="\t" if suffix == "tsv" else ",")
         writer.writerow(["prompt", "completion", *("more" for _ in extra)])
         writer.writerows([*row, *extra] for row in repeated(rows, size))
-    assert trained(path) == sorted(repeated(rows, size))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        read = [row[:2] for row in csv.reader(file, delimiter="\t" if suffix == "tsv" else ",")][1:]
+    found = trained(path)
+    if isinstance(found, list):
+        assert found == sorted(map(tuple, read))
+    else:  # csv itself leaves a line end other than its own without quotes, and reads it as one
+        assert "well-formed csv" in found
+        assert [tuple(row) for row in read] != repeated(rows, size)
 
 
 @settings(FUZZ, max_examples=60)
