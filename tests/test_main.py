@@ -75,9 +75,9 @@ def test_a_command_passes_options_on_and_returns_the_exit_code(capsys: pytest.Ca
 
 
 def test_an_unknown_command_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trian"]) == 2
+    assert main(["tune"]) == 2
     said = capsys.readouterr().err
-    assert said == "error: command must be one of train, plan, chat, report, export, got 'trian'\n"
+    assert said == "error: command must be one of train, plan, chat, report, export, got 'tune'\n"
     assert main([]) == 2
 
 
