@@ -97,7 +97,7 @@ def run_config_of(
         load_best_model_at_end=args.load_best_model_at_end,
         lsp=lsp,
         runtime=runtime,
-        **{name: getattr(args, name) for name in _SHARED},
+        **{name: getattr(args, name) for name in _SHARED if name != "num_train_epochs" or args.max_steps < 1},
     )
 
 
