@@ -227,13 +227,18 @@ class Speaker:
     def _ids(self, prompt: str) -> list[int]:
         from lsp_ray.special_tokens import prompt_ids
 
+        text = self._text(prompt)
         if not self._is_chat:
-            return prompt_ids(self._tokenizer, [prompt])[0]
-        self._said.append({"role": "user", "content": prompt})
-        text = str(self._tokenizer.apply_chat_template(self._said, tokenize=False, add_generation_prompt=True))
+            return prompt_ids(self._tokenizer, [text])[0]
         # a template has written what stands before a text
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _text(self, prompt: str) -> str:
+        if not self._is_chat:
+            return prompt
+        self._said.append({"role": "user", "content": prompt})
+        return str(self._tokenizer.apply_chat_template(self._said, tokenize=False, add_generation_prompt=True))
 
     def _check_length(self, num_tokens: int) -> None:
         bound = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)

@@ -189,7 +189,7 @@ class _Bench:
     def _refused(self, setting: Setting, foreseen: Forecast | None) -> str | None:
         """Why it is not worth trying."""
         if foreseen is not None and foreseen.misfits:
-            return foreseen.misfits[0]
+            return str(foreseen.misfits[0])
         needed_s = _needed_s(setting, foreseen, self._options.steps)
         left_s = self._left_s()
         return f"needs about {needed_s:.0f} s, {left_s:.0f} are left" if needed_s > left_s else None

@@ -45,7 +45,7 @@ class RecordingBackend(CpuBackend):
 
 class _Recording(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._made: set[int] = set()  # addresses of storages that the recording made
         self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._ops: list[tuple[Any, tuple[Any, ...], Mapping[str, Any], list[Any]]] = []

@@ -207,6 +207,6 @@ def test_blocks_that_no_graph_can_hold_run_as_ever_and_say_why_once() -> None:
     gated, plain = (Run(recorded=is_recorded, method="native") for is_recorded in (True, False))
     for run in (gated, plain):
         block = run.model.get_submodule("model.layers.1")
-        block.mlp = Gated(block.mlp)
+        block.mlp = Gated(block.get_submodule("mlp"))
     assert gated.train() == plain.train()
     assert gated.notes == ["model.layers.1: no CUDA graph, as the sizes in it depend on the data (nonzero)"]

@@ -187,6 +187,7 @@ def test_rays_head_on_a_workstation_is_on_the_loopback_interface_and_refuses_who
         assert said == ["ran\n", ""]
         assert [client.returncode for client in clients] == [0, 1]
     finally:
-        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-            process.kill()
+        for child in psutil.Process(head.pid).children(recursive=True):
+            child.kill()
+        head.kill()
         head.communicate()

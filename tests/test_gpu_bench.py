@@ -91,7 +91,7 @@ def test_forecasts_tell_what_does_not_fit(tmp_path: Path) -> None:
     assert lsp is not None
     assert not lsp.misfits
     assert native is not None
-    assert native.misfits[0].startswith("device memory")
+    assert native.misfits[0].where == "device"
     assert _forecast(Setting(size="7b", name="hf"), model) is None
 
 

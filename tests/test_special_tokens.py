@@ -14,8 +14,9 @@ from lsp_ray.data.dataset import load_rows
 from lsp_ray.data.tokenize import IGNORED, tokenize_rows
 from lsp_ray.device.evaluate import generate
 from lsp_ray.errors import ConfigError
-from lsp_ray.generate import answer
+from lsp_ray.generate import Sampling, Speaker
 from lsp_ray.models.load import load_config, load_model, load_tokenizer, save_model, tokens_of
+from lsp_ray.models.trained import load_trained
 from lsp_ray.special_tokens import SpecialTokens, prompt_ids, special_tokens
 from tests.tiny import character_tokenizer, tiny_model, tiny_tokenizer, write_tiny_jsonl, write_tiny_model
 from tests.tiny_jobs import run_on_threads, tiny_job
@@ -107,7 +108,8 @@ def test_any_ids_of_a_config_train_and_answer(
     job = tiny_job(tmp_path, max_steps=1, per_device_train_batch_size=2)
     run_on_threads(job, tmp_path / "out")
     capsys.readouterr()
-    answer(tmp_path / "out", "w1 w2", max_new_tokens=2, raw=True)
+    speaker = Speaker("it", load_trained(tmp_path / "out"), load_tokenizer(tmp_path / "out"), raw=True)
+    speaker.answer("w1 w2", Sampling(max_new_tokens=2))
     assert capsys.readouterr().err == ""
     model, tokenizer = load_model(folder, dtype=torch.float32, task="causal_lm"), load_tokenizer(folder)
     tokens = tokens_of(model, tokenizer)

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -141,7 +140,7 @@ def added_delta(bench: Bench, dtype: torch.dtype) -> str:
                 with profile(activities=[ProfilerActivity.CUDA]) as profiled:
                     add()
                     torch.cuda.synchronize(bench.device)
-                kernels = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
+                kernels = [event for event in profiled.key_averages() if event.device_type.name == "CUDA"]
                 launches += [sum(event.count for event in kernels)]
             else:
                 add()
