@@ -20,7 +20,6 @@ from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile, load_hardware
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import Workload
-from scripts.wrapped import wrapped
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "hardware.md"
 MACHINE = "rtx3060"  # decides how many payloads and deltas are on the device at one time, and nothing else here
@@ -66,17 +65,19 @@ MODELS: dict[str, PreTrainedConfig] = {  # shapes as in the models' own config.j
 
 HEAD = f"""# What fits which card
 
-Forecasts, not measurements: `scripts/hardware_guide.py` wrote this page from the models' shapes with the planner's
-Python API. The forecast of device memory was within 3 % in eleven of twelve settings that were run on a CPU, and within
-2 % for a model of SmolLM2-135M's shape on an H200 ([log](log.md)); no other GPU has been tried.
+Forecasts, not measurements: `scripts/hardware_guide.py` wrote this page from the models' shapes
+with the planner's Python API. The forecast of device memory was within 3 % in eleven of twelve
+settings that were run on a CPU, and within 5 % in five on an H100
+([figures](benchmarks/gpu.md)).
 
-Batches of 1 example in bfloat16, d = 256, r = 8, a target for every token. Of the two figures in a column the second is
-with `--gradient_checkpointing`. A card is large enough where the peak leaves {RESERVE_BYTES / 1e9:.0f} GB of it free.
-GB are 10⁹ bytes, a card's own as well. LoRA's rank is 8, GaLore's 128: their defaults.
+Batches of 1 example in bfloat16, d = 256, r = 8, a target for every token. Of the two figures in a
+column the second is with `--gradient_checkpointing`. A card is large enough where the peak leaves
+{RESERVE_BYTES / 1e9:.0f} GB of it free. GB are 10⁹ bytes, a card's own as well. LoRA's rank is 8, GaLore's 128: their
+defaults.
 
-Host memory is slots, Adam's moments and processes, and the weights on their way to the GPU. A larger d adds 12 d² bytes
-a matrix to it, and little to the device. Twice the examples in a micro-batch cost what twice the tokens cost;
-`--gradient_accumulation_steps` costs nothing.
+Host memory is slots, Adam's moments and processes, and the weights on their way to the GPU. A
+larger d adds 12 d² bytes a matrix to it, and little to the device. Twice the examples in a
+micro-batch cost what twice the tokens cost; `--gradient_accumulation_steps` costs nothing.
 
 For another model, length or card:
 
@@ -100,7 +101,7 @@ def page(models: Mapping[str, PreTrainedConfig], say: Callable[[str], None]) -> 
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             shapes[name] = shape_of(Path(folder))
-    return wrapped("\n".join([HEAD, *(_section(shapes, length, machine) for length in LENGTHS)]))
+    return "\n".join([HEAD, *(_section(shapes, length, machine) for length in LENGTHS)])
 
 
 def _section(shapes: Mapping[str, ModelShape], length: int, machine: HardwareProfile) -> str:

@@ -187,12 +187,14 @@ def _on_the_host(count: LaunchCount) -> list[tuple[ModuleType, dict[str, Any]]]:
 
 
 def kernels() -> dict[str, Any]:
-    """The kernels that Triton compiles, by name."""
+    """The kernels that are launched, by name; what they call is compiled with them."""
     if importlib.util.find_spec("triton") is None:
         return {}
     from triton.runtime import JITFunction
 
-    return {name: value for name, value in vars(gpu_kernels).items() if isinstance(value, JITFunction)}
+    compiled = {name: value for name, value in vars(gpu_kernels).items() if isinstance(value, JITFunction)}
+    bodies = [value.src.split("):", 1)[1] for value in compiled.values()]
+    return {name: value for name, value in compiled.items() if not any(f" {name}(" in body for body in bodies)}
 
 
 def counted(method: str, num_layers: int, **options: Any) -> LaunchCount:

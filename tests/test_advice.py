@@ -230,8 +230,8 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
     [
         ({"gpu_memory_gb": 1.4}, r"nothing fits 1\.4 GB: the weights alone are 1\.5 GB"),
         (
-            {"gpu_memory_gb": 3},
-            r"nothing fits 3 GB of GPU memory, 1 GB of it kept free: the least is 2\.\d GB, with .*",
+            {"gpu_memory_gb": 2.5},
+            r"nothing fits 2\.5 GB of GPU memory, 1 GB of it kept free: the least is 1\.\d GB, with .*",
         ),
         (
             {"host_memory_gb": 3},

@@ -39,7 +39,8 @@ with ray_cluster(num_actors=1, store_bytes=96 << 20, dashboard=True) as cluster:
         for connection in psutil.net_connections(kind="tcp")
         if connection.pid in ours and connection.status == psutil.CONN_LISTEN
     ]
-    policies = {child.environ().get("OMP_WAIT_POLICY") for child in psutil.Process().children(recursive=True)}
+    alive = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    policies = {child.environ().get("OMP_WAIT_POLICY") for child in alive}
     token = Path(cluster.token_path)
     print(json.dumps({
         "url": cluster.dashboard_url,

@@ -74,13 +74,14 @@ def test_indexing_by_booleans_makes_the_host_wait() -> None:
 
 
 def test_a_variant_has_the_types_of_a_launch() -> None:
-    kernel = kernels()["_add_dense"]
-    weight = torch.zeros(32, dtype=torch.bfloat16)
-    args = (weight, weight.float(), weight.to(torch.int16), 48, 0.5, 32)
-    variant = variant_of(kernel, args, {"SIZE": 64, "BLOCK": 16, "enable_fp_fusion": False})
-    assert variant.types == "*bf16 *fp32 *i16"
+    kernel = kernels()["_add"]
+    table, block = torch.zeros(32, dtype=torch.int64), torch.zeros(32, dtype=torch.int16)
+    args = (table, torch.zeros(32, dtype=torch.bfloat16), block, 48, 0.5, 1.0)
+    constants = dict.fromkeys(("WEIGHTS", "FIELDS", "SIZE", "ROWS", "COLUMNS", "WEIGHT", "VECTOR", "NNZ"), 64)
+    variant = variant_of(kernel, args, constants | {"FACTOR": 1, "HAS_ROWS": True, "enable_fp_fusion": False})
+    assert variant.types == "*i64 *bf16 *i16"
     assert dict(variant.signature)["keep"] == "fp32"
-    assert dict(variant.constants) == {6: 64, 7: 16}
-    assert 3 not in variant.aligned  # the start of the noise is any number
-    assert 5 in variant.aligned
+    assert dict(variant.constants) == {**dict.fromkeys(range(6, 14), 64), 14: 1, 15: True}
+    assert 3 not in variant.aligned  # the state of the noise is any number
+    assert 1 in variant.aligned
     assert variant.options == (("enable_fp_fusion", False),)

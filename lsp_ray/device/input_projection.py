@@ -20,7 +20,7 @@ class InputProjection:
     """
 
     def __init__(self, num_readers: int = 1) -> None:
-        self._num_readers = num_readers
+        self.num_readers = num_readers
         self._num_uses = 0
         self._held: tuple[torch.Tensor, int, BlockFactor, torch.Tensor] | None = None
 
@@ -33,5 +33,5 @@ class InputProjection:
             held = input_TN, input_TN._version, right, projected_TE
             self._num_uses = 0
         self._num_uses += 1
-        self._held = held if self._num_uses < self._num_readers else None
+        self._held = held if self._num_uses < self.num_readers else None
         return held[3]

@@ -120,7 +120,8 @@ def set_projectors(modules: Sequence[ProjectedLinear], projectors: Sequence[Spar
     """
     projectors = on_device(modules, projectors)
     projection, right = InputProjection(len(modules)), projectors[0].right
-    if len({id(module.projector.right) for module in modules}) == 1:
+    shares = {id(module.input_projection) for module in modules}
+    if len(shares) == 1 and modules[0].input_projection.num_readers == len(modules):
         right = _in_place(modules[0].projector.right, right)
     for module, projector in zip(modules, projectors, strict=True):
         module.input_projection = projection
