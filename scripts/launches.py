@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -194,7 +195,8 @@ def kernels() -> dict[str, Any]:
 
     compiled = {name: value for name, value in vars(gpu_kernels).items() if isinstance(value, JITFunction)}
     bodies = [value.src.split("):", 1)[1] for value in compiled.values()]
-    return {name: value for name, value in compiled.items() if not any(f" {name}(" in body for body in bodies)}
+    used = {name for name in compiled if any(re.search(rf"\b{name}\b", body) for body in bodies)}
+    return {name: value for name, value in compiled.items() if name not in used}
 
 
 def counted(method: str, num_layers: int, **options: Any) -> LaunchCount:

@@ -39,8 +39,9 @@ with ray_cluster(num_actors=1, store_bytes=96 << 20, dashboard=True) as cluster:
         for connection in psutil.net_connections(kind="tcp")
         if connection.pid in ours and connection.status == psutil.CONN_LISTEN
     ]
-    alive = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
-    policies = {child.environ().get("OMP_WAIT_POLICY") for child in alive}
+    # parts of the dashboard write their title over their environment, where nothing of it can be read any more
+    environments = filter(None, (child.environ() for child in psutil.Process().children(recursive=True)))
+    policies = {environment.get("OMP_WAIT_POLICY") for environment in environments}
     token = Path(cluster.token_path)
     print(json.dumps({
         "url": cluster.dashboard_url,
