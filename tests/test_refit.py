@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_linears_that_share_q_are_measured_and_learn_and_take_over_together() ->
     assert all(module.probe is None and module.lesson is not None for module in modules)
     assert run(refitter, (EVERY + 1, EVERY + 2), unit) == {}
     assert [module.projector for module in modules] == olds
+    places = [module.projector.left.value_FR.data_ptr() for module in modules]
+    olds = [copy.deepcopy(old) for old in olds]
     refitter.before_step(LAST)
     assert refitter.has_new(0)
     changes = refitter.switch(0)
@@ -85,6 +88,7 @@ def test_linears_that_share_q_are_measured_and_learn_and_take_over_together() ->
     assert [change.first for change in changes] == [0, D * E, 2 * D * E]
     assert len({id(module.projector.right) for module in modules}) == 1
     assert len({id(module.input_projection) for module in modules}) == 1
+    assert [module.projector.left.value_FR.data_ptr() for module in modules] == places  # where graphs read them
     for change, module, old in zip(changes, modules, olds, strict=True):
         assert change.shape == module.projector.dims == (D, E)
         assert not torch.equal(module.projector.left.value_FR, old.left.value_FR)

@@ -237,7 +237,7 @@ def train(
     closed: list[ClosedStep] = []
     try:
         workers.setup(_ignore)
-        decides = POLICIES[config.policy](job.layout.shard_of_unit)
+        decides = POLICIES[config.policy](job.layout.shard_of_unit, speculates=job.speculates, room=job.delta_room)
         driver = Driver(workers, decides, job.learning_rates, on_step=closed.append)
         driver.train(job.num_steps)
     finally:
