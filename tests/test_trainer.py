@@ -339,7 +339,7 @@ def test_some_rows_that_teach_nothing_are_left_out_and_named(capsys: pytest.Capt
     rows = token_rows(6)
     rows[1] = {"input_ids": [5], "labels": [5]}
     rows[4] = {"input_ids": [5, 6], "labels": [5, -100]}
-    trainer = bad(train_dataset=rows, eval_dataset=token_rows(2))
+    trainer = bad(train_dataset=rows, eval_dataset=token_rows(2), verbose=True)
     assert [row["input_ids"] for row in trainer.rows.train] == [rows[index]["input_ids"] for index in (0, 2, 3, 5)]
     assert "train_dataset: 2 rows are left out, as nothing is learned from" in capsys.readouterr().err
 
