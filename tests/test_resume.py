@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lsp_ray.config import GaloreConfig
 from lsp_ray.errors import CheckpointError, ConfigError, StoppedError
 from lsp_ray.runtime.checkpoint import Checkpoints, checkpoints
 from lsp_ray.runtime.job import resumed
+from lsp_ray.runtime.saved_run import check_same_run
 from lsp_ray.runtime.training import NeverStop
 from lsp_ray.trace import StepMetrics
 from tests.tiny import Family
@@ -212,6 +214,16 @@ def test_what_would_change_the_result_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"^{message}$"):
         resumed(tiny_job(stopped.parent, **changes), newest(stopped))
+
+
+def test_graphs_which_pad_batches_on_a_gpu_are_free_on_a_cpu_alone(stopped: Path) -> None:
+    job = tiny_job(stopped.parent, runtime={"cuda_graphs": False})
+    saved = resumed(job, newest(stopped)).saved
+    assert saved is not None
+    with pytest.raises(ConfigError, match=r"^runtime\.cuda_graphs must be True as it was at checkpoint-\d, got False$"):
+        check_same_run(
+            replace(saved, device="cuda"), asdict(job.resolved_config), device="cuda", staleness=0, digest="any"
+        )
 
 
 def test_other_data_under_the_same_name_is_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from lsp_ray.device.backend import Backend
 from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.unit import Unit
+from lsp_ray.errors import ConfigError
 from lsp_ray.models.loss import NOT_THE_MODELS, Batch
 
 Key = tuple[Any, ...]
@@ -312,7 +313,7 @@ class _Graph:
             numel, dtype = self._block.unit.numel, self._flat_dtype
             self._flat = shared.buffer(numel, dtype, make=lambda: buffer.new_empty(numel, dtype=dtype))
             self._grad_output = buffer
-            self._launch_backward = shared.record(self._backward)
+            self._launch_backward = self._recorded_backward()
             self._output_with_graph = None  # what it kept lies where the graph left it
         self._launch_backward()
         shared.take_gradients(self._block.unit, self._flat)
@@ -320,6 +321,16 @@ class _Graph:
             return None
         # a later block's place is this one's; what is before the first block may keep it
         return buffer.detach() if None in self._places else buffer.clone()
+
+    def _recorded_backward(self) -> Callable[[], None]:
+        """Its forward has been launched already: there is no way back to operators."""
+        try:
+            return self._shared.record(self._backward)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            bound = f"be false for this model: the backward of {self._block.unit.name} cannot be recorded"
+            raise ConfigError("runtime.cuda_graphs", bound, True, hint=str(error).splitlines()[0]) from error
 
     def _fix(self, part: Any) -> Any:
         if not isinstance(part, torch.Tensor):

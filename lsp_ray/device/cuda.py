@@ -22,6 +22,8 @@ from lsp_ray.trace import WorkStream
 class CudaBackend:
     """See `Backend`. Compute is the device's default stream, the one that autograd's threads use as well."""
 
+    has_graphs = True
+
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
         # cuDNN's attention, which torch prefers on large cards, plans anew for every length of a batch: some tenths of
@@ -82,8 +84,6 @@ class CudaBackend:
         """See `Backend`."""
         # the host runs far ahead of the device: what it has submitted is not there yet
         return self._announcer.submit(_wait_then, fence, then)
-
-    has_graphs = True
 
     def record_graph(self, run: Callable[[], None], *, apart: bool) -> Callable[[], None]:
         """See `Backend`."""

@@ -26,7 +26,8 @@ _FREE = {
     *("report_to", "report_port", "logging_steps", "load_best_model_at_end", "early_stopping_patience"),
 }
 _PATHS = ("model_name_or_path", "dataset")  # a run's data are compared by their content besides
-_BOUND = "runtime.payload_dtype"  # of what is free: it changes values
+_GRAPHS = "runtime.cuda_graphs"  # pads batches on a GPU
+_BOUND = {"runtime.payload_dtype", _GRAPHS}  # of what is free: they change values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +143,13 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
     Raises:
         ConfigError: Names the option, what it was, and what it would be.
     """
+    without_effect = {
+        *(["num_train_epochs"] if config["max_steps"] != -1 else []),
+        *([_GRAPHS] if device == "cpu" else []),
+    }
     for name, now in _flat(config):
-        if name == "num_train_epochs" and config["max_steps"] != -1:
-            continue  # is not looked at
+        if name in without_effect:
+            continue
         before: Any = saved.config
         for part in name.split("."):
             before = before.get(part) if isinstance(before, dict) else None
@@ -173,7 +178,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         name = f"{prefix}{part}"
         if isinstance(value, Mapping) and name != "lr_scheduler_kwargs":  # else one that is gone would not be missed
             yield from _flat(value, f"{name}.")
-        elif name == _BOUND or name.split(".")[0] not in _FREE:
+        elif name in _BOUND or name.split(".")[0] not in _FREE:
             yield name, value
 
 
