@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lsp_ray.errors import ConfigError
 from lsp_ray.hardware import EmulatedMachine
 
+Delta = Literal["merged", "apart"]
 Fit = Literal["closed_form", "paper", "random"]
 Method = Literal["lsp", "zero_offload", "native", "lora", "galore"]
 PayloadDtype = Literal["bfloat16", "float32", "int8"]
@@ -72,6 +73,8 @@ class LspConfig:
     """How projectors are made: closed_form and paper (its Adam, slow) learn them from gradients, random draws them."""
     balance: bool = True
     """Let closed_form learn projectors that change all rows and columns alike, as full fine-tuning does; more bias."""
+    delta: Delta | None = None
+    """Whether updates are merged into the weights or kept apart from them, in files of their own; default: merged."""
     init_from: str | None = None
     """Start from the projectors of an earlier run (its folder, or its lsp_projectors.safetensors) instead of a fit."""
     calibration_batches: int = 4
@@ -96,6 +99,11 @@ class LspConfig:
         _at_least("lsp.max_bias", self.max_bias, 0)
         if self.subspace_dim != "auto" and self.nnz_per_row > self.subspace_dim:
             raise ConfigError("lsp.nnz_per_row", f"be at most lsp.subspace_dim ({self.subspace_dim})", self.nnz_per_row)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether weights stay as they are, and updates beside them."""
+        return self.delta == "apart"
 
     @property
     def dim(self) -> int:
@@ -322,6 +330,11 @@ class RunConfig:
         if self.asked_length is None:
             raise ConfigError("max_seq_length", "be a number by now", None)
         return self.asked_length
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the weights that a run begins with stay as they are, and what it trains beside them."""
+        return self.method == "lora" or (self.method == "lsp" and self.lsp.is_apart)
 
     @property
     def num_sketched_steps(self) -> int:

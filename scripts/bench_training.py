@@ -32,7 +32,7 @@ from lsp_ray.device.backend import CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.evaluate import mean_loss
 from lsp_ray.device.fits import ClosedFormFit
-from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.unit import RawTarget, Target, Unit
 from lsp_ray.device.worker import DeviceWorker
@@ -257,7 +257,7 @@ class Bench:
 
     def _wrapped(
         self, model: PreTrainedModel, layers: Sequence[Layer]
-    ) -> tuple[list[Unit], list[tuple[str, ProjectedLinear]]]:
+    ) -> tuple[list[Unit], list[tuple[str, InSubspace]]]:
         return lsp_units(layers, self.job.config.lsp, seed=self.seed, shared=shared_inputs(model))
 
     def _lora(self, layers: Sequence[Layer], maps: dict[int, DenseMap]) -> list[Unit]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.projected_linear import InSubspace, ProjectedLinear
 from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
 
@@ -61,7 +61,7 @@ def plain(*, transposed: bool = False, bias: bool = True) -> nn.Module:
 
 
 def wrapped(*, transposed: bool = False, bias: bool = True) -> ProjectedLinear:
-    return ProjectedLinear(plain(transposed=transposed, bias=bias), transposed=transposed, projector=projector())
+    return InSubspace(plain(transposed=transposed, bias=bias), transposed=transposed, projector=projector())
 
 
 def gradient_MN(module: nn.Module, *, transposed: bool) -> torch.Tensor:
@@ -71,7 +71,7 @@ def gradient_MN(module: nn.Module, *, transposed: bool) -> torch.Tensor:
     return grad.t() if transposed else grad
 
 
-def leaf_grad(module: ProjectedLinear) -> torch.Tensor:
+def leaf_grad(module: InSubspace) -> torch.Tensor:
     assert module.leaf.grad is not None
     return module.leaf.grad
 

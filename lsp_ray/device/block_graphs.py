@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lsp_ray.device.backend import Backend
-from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.unit import Unit
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.loss import NOT_THE_MODELS, Batch
@@ -173,7 +173,7 @@ class _Block:
         self.graphs: dict[Key, _Graph] = {}
         self.refusal = ""
         self._met: set[Key] = set()
-        self._linears = [module for module in self.module.modules() if isinstance(module, ProjectedLinear)]
+        self._linears = [module for module in self.module.modules() if isinstance(module, InSubspace)]
         self._parameters = list(self.module.parameters())
         owned = [id(part) for module in self.module.modules() for part in module._parameters.values()]
         if len(set(owned) - {id(None)}) < len([part for part in owned if part != id(None)]):

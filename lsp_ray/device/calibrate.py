@@ -11,19 +11,19 @@ import torch
 from transformers import PreTrainedModel
 
 from lsp_ray.device.fits import Fit
-from lsp_ray.device.projected_linear import ProjectedLinear, set_projectors
+from lsp_ray.device.projected_linear import InSubspace, set_projectors
 from lsp_ray.device.rounding import mixed
 from lsp_ray.models.loss import Batch, num_targets, summed_loss
 from lsp_ray.projection.sparse_projector import SparseProjector
 
-_Named = tuple[str, ProjectedLinear]
+_Named = tuple[str, InSubspace]
 
 LESSON_BYTES = 1 << 30  # host memory for lessons: larger models calibrate in several passes over the batches
 
 
 def fit_projectors(
     model: PreTrainedModel,
-    linears: Sequence[tuple[str, ProjectedLinear]],
+    linears: Sequence[tuple[str, InSubspace]],
     batches: Sequence[Batch],
     fit: Fit,
     *,
@@ -109,7 +109,7 @@ def _passes(groups: Sequence[list[_Named]], fit: Fit, num_batches: int) -> Itera
         yield run
 
 
-def _backward_all(model: PreTrainedModel, modules: Sequence[ProjectedLinear], batches: Sequence[Batch]) -> None:
+def _backward_all(model: PreTrainedModel, modules: Sequence[InSubspace], batches: Sequence[Batch]) -> None:
     """Let the lessons see every batch; no gradient is left behind for the first step to add to."""
     device = next(model.parameters()).device
     for position, batch in enumerate(batches):
@@ -126,5 +126,5 @@ def _learned(fit: Fit, group: Sequence[_Named], generator: torch.Generator) -> l
     lessons = [module.lesson for _, module in group if module.lesson is not None]
     for _, module in group:
         module.lesson = None
-    device = group[0][1].weight.device
+    device = group[0][1].projector.device
     return fit.learn(lessons, [module.projector.sizes for _, module in group], generator, device)

@@ -6,7 +6,7 @@ Legend: T tokens, M rows (out), N columns (in), D × E what is sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,25 +20,18 @@ from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 
-class ProjectedLinear(nn.Module):
-    """Takes a linear's place: same weight and bias under the same names, so checkpoints do not change.
+class InSubspace(nn.Module):
+    """What takes a linear's place and yields its weight's gradient as g = Pᵀ dYᵀ X Q, never the full one.
 
-    Autograd's view of the weight is `leaf`, a float32 (D, E) parameter that occupies one element: its `grad` is
-    g = Pᵀ dYᵀ X Q. Autograd itself then accumulates micro-batches, sums repeated uses and tells when g is complete.
+    Autograd's view of the weight is `leaf`, a float32 (D, E) parameter that occupies one element; g is its `grad`.
+    Autograd itself then accumulates micro-batches, sums repeated uses and tells when g is complete.
 
     Args:
-        module: The nn.Linear or Conv1D replaced.
-        transposed: Whether its weight is kept as (in, out).
-        projector: P and Q for the (M, N) weight.
+        projector: P and Q for the (M, N) weight, where and in the type in which it computes.
     """
 
-    def __init__(self, module: nn.Module, *, transposed: bool, projector: SparseProjector) -> None:
+    def __init__(self, projector: SparseProjector) -> None:
         super().__init__()
-        self.weight = module.get_parameter("weight")
-        self.weight.requires_grad_(False)
-        self.bias: nn.Parameter | None
-        self.register_parameter("bias", dict(module.named_parameters(recurse=False)).get("bias"))
-        self.transposed = transposed
         self._leaf: tuple[nn.Parameter, ...] = ()
         self.lesson: Lesson | None = None  # while set, every gradient is added to it
         self.probe: BiasProbe | None = None  # while set, it sees every gradient
@@ -52,7 +45,7 @@ class ProjectedLinear(nn.Module):
         shape = projector.dims
         if self._leaf and self.leaf.shape == shape:
             return
-        leaf = nn.Parameter(torch.zeros((), device=self.weight.device).expand(shape), requires_grad=True)
+        leaf = nn.Parameter(torch.zeros((), device=projector.device).expand(shape), requires_grad=True)
         self._leaf = (leaf,)  # in a tuple, so that it is no parameter of the module and not in its state
 
     @property
@@ -68,6 +61,29 @@ class ProjectedLinear(nn.Module):
             self._leaf = own
 
         return put_back
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the backward is to show what it sees: X is then kept."""
+        return self.lesson is not None or self.probe is not None
+
+
+class ProjectedLinear(InSubspace):
+    """Keeps the linear's weight and bias under their names, so checkpoints do not change; deltas are added to them.
+
+    Args:
+        module: The nn.Linear or Conv1D replaced.
+        transposed: Whether its weight is kept as (in, out).
+        projector: P and Q for the (M, N) weight.
+    """
+
+    def __init__(self, module: nn.Module, *, transposed: bool, projector: SparseProjector) -> None:
+        super().__init__(projector)
+        self.weight = module.get_parameter("weight")
+        self.weight.requires_grad_(False)
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", dict(module.named_parameters(recurse=False)).get("bias"))
+        self.transposed = transposed
 
     @property
     def weight_MN(self) -> torch.Tensor:
@@ -102,18 +118,18 @@ class ProjectedTarget:
 
     @property
     def addition(self) -> Addition:
-        """See `Target`: W ← (1 − lr · decay) W + scale · P clamp(gain · δ) Qᵀ."""
+        """See `AddedTarget`: W ← (1 − lr · decay) W + scale · P clamp(gain · δ) Qᵀ."""
         return Addition(self.owner.weight_MN, self.owner.projector, self.owner.update_scale)
 
 
-def on_device(modules: Sequence[ProjectedLinear], projectors: Sequence[SparseProjector]) -> list[SparseProjector]:
-    """These projectors on the device and in the type of the weights of linears that share Q, with one Q."""
-    weight = modules[0].weight
-    right = projectors[0].right.to(weight.device, weight.dtype)
-    return [SparseProjector(projector.left.to(weight.device, weight.dtype), right) for projector in projectors]
+def on_device(modules: Sequence[InSubspace], projectors: Sequence[SparseProjector]) -> list[SparseProjector]:
+    """These projectors where and in the type in which linears that share Q compute, with one Q."""
+    device, dtype = modules[0].projector.device, modules[0].projector.dtype
+    right = projectors[0].right.to(device, dtype)
+    return [SparseProjector(projector.left.to(device, dtype), right) for projector in projectors]
 
 
-def set_projectors(modules: Sequence[ProjectedLinear], projectors: Sequence[SparseProjector]) -> None:
+def set_projectors(modules: Sequence[InSubspace], projectors: Sequence[SparseProjector]) -> None:
     """Give linears that share Q, all of them at once, their projectors, brought to where they compute.
 
     Values take the place of old ones of the same size that the same linears share: a graph reads them where they were.
@@ -162,6 +178,32 @@ class BiasProbe:
         return relative_bias(compressed_DE, float(square_sum))
 
 
+class Observers(NamedTuple):
+    """Who watches a linear's gradients, as it was when its forward ran."""
+
+    lesson: Lesson | None
+    probe: BiasProbe | None
+
+    @classmethod
+    def of(cls, module: InSubspace) -> Observers:
+        """The module's."""
+        return cls(module.lesson, module.probe)
+
+    def see(
+        self,
+        projector: SparseProjector,
+        grad_DE: torch.Tensor,
+        grad_output_TM: torch.Tensor,
+        input_TN: torch.Tensor,
+    ) -> None:
+        """Show them a micro-batch's g, and of what it was made; X is (…, N)."""
+        input_TN = input_TN.reshape(-1, input_TN.shape[-1])
+        if self.lesson is not None:
+            self.lesson.add(grad_output_TM, input_TN)
+        if self.probe is not None:
+            self.probe.see(projector, grad_DE, grad_output_TM, input_TN)
+
+
 class _Projected(torch.autograd.Function):
     """Forward keeps X Q in place of X; backward returns dX and, as the leaf's gradient, g.
 
@@ -178,9 +220,8 @@ class _Projected(torch.autograd.Function):
         projected_TE: torch.Tensor,
         module: ProjectedLinear,
     ) -> torch.Tensor:
-        ctx.projector, ctx.lesson, ctx.probe = module.projector, module.lesson, module.probe
-        is_observed = ctx.lesson is not None or ctx.probe is not None
-        ctx.save_for_backward(projected_TE, weight_MN, input_TN if is_observed else None)
+        ctx.projector, ctx.observers = module.projector, Observers.of(module)
+        ctx.save_for_backward(projected_TE, weight_MN, input_TN if module.is_observed else None)
         return linear(input_TN, weight_MN, bias_M)
 
     @staticmethod
@@ -191,9 +232,5 @@ class _Projected(torch.autograd.Function):
         grad_bias_M = grad_output_TM.sum(dim=0) if ctx.needs_input_grad[2] else None
         grad_DE = ctx.projector.compress_outer(grad_output_TM, projected_TE)
         if input_TN is not None:
-            input_TN = input_TN.reshape(-1, input_TN.shape[-1])
-            if ctx.lesson is not None:
-                ctx.lesson.add(grad_output_TM, input_TN)
-            if ctx.probe is not None:
-                ctx.probe.see(ctx.projector, grad_DE, grad_output_TM, input_TN)
+            ctx.observers.see(ctx.projector, grad_DE, grad_output_TM, input_TN)
         return grad_input, None, grad_bias_M, grad_DE, None, None

@@ -19,8 +19,9 @@ from statistics import fmean
 
 import torch
 
+from lsp_ray.device.delta_linear import DeltaLinear, DeltaTarget
 from lsp_ray.device.fits import Fit
-from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear, ProjectedTarget, on_device, set_projectors
+from lsp_ray.device.projected_linear import BiasProbe, InSubspace, ProjectedTarget, on_device, set_projectors
 from lsp_ray.device.rounding import mixed
 from lsp_ray.device.unit import Unit
 from lsp_ray.optim.reproject import Reprojection
@@ -59,7 +60,7 @@ class RefitState:
 class Site:
     """A projected matrix and its place: its target's first payload element, its number."""
 
-    module: ProjectedLinear
+    module: InSubspace
     first: int
     key: int
 
@@ -77,7 +78,7 @@ class Group:
         return self.sites[0].key
 
     @property
-    def modules(self) -> list[ProjectedLinear]:
+    def modules(self) -> list[InSubspace]:
         """The linears."""
         return [site.module for site in self.sites]
 
@@ -144,6 +145,9 @@ class Refitter:
             for site, projector in zip(group.sites, projectors, strict=True):
                 left_GRR = transition(site.module.projector.left, projector.left)
                 switched.append(Reprojection(first=site.first, left_GRR=left_GRR, right_HRR=right_HRR))
+            for module in group.modules:
+                if isinstance(module, DeltaLinear):
+                    module.merge_()
             set_projectors(group.modules, projectors)
         return tuple(switched)
 
@@ -236,14 +240,14 @@ def _groups(units: Sequence[Unit]) -> list[Group]:
     num_sites = 0
     for unit in units:
         for first, target in zip(unit.offsets, unit.targets, strict=True):
-            if isinstance(target, ProjectedTarget):
+            if isinstance(target, ProjectedTarget | DeltaTarget):
                 site = Site(target.owner, first, num_sites)
                 groups.setdefault((unit.index, id(target.owner.projector.right)), []).append(site)
                 num_sites += 1
     return [Group(unit, tuple(sites)) for (unit, _), sites in groups.items()]
 
 
-def _read_probe(module: ProjectedLinear) -> float | None:
+def _read_probe(module: InSubspace) -> float | None:
     probe, module.probe = module.probe, None
     return None if probe is None else probe.read()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class Update:
 
 
 class Target(Protocol):
-    """Something trained: autograd leaves its payload in `leaf.grad`, the answer is added as `addition` says."""
+    """Something trained: autograd leaves its payload in `leaf.grad`."""
 
     @property
     def leaf(self) -> nn.Parameter:
@@ -46,9 +46,21 @@ class Target(Protocol):
         """Let the owner's forward read another tensor in the leaf's place; returns what ends that."""
         ...
 
+
+class AddedTarget(Target, Protocol):
+    """What comes up is a delta, which is added to a weight."""
+
     @property
     def addition(self) -> Addition:
         """The weight as it is now, to which a delta of the leaf's length is added."""
+        ...
+
+
+class SummedTarget(Target, Protocol):
+    """What comes up is the sum of all deltas until then, which the shard keeps."""
+
+    def put(self, total: torch.Tensor) -> None:
+        """Let it take the old one's place: flat, of the leaf's length, any floating type."""
         ...
 
 
@@ -72,8 +84,20 @@ class RawTarget:
 
     @property
     def addition(self) -> Addition:
-        """See `Target`. Biases and norms (one dimension) have no weight decay."""
+        """See `AddedTarget`. Biases and norms (one dimension) have no weight decay."""
         return Addition(self.leaf, decays=self.leaf.ndim > 1)
+
+
+class StartedTarget(RawTarget):
+    """The same where the shard keeps the sum: what the parameter began with stays beside it."""
+
+    def __init__(self, parameter: nn.Parameter, owner: nn.Module) -> None:
+        super().__init__(parameter, owner)
+        self.start = parameter.detach().clone()
+
+    def put(self, total: torch.Tensor) -> None:
+        """See `SummedTarget`."""
+        torch.add(self.start, total.view(self.start.shape), out=self.leaf.data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +150,7 @@ class Unit:
     def apply(self, delta: torch.Tensor, update: Update) -> None:
         """Add a flat float32 or bfloat16 delta of `numel` elements to the unit's targets."""
         self._adder.add_(
-            [target.addition for target in self.targets],
+            self._additions,
             delta,
             update.rounding.of_step(update.step),
             first_key=self.first_key,
@@ -137,7 +161,7 @@ class Unit:
     def adamw_(self, state: AdamWState, update: Update, *, grad_scale: float, hyper: AdamWHyper) -> None:
         """Take the raw targets' finite gradients and let AdamW step from them times `grad_scale`, in place."""
         self._adder.adamw_(
-            [target.addition for target in self.targets],
+            self._additions,
             self.take_gradient(),
             state,
             update.rounding.of_step(update.step),
@@ -147,6 +171,19 @@ class Unit:
             grad_scale=grad_scale,
             hyper=hyper,
         )
+
+    @property
+    def _additions(self) -> list[Addition]:
+        return [cast("AddedTarget", target).addition for target in self.targets]
+
+
+class SummedUnit(Unit):
+    """A unit of `SummedTarget`s."""
+
+    def apply(self, delta: torch.Tensor, update: Update) -> None:
+        """Let the sum of all updates, flat, take the place of the one before; `update` is in it already."""
+        for target, part in zip(self.targets, self.split(delta), strict=True):
+            cast("SummedTarget", target).put(part)
 
 
 def _taken_gradient(target: Target) -> torch.Tensor:

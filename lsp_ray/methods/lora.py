@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lsp_ray.config import LoraConfig, Task
@@ -84,28 +83,6 @@ def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     """Write the adapters, and a classifier's head, as PEFT's own folder."""
     # "auto" would ask the hub about the base model's vocabulary
     peft_model.save_pretrained(str(folder / ADAPTER_FOLDER), save_embedding_layers=False)
-
-
-def save_trained(units: Sequence[Unit], path: Path) -> None:
-    """Write what is trained to the bit, by unit and position."""
-    leaves = {f"{unit.index}.{at}": target.leaf for unit in units for at, target in enumerate(unit.targets)}
-    save_file({name: leaf.detach().contiguous() for name, leaf in leaves.items()}, path)
-
-
-def load_trained(units: Sequence[Unit], path: Path) -> None:
-    """Read what `save_trained` wrote.
-
-    Raises:
-        ValueError: A parameter is missing, or of another shape or type.
-        OSError, SafetensorError: The file cannot be read.
-    """
-    saved = load_file(path)
-    for unit in units:
-        for at, target in enumerate(unit.targets):
-            tensor = saved[f"{unit.index}.{at}"]
-            if tensor.shape != target.leaf.shape or tensor.dtype != target.leaf.dtype:
-                raise ValueError(f"{path.name} holds other adapters than this run's")
-            target.leaf.data.copy_(tensor)
 
 
 def _heads(model: PreTrainedModel) -> list[str]:

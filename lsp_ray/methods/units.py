@@ -6,25 +6,31 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lsp_ray.device.unit import RawTarget, Target, Unit
+from lsp_ray.device.unit import RawTarget, StartedTarget, SummedUnit, Target, Unit
 from lsp_ray.models.layers import Layer, LinearSite, ParameterSite
 
 
-def raw_targets(site: LinearSite | ParameterSite, owner: nn.Module | None = None) -> list[Target]:
+def raw_targets(
+    site: LinearSite | ParameterSite, owner: nn.Module | None = None, *, summed: bool = False
+) -> list[Target]:
     """The site's parameter trained as it is; `owner` stands in for a module that was replaced."""
+    kind = StartedTarget if summed else RawTarget
     if isinstance(site, LinearSite):
-        return [RawTarget(site.module.get_parameter("weight"), owner or site.module)]
-    return [RawTarget(site.parameter, owner or site.owner)]
+        return [kind(site.module.get_parameter("weight"), owner or site.module)]
+    return [kind(site.parameter, owner or site.owner)]
 
 
-def as_units(layers: Sequence[Layer], targets_of_layer: Sequence[Sequence[Target]]) -> list[Unit]:
+def as_units(
+    layers: Sequence[Layer], targets_of_layer: Sequence[Sequence[Target]], *, summed: bool = False
+) -> list[Unit]:
     """One unit a layer; the block reads it, or, outside the blocks, the modules that own its targets."""
+    kind = SummedUnit if summed else Unit
     units: list[Unit] = []
     first_key = 0
     for index, (layer, targets) in enumerate(zip(layers, targets_of_layer, strict=True)):
         owners = list(dict.fromkeys(target.owner for target in targets))
         readers = owners if layer.block is None else [layer.block]
-        units.append(Unit(index=index, name=layer.name, targets=targets, readers=readers, first_key=first_key))
+        units.append(kind(index=index, name=layer.name, targets=targets, readers=readers, first_key=first_key))
         first_key += len(targets)
     return units
 

@@ -245,7 +245,7 @@ def save_model(
         for path in folder.iterdir():  # an older save's shards would be loaded instead of this one's
             if _SHARD_OR_INDEX.fullmatch(path.name) and path.name not in weights:
                 path.unlink()
-        _save_description(model, tokenizer, staging)
+        save_description(model, tokenizer, staging)
         _move(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -264,13 +264,13 @@ def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     """
     with tempfile.TemporaryDirectory(prefix="lsp_ray-trial-") as trial:
         try:
-            _save_description(model, tokenizer, Path(trial))
+            save_description(model, tokenizer, Path(trial))
         except Exception as error:  # whatever it is would be raised again after training
             raise ConfigError(FIELD, "be a model that can be saved", str(folder), hint=one_line(error)) from error
 
 
-def _save_description(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write configurations, tokenizer and chat template."""
+def save_description(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write all that a folder of a model has beside its weights: configurations, tokenizer and chat template."""
     with silenced():
         _saved_config(model).save_pretrained(folder)
         generation = getattr(model, "generation_config", None)  # a classifier has none

@@ -22,34 +22,44 @@ class AdamWHyper:
 class AdamWState:
     """First and second moments of one flat buffer, float32 (numel,), and the number of updates so far.
 
-    `error`, alike, is what coarse deltas have left out until now; None where they are not coarse.
+    `error`, alike, is what coarse deltas have left out until now; None where they are not coarse. `total`, alike, is
+    the sum of all updates; None where whoever gets them adds them up.
     """
 
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     step: torch.Tensor
     error: torch.Tensor | None = None
+    total: torch.Tensor | None = None
 
     @classmethod
-    def zeros(cls, numel: int, device: torch.device | None = None, *, keeps_error: bool = False) -> AdamWState:
+    def zeros(
+        cls, numel: int, device: torch.device | None = None, *, keeps_error: bool = False, keeps_total: bool = False
+    ) -> AdamWState:
         """State before the first update, on `device` (default: the CPU)."""
         return cls(
             exp_avg=torch.zeros(numel, device=device),
             exp_avg_sq=torch.zeros(numel, device=device),
             step=torch.zeros((), device=device),
             error=torch.zeros(numel, device=device) if keeps_error else None,
+            total=torch.zeros(numel, device=device) if keeps_total else None,
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What it consists of, by name; the tensors stay this state's own."""
         tensors = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
-        return tensors if self.error is None else {**tensors, "error": self.error}
+        more = {"error": self.error, "total": self.total}
+        return {**tensors, **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
     def parts(self, size: int) -> Iterator[tuple[int, AdamWState]]:
         """Views of so many elements each, with the first one's position; the number of updates is a copy in each."""
         for first in range(0, self.exp_avg.numel(), size):
-            part = {name: tensor[first : first + size] for name, tensor in self.tensors().items() if name != "step"}
-            yield first, AdamWState(step=self.step.clone(), **part)
+            yield first, self.part(first, size)
+
+    def part(self, first: int, size: int) -> AdamWState:
+        """A view of so many elements from one on; the number of updates is a copy."""
+        part = {name: tensor[first : first + size] for name, tensor in self.tensors().items() if name != "step"}
+        return AdamWState(step=self.step.clone(), **part)
 
     def clone(self) -> AdamWState:
         """Return a copy."""

@@ -1,7 +1,8 @@
 """Adam's moments in safetensors files, one of each shard; whoever reads needs not have the writer's shards.
 
 For each layer NUMBER: NUMBER.exp_avg and NUMBER.exp_avg_sq, flat float32 in the order of the layer's payload, and
-NUMBER.step, the number of updates; where deltas are coarse NUMBER.error, what they have left out.
+NUMBER.step, the number of updates; where deltas are coarse NUMBER.error, what they have left out; where the shard adds
+them up NUMBER.total, their sum.
 """
 
 from __future__ import annotations

@@ -38,12 +38,17 @@ class Reprojection:
 
 
 def reproject_(state: AdamWState, change: Reprojection) -> None:
-    """Move one matrix of a state in place: m, v, and what has not been sent yet, which is carried like m."""
+    """Move one matrix of a state in place: m, v, and what has not been sent yet, which is carried like m.
+
+    A sum of updates begins anew: what it was until now is a weight's part by then.
+    """
     left_GRR, right_HRR = change.left_GRR, change.right_HRR
     numel = change.shape[0] * change.shape[1]
     for flat in (state.exp_avg, state.error):
         if flat is not None:
             _move_(flat[change.first : change.first + numel].view(change.shape), left_GRR, right_HRR)
+    if state.total is not None:
+        state.total[change.first : change.first + numel].zero_()
     squares_AB = state.exp_avg_sq[change.first : change.first + numel].view(change.shape)
     _move_(squares_AB, left_GRR.square(), right_HRR.square())
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection, reproject_
+from lsp_ray.optim.sums import SummedPart, sum_up_
 
 _PART = 1 << 19  # encoded values at a time
 
@@ -24,6 +25,8 @@ class OptimizerShard:
         device: Where m and v live; default: the CPU.
         states: The state to work on, where it lives outside of this shard; default: a new one.
         codec: Of the gradients and deltas.
+        sums: Each layer's parts, where the answer to a gradient is the sum of all steps; default: it is the step.
+        weight_decay: Of these sums.
 
     Attributes:
         hyper: AdamW's constants.
@@ -39,26 +42,34 @@ class OptimizerShard:
         device: torch.device | None = None,
         states: Mapping[int, AdamWState] | None = None,
         codec: Codec | None = None,
+        sums: Mapping[int, Sequence[SummedPart]] | None = None,
+        weight_decay: float = 0.0,
     ) -> None:
         self.hyper = hyper or AdamWHyper()
         self._codec = codec or Codec()
         self.states = states or {
-            layer: AdamWState.zeros(numel, device, keeps_error=self._codec.is_coarse)
+            layer: AdamWState.zeros(
+                numel, device, keeps_error=self._codec.is_coarse and sums is None, keeps_total=sums is not None
+            )
             for layer, numel in numel_of_layer.items()
         }
-        self._scratch_2P = torch.empty(2, 0 if self._codec.dtype == torch.float32 else _PART, device=device)
+        self._sums, self._weight_decay = sums, weight_decay
+        in_parts = sums is not None or self._codec.dtype != torch.float32
+        self._scratch_2P = torch.empty(2, _PART if in_parts else 0, device=device)
 
     def update(
         self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float, grad_scale: float = 1.0
     ) -> None:
-        """Write the step for `grad` times `grad_scale` into `delta`.
+        """Write the step for `grad` times `grad_scale`, or the sum of all steps, into `delta`.
 
         Both are flat, encoded, of the layer's payload length, and stay the caller's. Where the scale is 0, or `grad`
-        holds NaN or infinity, the step is none at all: the state stays as it is and `delta` is zero. Whoever made the
+        holds NaN or infinity, the step is none at all: the state stays as it is and the step is zero. Whoever made the
         gradient says that it is not finite; here it may be there before that is known.
         """
         state = self.states[layer]
-        if self._codec.dtype != torch.float32:
+        if self._sums is not None:
+            self._add_up(state, self._sums[layer], grad, delta, learning_rate, grad_scale)
+        elif self._codec.dtype != torch.float32:
             self._update_encoded(state, grad, delta, learning_rate, grad_scale)
         elif not is_usable(grad, grad_scale):
             delta.zero_()
@@ -75,17 +86,43 @@ class OptimizerShard:
         self, state: AdamWState, grad: torch.Tensor, delta: torch.Tensor, learning_rate: float, grad_scale: float
     ) -> None:
         """The same in parts, whose float32 copies stay in a cache and always in the same memory."""
-        parts = list(state.parts(_PART))
-        if not all(is_usable(self._decoded(grad, *part), grad_scale) for part in parts):
+        if not self._is_usable(state, grad, grad_scale):
             delta.zero_()
             return
-        for first, part in parts:
+        for first, part, step in self._steps(state, grad, learning_rate, grad_scale):
+            self._encode(step, delta, first, part)
+
+    def _add_up(
+        self,
+        state: AdamWState,
+        parts: Sequence[SummedPart],
+        grad: torch.Tensor,
+        delta: torch.Tensor,
+        learning_rate: float,
+        grad_scale: float,
+    ) -> None:
+        """The same where the sum is the answer: nothing that is left out of it once is missing the next time."""
+        if self._is_usable(state, grad, grad_scale):
+            for first, _, step in self._steps(state, grad, learning_rate, grad_scale):
+                sum_up_(state, parts, first, step, learning_rate=learning_rate, decay=self._weight_decay)
+        for first, part in state.parts(_PART):
+            assert part.total is not None
+            self._codec.encode_(delta, part.total, first=first)
+
+    def _is_usable(self, state: AdamWState, grad: torch.Tensor, grad_scale: float) -> bool:
+        return all(is_usable(self._decoded(grad, *part), grad_scale) for part in state.parts(_PART))
+
+    def _steps(
+        self, state: AdamWState, grad: torch.Tensor, learning_rate: float, grad_scale: float
+    ) -> Iterator[tuple[int, AdamWState, torch.Tensor]]:
+        """Yield AdamW's step in parts, with the position and the state of each; the state advances."""
+        for first, part in state.parts(_PART):
             seen = self._decoded(grad, first, part)
             step = self._scratch_2P[1, : seen.numel()]
             if grad_scale != 1.0:
                 seen *= grad_scale
             adamw_delta_(step, seen, part, learning_rate=learning_rate, hyper=self.hyper)
-            self._encode(step, delta, first, part)
+            yield first, part, step
         state.step += 1
 
     def _decoded(self, grad: torch.Tensor, first: int, part: AdamWState) -> torch.Tensor:

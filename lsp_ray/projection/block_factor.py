@@ -95,6 +95,22 @@ class BlockFactor:
         ]
         return torch.cat([part.flatten(0, 1) for part in parts])
 
+    def expand(self, table_TD: torch.Tensor) -> torch.Tensor:
+        """Return the (T, F) product of a (T, D) table with this factor's transpose, in the table's dtype."""
+        output_TF = table_TD.new_empty(table_TD.shape[0], self.num_rows)
+        self.add_expanded_(output_TF, table_TD, keep=0)
+        return output_TF
+
+    def add_expanded_(self, output_TF: torch.Tensor, table_TD: torch.Tensor, *, keep: int = 1) -> None:
+        """output ← keep · output + what `expand` returns, without a table of that size; keep 0 reads no old value."""
+        first = 0
+        for part_TGS, block_GSR in zip(self.split(output_TF, 1), self.blocks(), strict=True):
+            num_columns = block_GSR.shape[0] * self.nnz_per_row
+            table_TGR = table_TD.narrow(1, first, num_columns).unflatten(1, (-1, self.nnz_per_row))
+            block_GRS = block_GSR.to(table_TD.dtype).mT
+            part_TGS.transpose(0, 1).baddbmm_(table_TGR.transpose(0, 1), block_GRS, beta=keep)
+            first += num_columns
+
     def dense(self) -> torch.Tensor:
         """The (F, D) matrix with its zeros; for tests and measurements."""
         return self.spread(torch.eye(self.dim, dtype=self.value_FR.dtype, device=self.value_FR.device))

@@ -113,6 +113,16 @@ class SparseProjector:
         return UpdateSize(BALANCED_GAIN, learning_rate, scale)
 
     @property
+    def device(self) -> torch.device:
+        """Where its values are."""
+        return self.left.value_FR.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its values: that of the products."""
+        return self.left.value_FR.dtype
+
+    @property
     def nbytes(self) -> int:
         """Device bytes of both factors."""
         return self.left.nbytes + self.right.nbytes

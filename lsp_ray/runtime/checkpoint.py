@@ -8,7 +8,7 @@
             lsp_projectors.safetensors      (method lsp)
             refit_*.safetensors             lessons and projectors that have not taken over yet, if there are any
             galore_bases.safetensors        (method galore)
-            lora_trained.safetensors        (method lora; the model beside it is the merged one)
+            trained.safetensors             (lora, beside the merged model; lsp.delta apart, without a model)
             deltas.safetensors              what a stale policy has not added yet, if it is one
 
 Everything random in a run follows from its seed and the step, so no generator's state is needed but a lesson's.
@@ -34,6 +34,7 @@ from lsp_ray.errors import CheckpointError
 
 STATE = "lsp_state"
 FACTS = f"{STATE}/state.json"
+TRAINED = f"{STATE}/trained.safetensors"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _CHUNK_BYTES = 8 << 20

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from lsp_ray.config import LspConfig
 from lsp_ray.data.final_numbers import share_right
@@ -16,29 +17,32 @@ from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
+from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
 from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
 from lsp_ray.device.judge import Judge
-from lsp_ray.device.projected_linear import ProjectedLinear
+from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_file import load_refits, save_refits
 from lsp_ray.device.step_report import StepReport
+from lsp_ray.device.trained_file import load_trained, save_trained
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import LspRayError
 from lsp_ray.hardware import MACHINES
+from lsp_ray.methods import lora
+from lsp_ray.methods import lsp as lsp_method
 from lsp_ray.methods.galore import GaloreShard
-from lsp_ray.methods.lora import add_adapters, load_trained, merged_state, save_adapter, save_trained
 from lsp_ray.methods.lsp import lsp_units, projector_sizes, take_projectors
 from lsp_ray.methods.units import full_payload_sizes, full_units
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import load_model, load_tokenizer, save_model, tokens_of
+from lsp_ray.models.load import load_model, load_tokenizer, save_description, save_model, tokens_of
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.output_folder import INTERNALS
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors
-from lsp_ray.runtime.checkpoint import STATE, writing
+from lsp_ray.runtime.checkpoint import STATE, TRAINED, writing
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.throttle import Throttle, emulating
@@ -47,7 +51,7 @@ from lsp_ray.schedule.ops import DeltaDue, GradientReady
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_DELTAS, _BASES, _TRAINED = "deltas.safetensors", "galore_bases.safetensors", "lora_trained.safetensors"
+_DELTAS, _BASES = "deltas.safetensors", "galore_bases.safetensors"
 MEASURED_UPDATES = 6  # forward and backward of so many, before training, where a machine is emulated
 
 
@@ -79,7 +83,7 @@ class DeviceSide:
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
         self.progress = ""
         self._is_set_up = False
-        self._linears: list[tuple[str, ProjectedLinear]] = []
+        self._linears: list[tuple[str, InSubspace]] = []
         self._adapters: PeftModel | None = None
 
     def setup(self, host_slots: Sequence[torch.Tensor] = ()) -> SetupReport:
@@ -88,16 +92,8 @@ class DeviceSide:
         torch.set_num_threads(job.layout.device_threads)
         self.progress = "loading the model"
         self._tokenizer = load_tokenizer(job.model_folder)
-        # adapters stand beside the weights that the run began with
-        base = job.model_folder if job.saved is None or config.method == "lora" else job.saved.folder
-        self._model = load_model(
-            base,
-            dtype=job.dtype,
-            task=job.task,
-            label_names=job.label_names,
-            seed=config.seed,
-            new_head=base == job.model_folder,
-        ).to(self.backend.device)  # type: ignore[arg-type]
+        base = job.model_folder if job.saved is None or config.keeps_base else job.saved.folder
+        self._model = self._loaded(base).to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
         self._tokens = tokens_of(self._model, self._tokenizer)
         layers = find_layers(self._model)
@@ -189,13 +185,18 @@ class DeviceSide:
         job = self._job
         self.worker.flush()
         with reading(checkpoint), torch.no_grad():
-            if self._adapters is not None:
-                load_trained(self.worker.units, checkpoint / STATE / _TRAINED)
-                return
-            saved = load_model(checkpoint, dtype=job.dtype, task=job.task, label_names=job.label_names, new_head=False)
-            self._model.load_state_dict(saved.state_dict())
+            apart = {name: linear for name, linear in self._linears if isinstance(linear, DeltaLinear)}
+            merged = {name: linear for name, linear in apart.items() if linear.is_merged}
+            if not job.config.keeps_base:
+                self._model.load_state_dict(self._loaded(checkpoint).state_dict())
+            else:
+                if merged:
+                    base = self._loaded(job.model_folder)
+                    for name, linear in merged.items():
+                        linear.weight.copy_(base.get_parameter(f"{name}.weight"))
+                load_trained(self.worker.units, checkpoint / TRAINED)
             if self._linears:
-                sizes = projector_sizes(find_layers(saved), job.config.lsp)
+                sizes = {name: module.projector.sizes for name, module in self._linears}
                 take_projectors(self._linears, load_projectors(checkpoint / STATE / FILE_NAME, sizes, field=FIELD))
 
     def abandon(self, error: LspRayError) -> None:
@@ -216,7 +217,8 @@ class DeviceSide:
         """
         self.worker.flush()
         with writing(folder):
-            self._save_to(folder, folder / INTERNALS)
+            self._save_model(folder)
+            self._save_projectors(folder / INTERNALS)
 
     def save_state(self, folder: Path) -> None:
         """Between two steps: write this side's part of a checkpoint, see `runtime.checkpoint`.
@@ -227,27 +229,45 @@ class DeviceSide:
         kept_back = self.worker.settle()
         state = folder / STATE
         with writing(folder):
-            self._save_to(folder, state)
+            if self._job.sums is None:
+                self._save_model(folder)
+            else:  # the base is where it was
+                save_description(self._model, self._tokenizer, folder)
+            self._save_projectors(state)
             if self._refitter is not None:
                 save_refits(state, self._refitter.state())
             if self._local_shard is not None:
                 save_moments(state / "moments-0.safetensors", self._local_shard.states)
             if isinstance(self._local_shard, GaloreShard):
                 self._local_shard.save_bases(state / _BASES)
-            if self._adapters is not None:
-                save_trained(self.worker.units, state / _TRAINED)
+            if self._job.config.keeps_base:
+                save_trained(self.worker.units, folder / TRAINED)
             if kept_back:
                 save_file({f"{step}.{unit}": delta for (step, unit), delta in kept_back.items()}, state / _DELTAS)
 
-    def _save_to(self, folder: Path, projector_folder: Path) -> None:
-        state = None if self._adapters is None else merged_state(self._model)
+    def _loaded(self, folder: Path) -> PreTrainedModel:
+        job = self._job
+        return load_model(
+            folder,
+            dtype=job.dtype,
+            task=job.task,
+            label_names=job.label_names,
+            seed=job.config.seed,
+            new_head=folder == job.model_folder,
+        )
+
+    def _save_model(self, folder: Path) -> None:
+        state = None
+        if self._job.config.keeps_base:
+            state = (lsp_method if self._adapters is None else lora).merged_state(self._model)
         save_model(self._model, self._tokenizer, folder, state=state)
         if self._adapters is not None:
-            save_adapter(self._adapters, folder)
+            lora.save_adapter(self._adapters, folder)
+
+    def _save_projectors(self, folder: Path) -> None:
         if self._linears:
-            projectors = {name: module.projector for name, module in self._linears}
-            projector_folder.mkdir(exist_ok=True)
-            save_projectors(projector_folder / FILE_NAME, projectors)
+            folder.mkdir(exist_ok=True)
+            save_projectors(folder / FILE_NAME, {name: module.projector for name, module in self._linears})
 
     def _restore(self, saved: SavedRun) -> None:
         kept_back: dict[tuple[int, int], torch.Tensor] = {}
@@ -258,8 +278,8 @@ class DeviceSide:
                 load_moments(saved.moments, self._local_shard.states, num_updates=saved.step)
             if isinstance(self._local_shard, GaloreShard):
                 self._local_shard.load_bases(saved.state / _BASES)
-            if self._adapters is not None:
-                load_trained(self.worker.units, saved.state / _TRAINED)
+            if self._job.config.keeps_base:
+                load_trained(self.worker.units, saved.folder / TRAINED)
             if self._job.staleness:
                 for key, delta in load_file(saved.state / _DELTAS).items():
                     step, unit = map(int, key.split("."))
@@ -282,7 +302,7 @@ class DeviceSide:
     def _build_units(self, layers: Sequence[Layer]) -> tuple[list[Unit], list[str]]:
         config = self._job.config
         if config.method == "lora":
-            self._adapters, units = add_adapters(
+            self._adapters, units = lora.add_adapters(
                 self._model, layers, config.lora, task=self._job.task, seed=config.seed
             )
             return units, []
@@ -290,7 +310,7 @@ class DeviceSide:
             return full_units(layers), []
         sizes = projector_sizes(layers, config.lsp)
         shared = shared_inputs(self._model)
-        units, self._linears = lsp_units(layers, config.lsp, seed=config.seed, shared=shared)
+        units, self._linears = lsp_units(layers, config.lsp, seed=config.seed, shared=shared, dtype=self._job.dtype)
         if self._job.saved is not None:
             saved = load_projectors(self._job.saved.state / FILE_NAME, sizes, field=FIELD)
             take_projectors(self._linears, saved)

@@ -24,7 +24,7 @@ from lsp_ray.data.tokenize import LONGEST, TokenizedRows, check_token_ids, token
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.galore import check_rank
 from lsp_ray.methods.lora import check_lora
-from lsp_ray.methods.lsp import lsp_payload_sizes, projector_sizes
+from lsp_ray.methods.lsp import lsp_payload_parts, lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.attention import check_packing
 from lsp_ray.models.layers import Layer, find_layers
@@ -39,6 +39,7 @@ from lsp_ray.models.load import (
 )
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.optim.codec import Codec
+from lsp_ray.optim.sums import SummedPart
 from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
@@ -58,7 +59,8 @@ GRAPH_LENGTHS = 64
 class Job:
     """A validated run. Goes to the GPU actor as it is.
 
-    `payload_sizes` are elements a unit, empty where nothing leaves the device; `delta_room` is for what comes
+    `payload_sizes` are elements a unit, empty where nothing leaves the device; `sums` their parts where the shards add
+    up all updates, None where the device does; `delta_room` is for what comes
     up, None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a
     classifier's: a whole example's) model inputs, shown with the answer before and after; `questions` are answered in
     evaluations. `saved` is the checkpoint to go on from, see `resumed`.
@@ -74,6 +76,7 @@ class Job:
     micro_batches: MicroBatches
     learning_rates: tuple[float, ...]
     payload_sizes: tuple[int, ...]
+    sums: tuple[tuple[SummedPart, ...], ...] | None
     delta_room: DeltaRoom | None
     subspace_dims: dict[str, tuple[int, int]]
     layout: Layout
@@ -141,6 +144,7 @@ class Job:
             self.layout.shard_of_unit,
             speculates=self.speculates,
             payload_dtype=self.codec.payload_dtype,
+            summed=self.sums is not None,
         )
 
     @property
@@ -226,6 +230,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         micro_batches=micro_batches,
         learning_rates=learning_rates(config, micro_batches.num_steps),
         payload_sizes=tuple(payload_sizes),
+        sums=_sums(layers, config),
         delta_room=delta_room(_wire_sizes(payload_sizes, config), _wire_sizes(full_payload_sizes(layers), config)),
         subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
@@ -290,6 +295,12 @@ def _payload_sizes(layers: Sequence[Layer], config: RunConfig) -> list[int]:
     if config.method == "lsp":
         return lsp_payload_sizes(layers, config.lsp)
     return full_payload_sizes(layers) if config.method == "zero_offload" else []
+
+
+def _sums(layers: Sequence[Layer], config: RunConfig) -> tuple[tuple[SummedPart, ...], ...] | None:
+    if config.method != "lsp" or not config.lsp.is_apart:
+        return None
+    return tuple(tuple(parts) for parts in lsp_payload_parts(layers, config.lsp))
 
 
 def _wire_sizes(sizes: Sequence[int], config: RunConfig) -> list[int]:

@@ -13,6 +13,7 @@ import ray
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.errors import DeadlineError, WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
+from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Completion
@@ -42,7 +43,11 @@ class RayWorkers:
         self._pending: dict[ray.ObjectRef[Any], str] = {}
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
         self._updates: dict[ray.ObjectRef[Any], _Update] = {}  # those of `_pending`
-        pairs = [new_pair(unit, numel, job.codec) for unit, numel in enumerate(job.payload_sizes)]
+        sums: Sequence[Sequence[SummedPart] | None] = job.sums or [None] * len(job.payload_sizes)
+        pairs = [
+            new_pair(unit, numel, job.codec, parts)
+            for unit, (numel, parts) in enumerate(zip(job.payload_sizes, sums, strict=True))
+        ]
         self._gpu: Any = (
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
             .options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0)

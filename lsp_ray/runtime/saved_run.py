@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.runtime.checkpoint import FACTS, FORMAT, STATE, checkpoints, checksum
+from lsp_ray.runtime.checkpoint import FACTS, FORMAT, STATE, TRAINED, checkpoints, checksum
 
 FIELD = "resume_from_checkpoint"
 LAST = "last"
@@ -186,7 +186,8 @@ def _check_files(folder: Path, files: Any) -> None:
     required = {"config.json", "trainer_state.json"}
     if not isinstance(files, dict) or not required <= set(files):
         raise ValueError(f"{FACTS} does not list its files")
-    if not any(name.endswith(".safetensors") for name in files if "/" not in name):
+    weights = (name for name in files if "/" not in name or name == TRAINED)
+    if not any(name.endswith(".safetensors") for name in weights):
         raise ValueError("it has no weights")
     for name, expected in files.items():
         _check_file(folder, name, expected)

@@ -25,6 +25,7 @@ from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.checkpoint import STATE, writing
 from lsp_ray.runtime.saved_run import SavedRun, reading
 from lsp_ray.runtime.slots import Slot
@@ -35,11 +36,15 @@ from lsp_ray.trace import Span, WorkStream
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotPair:
-    """One unit's slots: object references of the way down, the way up and the state; length and codec of payloads."""
+    """One unit's slots: object references of the way down, the way up and the state; length and codec of payloads.
+
+    `sums` are the parts of a payload whose updates the shard adds up; None where it does not.
+    """
 
     unit: int
     numel: int
     codec: Codec
+    sums: Sequence[SummedPart] | None
     down: ray.ObjectRef[Any]
     up: ray.ObjectRef[Any]
     state: ray.ObjectRef[Any]
@@ -56,7 +61,7 @@ class SlotPair:
 
     def open_undo(self, ref: ray.ObjectRef[Any], name: str = "undo") -> Slot:
         """Map a slot that is large enough for the unit's state."""
-        numel = state_numel(self.numel, self.codec.payload_dtype)
+        numel = state_numel(self.numel, self.codec.payload_dtype, summed=self.sums is not None)
         return Slot(ray.get(ref), numel, f"{name} {self.unit}")
 
 
@@ -75,11 +80,17 @@ class ShardActor:
         pairs: The units this shard owns.
         undo: By unit, a slot for a state to go back to; several units may share one that is large enough for each.
         num_threads: Threads of torch's operators here.
+        weight_decay: Of updates that are added up here.
         index: Of this shard; Ray's dashboard names it by that.
     """
 
     def __init__(
-        self, pairs: Sequence[SlotPair], undo: Mapping[int, ray.ObjectRef[Any]], num_threads: int, index: int
+        self,
+        pairs: Sequence[SlotPair],
+        undo: Mapping[int, ray.ObjectRef[Any]],
+        num_threads: int,
+        index: int,
+        weight_decay: float = 0.0,
     ) -> None:
         self._index = index
         torch.set_num_threads(num_threads)
@@ -87,8 +98,13 @@ class ShardActor:
         self._slots = {pair.unit: pair.open_state() for pair in pairs}
         self._undo = {pair.unit: pair.open_undo(undo[pair.unit]) for pair in pairs}
         self._numel = {pair.unit: pair.numel for pair in pairs}
-        states = {unit: _state(slot.payload, self._numel[unit]) for unit, slot in self._slots.items()}
-        self._shard = OptimizerShard(self._numel, states=states, codec=pairs[0].codec)
+        sums = {pair.unit: pair.sums for pair in pairs if pair.sums is not None}
+        states = {
+            unit: _state(slot.payload, self._numel[unit], summed=unit in sums) for unit, slot in self._slots.items()
+        }
+        self._shard = OptimizerShard(
+            self._numel, states=states, codec=pairs[0].codec, sums=sums or None, weight_decay=weight_decay
+        )
         self._bucket: TokenBucket | None = None
         for unit, slot in self._slots.items():
             if slot.generation is None:
@@ -162,6 +178,7 @@ def _span(step: int, unit: int, start_s: float) -> Span:
     return Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
 
 
-def _state(payload: torch.Tensor, numel: int) -> AdamWState:
-    parts = dict(zip(("exp_avg", "exp_avg_sq", "error"), payload[:-1].split(numel), strict=False))  # error: if kept
+def _state(payload: torch.Tensor, numel: int, *, summed: bool) -> AdamWState:
+    names = ("exp_avg", "exp_avg_sq", "total" if summed else "error")  # the third, if kept
+    parts = dict(zip(names, payload[:-1].split(numel), strict=False))
     return AdamWState(step=payload[-1], **parts)

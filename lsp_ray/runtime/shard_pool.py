@@ -12,6 +12,7 @@ import torch
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection
+from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.shard_actor import ShardActor, SlotPair
@@ -95,7 +96,8 @@ class ShardPool:
 
     def _new(self, index: int) -> Any:
         actor = ray.remote(ShardActor).options(num_cpus=1, max_restarts=0)
-        return actor.remote(self._pairs[index], self._undo[index], self._job.layout.shard_threads, index)
+        threads, decay = self._job.layout.shard_threads, self._job.config.weight_decay
+        return actor.remote(self._pairs[index], self._undo[index], threads, index, decay)
 
     def _started(self, index: int) -> int:
         pid: int = answer(self._shards[index].ready.remote(), f"shard {index}: start", START_TIMEOUT_S)
@@ -110,26 +112,26 @@ class ShardPool:
             answer(call, f"shard {index}: {what}")
 
 
-def new_pair(unit: int, numel: int, codec: Codec) -> SlotPair:
+def new_pair(unit: int, numel: int, codec: Codec, sums: Sequence[SummedPart] | None = None) -> SlotPair:
     """Allocate a unit's slots, for a payload of `numel` elements; `sim.store` counts them."""
-    wire_bytes = payload_bytes(numel, codec.payload_dtype)
-    down, up, state = (ray.put(new_slot_buffer(size)) for size in (wire_bytes, wire_bytes, _state_bytes(numel, codec)))
-    pair = SlotPair(unit=unit, numel=numel, codec=codec, down=down, up=up, state=state)
+    wire_bytes, state_bytes = payload_bytes(numel, codec.payload_dtype), _state_bytes(numel, codec, sums)
+    down, up, state = (ray.put(new_slot_buffer(size)) for size in (wire_bytes, wire_bytes, state_bytes))
+    pair = SlotPair(unit=unit, numel=numel, codec=codec, sums=sums, down=down, up=up, state=state)
     pair.open_state().publish(0)  # zeros: the state before the first update
     return pair
 
 
 def new_undo(pairs: Sequence[SlotPair], *, is_shared: bool) -> dict[int, ray.ObjectRef[Any]]:
     """Allocate, for a shard's units, a slot for each one's state: the same for all, or one each."""
-    sizes = [_state_bytes(pair.numel, pair.codec) for pair in pairs]
+    sizes = [_state_bytes(pair.numel, pair.codec, pair.sums) for pair in pairs]
     if not is_shared:
         return {pair.unit: ray.put(new_slot_buffer(size)) for pair, size in zip(pairs, sizes, strict=True)}
     shared = ray.put(new_slot_buffer(max(sizes)))
     return {pair.unit: shared for pair in pairs}
 
 
-def _state_bytes(numel: int, codec: Codec) -> int:
-    return torch.float32.itemsize * state_numel(numel, codec.payload_dtype)
+def _state_bytes(numel: int, codec: Codec, sums: Sequence[SummedPart] | None) -> int:
+    return torch.float32.itemsize * state_numel(numel, codec.payload_dtype, summed=sums is not None)
 
 
 def _wait_for_end(pid: int) -> None:

@@ -47,7 +47,12 @@ class ThreadWorkers:
         self._before: dict[int, tuple[int, AdamWState]] = {}  # unit -> its last update's step, the state before it
         layout = job.layout
         self._shards = [
-            OptimizerShard({unit: job.payload_sizes[unit] for unit in layout.units_of(index)}, codec=job.codec)
+            OptimizerShard(
+                {unit: job.payload_sizes[unit] for unit in layout.units_of(index)},
+                codec=job.codec,
+                sums=None if job.sums is None else dict(enumerate(job.sums)),
+                weight_decay=job.config.weight_decay,
+            )
             for index in range(layout.num_shards)
         ]
         self._compute, self._d2h, self._h2d = (ThreadPoolExecutor(1, name) for name in ("compute", "d2h", "h2d"))

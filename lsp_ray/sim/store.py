@@ -1,9 +1,9 @@
 """Shared memory that a run's slots take, counted before they are there.
 
 Each unit has a slot for its payload on the way down, one for its delta on the way up and one for its optimizer state
-(m, v, the number of updates and, where deltas are int8, what they have left out). Beside them are undo slots: where
-updates may be taken back once their step is judged, one for each unit's state; else one for each shard, as large as its
-largest state.
+(m, v, the number of updates and, where deltas are int8, what they have left out, or the sum of all updates). Beside
+them are undo slots: where updates may be taken back once their step is judged, one for each unit's state; else one for
+each shard, as large as its largest state.
 """
 
 from __future__ import annotations
@@ -28,13 +28,21 @@ def slot_bytes(num_bytes: int) -> int:
     return 2 * PAGE_BYTES + -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def state_numel(numel: int, payload_dtype: PayloadDtype) -> int:
-    """float32 elements of the slot for the optimizer's state of `numel` values: m, v, the number of updates, e."""
-    return (3 if payload_dtype == "int8" else 2) * numel + 1
+def state_numel(numel: int, payload_dtype: PayloadDtype, *, summed: bool = False) -> int:
+    """float32 elements of the slot for the optimizer's state of `numel` values.
+
+    m, v, the number of updates and a third of them, where there is one: the sum, or what int8 has left out.
+    """
+    return (3 if summed or payload_dtype == "int8" else 2) * numel + 1
 
 
 def store_bytes(
-    payload_sizes: Sequence[int], shard_of_unit: Sequence[int], *, speculates: bool, payload_dtype: PayloadDtype
+    payload_sizes: Sequence[int],
+    shard_of_unit: Sequence[int],
+    *,
+    speculates: bool,
+    payload_dtype: PayloadDtype,
+    summed: bool = False,
 ) -> int:
     """Return the size of the object store that a run needs.
 
@@ -43,9 +51,10 @@ def store_bytes(
         shard_of_unit: Which shard owns it.
         speculates: Whether updates may have to be made again, so that every unit's state is kept until then.
         payload_dtype: In which values cross the link.
+        summed: Whether shards keep the sum of all updates.
     """
     ways = [slot_bytes(payload_bytes(numel, payload_dtype)) for numel in payload_sizes]
-    states = [slot_bytes(4 * state_numel(numel, payload_dtype)) for numel in payload_sizes]
+    states = [slot_bytes(4 * state_numel(numel, payload_dtype, summed=summed)) for numel in payload_sizes]
     largest: dict[int, int] = {}
     for shard, state in zip(shard_of_unit, states, strict=True):
         largest[shard] = max(state, largest.get(shard, 0))
