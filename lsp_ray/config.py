@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lsp_ray.errors import ConfigError
 from lsp_ray.hardware import EmulatedMachine
 
+Bits = Literal[4, 8]
 Delta = Literal["merged", "apart"]
 Fit = Literal["closed_form", "paper", "random"]
 Method = Literal["lsp", "zero_offload", "native", "lora", "galore"]
@@ -74,7 +75,7 @@ class LspConfig:
     balance: bool = True
     """Let closed_form learn projectors that change all rows and columns alike, as full fine-tuning does; more bias."""
     delta: Delta | None = None
-    """Whether updates are merged into the weights or kept apart from them, in files of their own; default: merged."""
+    """Whether updates are merged into the weights or kept apart from them; default: merged, apart if quantised."""
     init_from: str | None = None
     """Start from the projectors of an earlier run (its folder, or its lsp_projectors.safetensors) instead of a fit."""
     calibration_batches: int = 4
@@ -237,6 +238,10 @@ class RunConfig:
     """Seed of data order, projectors and rounding."""
     bf16: bool | None = None
     """Weights and activations in bfloat16; default: where the GPU or CPU is fast at it."""
+    load_in_4bit: bool = False
+    """Quantise the blocks' linears to 4 bits (NF4 of bitsandbytes): lsp keeps its updates apart, lora is QLoRA."""
+    load_in_8bit: bool = False
+    """The same to 8 bits (LLM.int8 of bitsandbytes)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     save_steps: int = 500
@@ -285,7 +290,21 @@ class RunConfig:
             raise ConfigError("report_port", f"be at most {MAX_PORT}", self.report_port)
         if self.seed > MAX_SEED:
             raise ConfigError("seed", f"be at most {MAX_SEED}", self.seed)
+        self._check_quantized()
         self._check_length()
+
+    def _check_quantized(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_8bit", "be left out beside load_in_4bit", True)
+        if self.bits is None:
+            return
+        field = f"load_in_{self.bits}bit"
+        if self.method not in ("lsp", "lora"):
+            raise ConfigError(
+                "method", f"be lsp or lora with {field}, as quantised weights stay as they are", self.method
+            )
+        if self.lsp.delta == "merged":
+            raise ConfigError("lsp.delta", f"be apart with {field}, as quantised weights stay as they are", "merged")
 
     def _check_length(self) -> None:
         if self.max_steps is not None and self.max_steps < 1 and self.max_steps != -1:
@@ -330,6 +349,11 @@ class RunConfig:
         if self.asked_length is None:
             raise ConfigError("max_seq_length", "be a number by now", None)
         return self.asked_length
+
+    @property
+    def bits(self) -> Bits | None:
+        """To which the blocks' linears are quantised as they are loaded."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     @property
     def keeps_base(self) -> bool:

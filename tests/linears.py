@@ -61,7 +61,7 @@ def plain(*, transposed: bool = False, bias: bool = True) -> nn.Module:
 
 
 def wrapped(*, transposed: bool = False, bias: bool = True) -> ProjectedLinear:
-    return InSubspace(plain(transposed=transposed, bias=bias), transposed=transposed, projector=projector())
+    return ProjectedLinear(plain(transposed=transposed, bias=bias), transposed=transposed, projector=projector())
 
 
 def gradient_MN(module: nn.Module, *, transposed: bool) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lsp_ray.device.projected_linear import InSubspace, Observers
+from lsp_ray.models.quantized import dense_weight
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 
@@ -43,10 +44,11 @@ class DeltaLinear(InSubspace):
         delta_DE = torch.zeros(projector.dims, device=projector.device, dtype=projector.dtype)
         self.register_buffer("delta_DE", delta_DE, persistent=False)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base's, for models that look at its type."""
-        return self.base.get_parameter("weight")
+    def __getattr__(self, name: str) -> Any:
+        """The base's weight and bias under their names, for models that look at them."""
+        if name in ("weight", "bias"):
+            return getattr(self.base, name)
+        return super().__getattr__(name)
 
     def forward(self, input_TN: torch.Tensor) -> torch.Tensor:
         """Return base(X) + X (P D Qᵀ)ᵀ for (..., N)."""
@@ -65,10 +67,11 @@ class DeltaLinear(InSubspace):
         return changed.view(*input_TN.shape[:-1], -1)
 
     def merged(self) -> torch.Tensor:
-        """W + P D Qᵀ, added in float32, as the base keeps its weight; the base must not be quantised."""
+        """W + P D Qᵀ, added in float32, in the projector's type: a dense weight, transposed if the base's is."""
+        weight_MN = dense_weight(self.base, self.projector.dtype)
         delta_MN = self.projector.to(self.projector.device, torch.float32).decompress(self.delta_DE.float())
-        delta = delta_MN.t() if self.transposed else delta_MN
-        return delta.add_(self.weight).to(self.weight.dtype)
+        merged_MN = delta_MN.add_(weight_MN).to(weight_MN.dtype)
+        return merged_MN.t() if self.transposed else merged_MN
 
     def merge_(self) -> None:
         """Let the base hold what D adds to it, and D begin anew: before other projectors take over."""

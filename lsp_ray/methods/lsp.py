@@ -47,8 +47,14 @@ def _is_projected(site: LinearSite, lsp: LspConfig) -> bool:
     return min(site.shape) >= MIN_SIDE_PER_NNZ * lsp.nnz_per_row
 
 
-def lsp_payload_parts(layers: Sequence[Layer], lsp: LspConfig) -> list[list[SummedPart]]:
-    """What each layer sends a step, target by target; from shapes alone, so a model on the meta device will do."""
+def lsp_payload_parts(layers: Sequence[Layer], lsp: LspConfig, *, quantized: bool = False) -> list[list[SummedPart]]:
+    """What each layer sends a step, target by target; from shapes alone, so a model on the meta device will do.
+
+    Args:
+        layers: The model's.
+        lsp: Sizes.
+        quantized: Whether the blocks' linears are to be quantised: those without a projector then stay as they are.
+    """
     sizes = projector_sizes(layers, lsp)
     gain = BALANCED_GAIN if lsp.fit == "closed_form" and lsp.balance else 1.0
 
@@ -60,15 +66,23 @@ def lsp_payload_parts(layers: Sequence[Layer], lsp: LspConfig) -> list[list[Summ
     def of_parameter(parameter: torch.Tensor) -> SummedPart:
         return SummedPart(numel=parameter.numel(), gain=1.0, decays=parameter.ndim > 1)
 
+    def trained(layer: Layer) -> list[LinearSite]:
+        return [site for site in layer.linears if not _stays(layer, site, sizes, quantized=quantized)]
+
     return [
-        [*map(of_linear, layer.linears), *(of_parameter(site.parameter) for site in layer.parameters)]
+        [*map(of_linear, trained(layer)), *(of_parameter(site.parameter) for site in layer.parameters)]
         for layer in layers
     ]
 
 
-def lsp_payload_sizes(layers: Sequence[Layer], lsp: LspConfig) -> list[int]:
-    """Elements that each layer sends a step."""
-    return [sum(part.numel for part in parts) for parts in lsp_payload_parts(layers, lsp)]
+def lsp_payload_sizes(layers: Sequence[Layer], lsp: LspConfig, *, quantized: bool = False) -> list[int]:
+    """Elements that each layer sends a step, see `lsp_payload_parts`."""
+    return [sum(part.numel for part in parts) for parts in lsp_payload_parts(layers, lsp, quantized=quantized)]
+
+
+def _stays(layer: Layer, site: LinearSite, sizes: Mapping[str, ProjectorSizes], *, quantized: bool) -> bool:
+    """Whether a linear is not trained at all."""
+    return quantized and layer.block is not None and site.name not in sizes
 
 
 def lsp_units(
@@ -78,6 +92,7 @@ def lsp_units(
     seed: int,
     shared: Sequence[Sequence[str]] = (),
     dtype: torch.dtype | None = None,
+    quantized: bool = False,
 ) -> tuple[list[Unit], list[tuple[str, InSubspace]]]:
     """Put a module with projectors of random bases in the place of every linear that is large enough.
 
@@ -89,6 +104,7 @@ def lsp_units(
         seed: Of the bases.
         shared: Groups of names of linears that read the same input (`shared_inputs`); in a layer they share Q.
         dtype: Of the activations, where that is not the weights'.
+        quantized: See `lsp_payload_parts`.
 
     Returns:
         The units, and the new modules by name, in the order in which they stand in the model.
@@ -101,6 +117,8 @@ def lsp_units(
         owners: dict[int, InSubspace] = {}  # of biases whose linear is no more
         inside: dict[str, InSubspace] = {}
         for site in layer.linears:
+            if _stays(layer, site, sizes, quantized=quantized):
+                continue
             if site.name not in sizes:
                 targets += raw_targets(site, summed=lsp.is_apart)
                 continue
@@ -151,6 +169,6 @@ def _share(modules: Sequence[InSubspace]) -> None:
 
 
 def _drawn(site: LinearSite, sizes: ProjectorSizes, seed: int, dtype: torch.dtype | None) -> SparseProjector:
-    weight = site.module.get_parameter("weight")
     generator = torch.Generator().manual_seed(seed)
-    return SparseProjector.random(sizes, generator).to(weight.device, dtype or weight.dtype)
+    drawn = SparseProjector.random(sizes, generator)
+    return drawn.to(site.device, dtype or site.module.get_parameter("weight").dtype)

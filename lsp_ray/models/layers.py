@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.models.quantized import is_quantized_linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +34,17 @@ class LinearSite:
         return isinstance(self.module, Conv1D)
 
     @property
+    def device(self) -> torch.device:
+        """Where its weight is, in whatever form."""
+        return next(chain(self.module.parameters(), self.module.buffers())).device
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(M, N) = (out, in)."""
+        if not self.transposed:
+            return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
         rows, columns = self.module.get_parameter("weight").shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        return columns, rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +77,7 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
     head = Layer(name="head", block=None)
     inner = [Layer(name=f"{prefix}.{index}", block=block) for index, block in enumerate(blocks)]
     frozen = {id(parameter) for parameter in embedding_parameters(model)}
+    output = model.get_output_embeddings()
     seen_blocks = False
     for name, module in model.named_modules():
         if name == prefix:
@@ -75,7 +86,8 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
             layer = inner[int(name.removeprefix(f"{prefix}.").split(".")[0])]
         else:
             layer = head if seen_blocks else stem
-        _collect(model, name, module, layer, frozen)
+        if module is not output:
+            _collect(model, name, module, layer, frozen)
     trained = {id(parameter) for layer in (stem, *inner, head) for parameter in _trained(layer)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -108,22 +120,30 @@ def embedding_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
 
 
 def _collect(model: nn.Module, name: str, module: nn.Module, layer: Layer, frozen: set[int]) -> None:
+    if is_quantized_linear(module):
+        _collect_linear(model, name, module, layer)
+        frozen.update(id(parameter) for parameter in module.parameters() if parameter.ndim > 1)
     is_linear = isinstance(module, nn.Linear | Conv1D)
     for parameter_name, parameter in module.named_parameters(recurse=False):
         if id(parameter) in frozen:
             continue
         frozen.add(id(parameter))  # a shared parameter is trained once, where it is met first
         if is_linear and parameter_name == "weight":
-            parent_name, _, attribute = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
-            layer.linears.append(LinearSite(name=name, parent=parent, attribute=attribute, module=module))
+            _collect_linear(model, name, module, layer)
         else:
             full_name = f"{name}.{parameter_name}".removeprefix(".")
             layer.parameters.append(ParameterSite(name=full_name, owner=module, parameter=parameter))
 
 
+def _collect_linear(model: nn.Module, name: str, module: nn.Module, layer: Layer) -> None:
+    parent_name, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    layer.linears.append(LinearSite(name=name, parent=parent, attribute=attribute, module=module))
+
+
 def _trained(layer: Layer) -> Iterator[nn.Parameter]:
     for site in layer.linears:
-        yield site.module.get_parameter("weight")
+        if not is_quantized_linear(site.module):
+            yield site.module.get_parameter("weight")
     for parameter_site in layer.parameters:
         yield parameter_site.parameter

@@ -37,9 +37,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from lsp_ray.config import Task
+from lsp_ray.config import Bits, Task
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.aliases import FIELD
+from lsp_ray.models.quantized import keep_weights, loading_options, quantization_of
 from lsp_ray.output_folder import SAVING
 from lsp_ray.special_tokens import SpecialTokens, special_tokens
 
@@ -79,6 +80,8 @@ def load_skeleton(folder: Path, *, task: Task, num_labels: int = 2) -> PreTraine
     auto_class = _auto_class(config, task)
     if task == "sequence_classification":
         config.num_labels = num_labels
+    if quantization_of(config) is not None:
+        del config.quantization_config
     with silenced(), torch.device("meta"):
         model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False)
     model.tie_weights()
@@ -127,8 +130,10 @@ def load_model(
     label_names: Sequence[str] = (),
     seed: int = 0,
     new_head: bool = True,
+    bits: Bits | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Return the model on the CPU with the folder's weights, ready to train.
+    """Return the model with the folder's weights, ready to train: on the CPU, a quantised one on its device.
 
     A classifier keeps the folder's head if that has as many labels; else its head is drawn from `seed`, whatever the
     state of the global generator, which is left alone.
@@ -140,6 +145,8 @@ def load_model(
         label_names: A classifier's labels in the order of their ids, one alone for a regression; none for a causal LM.
         seed: Seed of a new head.
         new_head: Whether a classifier may get one.
+        bits: To which the blocks' linears are quantised, see `quantized`; default: they are as in the folder.
+        device: Of a quantised model; default: the CPU.
 
     Raises:
         ConfigError: The architecture cannot do the task, a classifier has no label, or the weights are damaged or
@@ -163,9 +170,11 @@ def load_model(
             use_safetensors=True,  # the other format is a pickle, which may run anything
             output_loading_info=True,
             ignore_mismatched_sizes=classifier and new_head,
+            **loading_options(config, bits, dtype, device or torch.device("cpu")),
         )
     _check_complete(report, folder, classifier=classifier and new_head)
     _make_trainable(model)
+    keep_weights(model)
     return model
 
 

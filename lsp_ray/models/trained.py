@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lsp_ray.config import Task
+from lsp_ray.config import Bits, Task
 from lsp_ray.errors import ConfigError
-from lsp_ray.models.load import check_weights, load_config, load_model
+from lsp_ray.models.load import check_weights, load_config, load_model, silenced
+from lsp_ray.models.resolve import resolve_model
 
 
 def load_trained(folder: Path) -> PreTrainedModel:
-    """Return the model on the CPU, in the dtype of its weights, for the task it was trained for.
+    """Return the model, in the dtype of its weights, for the task it was trained for.
+
+    It is on the CPU; one whose base is quantised is on the GPU, if there is one, with the adapter beside the base.
 
     Raises:
         ConfigError: The folder holds no model, or a damaged one.
     """
+    if is_beside_base(folder):
+        return _with_adapter(folder)
     if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
         raise ConfigError("model", "be the folder of a finished run or of an export", str(folder))
     check_weights(folder)
@@ -31,6 +39,32 @@ def load_trained(folder: Path) -> PreTrainedModel:
     if any("SequenceClassification" in name for name in config.architectures or ()):
         task, names = "sequence_classification", label_names(config)
     return load_model(folder, dtype=_dtype(folder), task=task, label_names=names)
+
+
+def is_beside_base(folder: Path) -> bool:
+    """Whether a finished run's folder has an adapter alone, as its base is quantised."""
+    return (folder / "adapter" / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
+
+
+def _with_adapter(folder: Path) -> PreTrainedModel:
+    from peft import PeftModel
+
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    bits: Bits | None = 4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else None
+    saved = load_config(folder)
+    is_classifier = any("SequenceClassification" in name for name in saved.architectures or ())
+    model = load_model(
+        resolve_model(config["model_name_or_path"], log=lambda line: print(line, file=sys.stderr)),
+        dtype=torch.bfloat16 if config.get("bf16") else torch.float32,
+        task="sequence_classification" if is_classifier else "causal_lm",
+        label_names=label_names(saved) if is_classifier else (),
+        bits=bits,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    with silenced(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        PeftModel.from_pretrained(model, str(folder / "adapter"), autocast_adapter_dtype=False)
+    return model
 
 
 def label_names(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import LspRayError
 from lsp_ray.hardware import MACHINES
-from lsp_ray.methods import lora
+from lsp_ray.methods import lora, lsp_adapter
 from lsp_ray.methods import lsp as lsp_method
 from lsp_ray.methods.galore import GaloreShard
 from lsp_ray.methods.lsp import lsp_units, projector_sizes, take_projectors
@@ -93,7 +93,9 @@ class DeviceSide:
         self.progress = "loading the model"
         self._tokenizer = load_tokenizer(job.model_folder)
         base = job.model_folder if job.saved is None or config.keeps_base else job.saved.folder
-        self._model = self._loaded(base).to(self.backend.device)  # type: ignore[arg-type]
+        self._model = self._loaded(base)
+        if not job.quantized:  # else it is there
+            self._model.to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
         self._tokens = tokens_of(self._model, self._tokenizer)
         layers = find_layers(self._model)
@@ -185,8 +187,7 @@ class DeviceSide:
         job = self._job
         self.worker.flush()
         with reading(checkpoint), torch.no_grad():
-            apart = {name: linear for name, linear in self._linears if isinstance(linear, DeltaLinear)}
-            merged = {name: linear for name, linear in apart.items() if linear.is_merged}
+            merged = {name: linear for name, linear in self._apart.items() if linear.is_merged}
             if not job.config.keeps_base:
                 self._model.load_state_dict(self._loaded(checkpoint).state_dict())
             else:
@@ -229,7 +230,7 @@ class DeviceSide:
         kept_back = self.worker.settle()
         state = folder / STATE
         with writing(folder):
-            if self._job.sums is None:
+            if self._job.sums is None and not self._job.quantized:
                 self._save_model(folder)
             else:  # the base is where it was
                 save_description(self._model, self._tokenizer, folder)
@@ -245,6 +246,10 @@ class DeviceSide:
             if kept_back:
                 save_file({f"{step}.{unit}": delta for (step, unit), delta in kept_back.items()}, state / _DELTAS)
 
+    @property
+    def _apart(self) -> dict[str, DeltaLinear]:
+        return {name: linear for name, linear in self._linears if isinstance(linear, DeltaLinear)}
+
     def _loaded(self, folder: Path) -> PreTrainedModel:
         job = self._job
         return load_model(
@@ -254,15 +259,23 @@ class DeviceSide:
             label_names=job.label_names,
             seed=job.config.seed,
             new_head=folder == job.model_folder,
+            bits=job.config.bits,
+            device=self.backend.device,
         )
 
     def _save_model(self, folder: Path) -> None:
-        state = None
-        if self._job.config.keeps_base:
-            state = (lsp_method if self._adapters is None else lora).merged_state(self._model)
-        save_model(self._model, self._tokenizer, folder, state=state)
+        config, state = self._job.config, None
+        if self._job.quantized:
+            save_description(self._model, self._tokenizer, folder)
+        else:
+            if config.keeps_base:
+                state = (lsp_method if self._adapters is None else lora).merged_state(self._model)
+            save_model(self._model, self._tokenizer, folder, state=state)
         if self._adapters is not None:
             lora.save_adapter(self._adapters, folder)
+        elif self._apart and not any(linear.is_merged for linear in self._apart.values()):
+            base = config.model_name_or_path
+            lsp_adapter.save_adapter(self._model, self.worker.units, folder, base=base, task=self._job.task)
 
     def _save_projectors(self, folder: Path) -> None:
         if self._linears:
@@ -310,7 +323,9 @@ class DeviceSide:
             return full_units(layers), []
         sizes = projector_sizes(layers, config.lsp)
         shared = shared_inputs(self._model)
-        units, self._linears = lsp_units(layers, config.lsp, seed=config.seed, shared=shared, dtype=self._job.dtype)
+        units, self._linears = lsp_units(
+            layers, config.lsp, seed=config.seed, shared=shared, dtype=self._job.dtype, quantized=self._job.quantized
+        )
         if self._job.saved is not None:
             saved = load_projectors(self._job.saved.state / FILE_NAME, sizes, field=FIELD)
             take_projectors(self._linears, saved)

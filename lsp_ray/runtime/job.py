@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lsp_ray.config import BUILT_IN_LENGTH, RunConfig, Task
 from lsp_ray.data.chat import template_columns
@@ -37,6 +37,7 @@ from lsp_ray.models.load import (
     num_positions,
     num_token_rows,
 )
+from lsp_ray.models.quantized import check_quantizer, quantization_of
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
@@ -60,8 +61,8 @@ class Job:
     """A validated run. Goes to the GPU actor as it is.
 
     `payload_sizes` are elements a unit, empty where nothing leaves the device; `sums` their parts where the shards add
-    up all updates, None where the device does; `delta_room` is for what comes
-    up, None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a
+    up all updates, None where the device does; `quantized` says that linears of the base are; `delta_room` is for what
+    comes up, None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a
     classifier's: a whole example's) model inputs, shown with the answer before and after; `questions` are answered in
     evaluations. `saved` is the checkpoint to go on from, see `resumed`.
     """
@@ -78,6 +79,7 @@ class Job:
     payload_sizes: tuple[int, ...]
     sums: tuple[tuple[SummedPart, ...], ...] | None
     delta_room: DeltaRoom | None
+    quantized: bool
     subspace_dims: dict[str, tuple[int, int]]
     layout: Layout
     sample_inputs: dict[str, list[int]]
@@ -185,6 +187,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     device = choose_device(config)
     dtype = torch.bfloat16 if choose_bf16(config, device, note) else torch.float32
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
+    config, quantized = _with_delta(config, load_config(model_folder), device, note)
     tokenizer = load_tokenizer(model_folder)
     tokenized = rows or _tokenized(config, tokenizer, num_positions(load_config(model_folder), tokenizer))
     config = _with_length(config, tokenized)
@@ -202,7 +205,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
         load_projectors(Path(config.lsp.init_from), sizes)  # complains before any actor
     _note_cut(sizes, config, note)
-    payload_sizes = _payload_sizes(layers, config)
+    payload_sizes = _payload_sizes(layers, config, quantized=quantized)
     micro_batches = MicroBatches(
         tokenized,
         tokenizer,
@@ -230,8 +233,9 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         micro_batches=micro_batches,
         learning_rates=learning_rates(config, micro_batches.num_steps),
         payload_sizes=tuple(payload_sizes),
-        sums=_sums(layers, config),
+        sums=_sums(layers, config, quantized=quantized),
         delta_room=delta_room(_wire_sizes(payload_sizes, config), _wire_sizes(full_payload_sizes(layers), config)),
+        quantized=quantized,
         subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
         sample_inputs=sample_inputs,
@@ -291,16 +295,34 @@ def _check_method(layers: Sequence[Layer], config: RunConfig) -> None:
         check_rank(layers, config.galore)
 
 
-def _payload_sizes(layers: Sequence[Layer], config: RunConfig) -> list[int]:
+def _with_delta(
+    config: RunConfig, model_config: PreTrainedConfig, device: Device, note: Callable[[str], None]
+) -> tuple[RunConfig, bool]:
+    """The run with `lsp.delta` decided, and whether the base is quantised."""
+    check_quantizer(model_config, config.bits, on_gpu=device == "cuda")
+    found = quantization_of(model_config)
+    if config.bits is None and found is None:
+        return replace(config, lsp=replace(config.lsp, delta=config.lsp.delta or "merged")), False
+    if found is not None:
+        if config.method not in ("lsp", "lora"):
+            raise ConfigError("method", "be lsp or lora, as the model's weights are quantised", config.method)
+        if config.lsp.delta == "merged":
+            raise ConfigError("lsp.delta", "be apart, as the model's weights are quantised", "merged")
+    if config.method == "lsp" and config.lsp.check_every:
+        note("projectors stay to the end (lsp.check_every is 0), as a quantised base cannot take in what others did")
+    return replace(config, lsp=replace(config.lsp, delta="apart", check_every=0)), True
+
+
+def _payload_sizes(layers: Sequence[Layer], config: RunConfig, *, quantized: bool) -> list[int]:
     if config.method == "lsp":
-        return lsp_payload_sizes(layers, config.lsp)
+        return lsp_payload_sizes(layers, config.lsp, quantized=quantized)
     return full_payload_sizes(layers) if config.method == "zero_offload" else []
 
 
-def _sums(layers: Sequence[Layer], config: RunConfig) -> tuple[tuple[SummedPart, ...], ...] | None:
+def _sums(layers: Sequence[Layer], config: RunConfig, *, quantized: bool) -> tuple[tuple[SummedPart, ...], ...] | None:
     if config.method != "lsp" or not config.lsp.is_apart:
         return None
-    return tuple(tuple(parts) for parts in lsp_payload_parts(layers, config.lsp))
+    return tuple(tuple(parts) for parts in lsp_payload_parts(layers, config.lsp, quantized=quantized))
 
 
 def _wire_sizes(sizes: Sequence[int], config: RunConfig) -> list[int]:

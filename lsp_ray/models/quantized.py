@@ -1,0 +1,115 @@
+"""Bases whose weights are quantised: as they are loaded, by transformers' own quantisers, or already in the folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from lsp_ray.config import Bits
+from lsp_ray.errors import ConfigError
+from lsp_ray.models.aliases import FIELD
+
+_ROWS = 1024  # of a weight that are made at a time
+
+
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What a folder's config.json says of its quantised weights; None where they are not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    return dict(found) if isinstance(found, dict) else dict(found.to_dict())
+
+
+def loading_options(
+    config: PreTrainedConfig, bits: Bits | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What `from_pretrained` is to be told besides; empty where nothing is quantised."""
+    if bits is None and quantization_of(config) is None:
+        return {}
+    options: dict[str, Any] = {"device_map": {"": str(device)}}
+    if bits is not None:
+        options["quantization_config"] = _bitsandbytes(bits, dtype)
+    return options
+
+
+def check_quantizer(config: PreTrainedConfig, bits: Bits | None, *, on_gpu: bool) -> None:
+    """Refuse what cannot be loaded for want of a package, or of a GPU.
+
+    Raises:
+        ConfigError: Names what is missing.
+    """
+    found = quantization_of(config)
+    field = FIELD if bits is None else f"load_in_{bits}bit"
+    if bits is not None and found is not None:
+        raise ConfigError(field, f"be left out, as the model is quantised already ({found.get('quant_method')})", True)
+    if bits is None and found is None:
+        return
+    try:
+        asked: Any = found if bits is None else _bitsandbytes(bits, torch.bfloat16)
+        quantizer = AutoHfQuantizer.from_config(asked, pre_quantized=bits is None)
+        quantizer.validate_environment(device_map={"": "cuda:0" if on_gpu else "cpu"})
+    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+        line = " ".join(str(error).split())[:200]
+        hint = 'pip install "lsp-ray[quant]"' if "bitsandbytes" in line.lower() else line
+        method = "bitsandbytes" if found is None else found.get("quant_method")
+        raise ConfigError(
+            field, f"be loaded by its quantiser, {method}, which is missing here", True, hint=hint
+        ) from error
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Whether a module stands for a linear whose weight is in no type that could be trained."""
+    if not isinstance(getattr(module, "in_features", None), int) or not hasattr(module, "out_features"):
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return not any(True for _ in module.children())
+    return not weight.is_floating_point() or type(weight.data) is not torch.Tensor
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Let quantised linears stay in training mode: else libraries repack their weights, in place and not exactly."""
+    for module in model.modules():
+        if is_quantized_linear(module):
+            module.train()
+            module.train = partial(_stay, module)  # type: ignore[method-assign]
+
+
+def _stay(module: nn.Module, _mode: bool = True) -> nn.Module:
+    return module
+
+
+def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The (out, in) weight that a linear of any kind computes with, on its device: what it makes of unit vectors."""
+    weight = getattr(module, "weight", None)
+    if not is_quantized_linear(module):
+        assert isinstance(weight, torch.Tensor)
+        return (weight.t() if isinstance(module, Conv1D) else weight).detach().to(dtype)
+    device = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)])).device
+    num_columns = int(module.in_features)  # type: ignore[arg-type]
+    bias = getattr(module, "bias", None)
+    parts = []
+    with torch.no_grad():
+        for first in range(0, num_columns, _ROWS):
+            units = torch.zeros(min(_ROWS, num_columns - first), num_columns, dtype=dtype, device=device)
+            units.diagonal(offset=first).fill_(1.0)
+            made = module(units)
+            parts.append(made if bias is None else made - bias)
+    return torch.cat(parts).t().contiguous()
+
+
+def _bitsandbytes(bits: Bits, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )

@@ -1,0 +1,150 @@
+"""Runs on a base whose weights are quantised."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from lsp_ray.errors import ConfigError
+from lsp_ray.methods.lora import ADAPTER_FOLDER
+from lsp_ray.models.load import load_model
+from lsp_ray.models.loss import num_targets, summed_loss
+from lsp_ray.models.quantized import dense_weight, is_quantized_linear
+from lsp_ray.models.trained import load_trained
+from lsp_ray.runtime.checkpoint import TRAINED, checkpoints
+from lsp_ray.runtime.job import Job, prepare_job, resumed
+from tests.tiny_jobs import run_on_threads, tiny_config, tiny_job
+
+QUANTISED: dict[str, Any] = {"load_in_4bit": True, "bf16": True}
+
+
+def eval_loss(model: PreTrainedModel, job: Job) -> float:
+    batches = job.micro_batches.eval_batches()
+    model.eval()
+    with torch.no_grad():
+        return sum(float(summed_loss(model, batch)) for batch in batches) / sum(map(num_targets, batches))
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers by that name
+@pytest.mark.parametrize(
+    ("family", "method", "options"),
+    [
+        ("llama", "lsp", {"load_in_4bit": True}),
+        ("qwen2", "lsp", {"load_in_4bit": True, "gradient_checkpointing": True}),
+        ("llama", "lsp", {"load_in_8bit": True}),
+        ("llama", "lora", {"load_in_4bit": True}),
+    ],
+)
+def test_a_run_learns_and_leaves_an_adapter_for_the_same_base(
+    tmp_path: Path, family: Any, method: str, options: dict[str, Any]
+) -> None:
+    rate = 1e-2 if method == "lora" else 3e-3
+    config = tiny_config(tmp_path, family, method=method, bf16=True, max_steps=12, learning_rate=rate, **options)
+    job = prepare_job(config, lambda _line: None)
+    summary, _ = run_on_threads(job, tmp_path / "out")
+    assert summary.eval_loss_after < 0.95 * summary.eval_loss_before
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    bits = job.config.bits
+    assert bits is not None
+    base = load_model(job.model_folder, dtype=torch.bfloat16, task="causal_lm", bits=bits)
+    trained = PeftModel.from_pretrained(base, str(tmp_path / "out" / ADAPTER_FOLDER))
+    assert eval_loss(trained, job) == pytest.approx(summary.eval_loss_after, rel=5e-3)  # sums in another order
+
+
+def test_a_quantised_run_goes_on_bit_for_bit_and_its_checkpoints_hold_no_model(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, max_steps=8, save_steps=3, max_grad_norm=0.5, **QUANTISED)
+    run_on_threads(job, tmp_path / "whole")
+    [checkpoint, *_] = checkpoints(tmp_path / "whole").values()
+    assert not list(checkpoint.glob("*.safetensors"))
+    assert (checkpoint / TRAINED).is_file()
+    runtime = {"num_shards": 2, "policy": "sequential"}
+    again = tiny_job(tmp_path, max_steps=8, max_grad_norm=0.5, runtime=runtime, **QUANTISED)
+    run_on_threads(resumed(again, checkpoint), tmp_path / "from")
+    ours, theirs = adapter(tmp_path / "from"), adapter(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_folder_that_is_quantised_already_is_trained_and_loaded_as_it_is(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, max_steps=4, **QUANTISED)
+    folder = tmp_path / "quantised"
+    load_model(job.model_folder, dtype=torch.bfloat16, task="causal_lm", bits=4).save_pretrained(folder)
+    for path in job.model_folder.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = replace(job.config, load_in_4bit=False, model_name_or_path=str(folder), max_seq_length=None)
+    notes: list[str] = []
+    already = prepare_job(config, notes.append)
+    assert already.payload_sizes == job.payload_sizes
+    summaries = [run_on_threads(each, tmp_path / f"out {at}")[0] for at, each in enumerate((job, already))]
+    assert summaries[0].eval_loss_after == summaries[1].eval_loss_after
+    with pytest.raises(ConfigError, match="load_in_4bit must be left out, as the model is quantised already"):
+        prepare_job(replace(config, load_in_4bit=True), notes.append)
+    with pytest.raises(ConfigError, match="method must be lsp or lora, as the model's weights are quantised"):
+        prepare_job(replace(config, method="native"), notes.append)
+    with pytest.raises(ConfigError, match=r"lsp\.delta must be apart"):
+        prepare_job(replace(config, lsp=replace(config.lsp, delta="merged")), notes.append)
+
+
+def test_what_cannot_be_is_refused_by_its_option(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    for method in ("native", "zero_offload", "galore"):
+        with pytest.raises(ConfigError, match="method must be lsp or lora with load_in_4bit"):
+            replace(config, method=method, load_in_4bit=True)
+    with pytest.raises(ConfigError, match="load_in_8bit must be left out beside load_in_4bit"):
+        replace(config, load_in_4bit=True, load_in_8bit=True)
+    with pytest.raises(ConfigError, match=r"lsp\.delta must be apart with load_in_8bit"):
+        replace(config, load_in_8bit=True, lsp=replace(config.lsp, delta="merged"))
+
+
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ConfigError, match=r'load_in_4bit must .* bitsandbytes.*pip install "lsp-ray\[quant\]"'):
+        tiny_job(tmp_path, **QUANTISED)
+
+
+def test_a_refit_that_no_quantised_base_can_take_in_is_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+    job = prepare_job(tiny_config(tmp_path, **QUANTISED), notes.append)
+    assert job.config.lsp.check_every == 0
+    assert len([line for line in notes if "lsp.check_every" in line]) == 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_weight_of_a_quantised_linear_is_what_it_computes_with(tmp_path: Path, bits: Any) -> None:
+    job = tiny_job(tmp_path)
+    plain = load_model(job.model_folder, dtype=torch.bfloat16, task="causal_lm")
+    model = load_model(job.model_folder, dtype=torch.bfloat16, task="causal_lm", bits=bits)
+    found = 0
+    for name, module in model.named_modules():
+        if is_quantized_linear(module):
+            found += 1
+            weight_MN, was_MN = dense_weight(module, torch.bfloat16), plain.get_parameter(f"{name}.weight")
+            input_TN = torch.randn(8, weight_MN.shape[1]).bfloat16()
+            expected = module(input_TN).float()
+            bias = getattr(module, "bias", None)
+            made = (input_TN @ weight_MN.t()).float() + (0.0 if bias is None else bias.float())
+            assert (made - expected).norm() < 0.02 * expected.norm()
+            if bits == 4:
+                was_MN = dequantize_4bit(module.weight, module.weight.quant_state)
+            assert (weight_MN.float() - was_MN.float()).norm() < (1e-6 if bits == 4 else 0.02) * was_MN.float().norm()
+    assert found == 14
+
+
+def test_a_trained_folder_is_loaded_with_its_base(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, max_steps=4, **QUANTISED)
+    summary, _ = run_on_threads(job, tmp_path / "out")
+    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(asdict(job.resolved_config)))
+    assert eval_loss(load_trained(tmp_path / "out"), job) == pytest.approx(summary.eval_loss_after, rel=5e-3)
