@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from lsp_ray.config import Method
+from lsp_ray.errors import ConfigError
 from lsp_ray.plan.command import command_of
 from lsp_ray.plan.options import PlanConfig, PlanLspConfig
 from lsp_ray.plan.plan import Plan, choices_of, make_plan, workload_of
@@ -90,9 +91,15 @@ def test_the_advice_fits_or_the_reason_says_why_nothing_does(name: str, model: s
             assert holds(machine, wanted, work, row.device.payload_buffers) == (not row.misfits)
             if row.misfits:  # not even the least of the choices
                 assert (work.batch_size, work.gradient_checkpointing) == (1, True)
+                assert work.bits == (4 if work.method in ("lsp", "lora") else None)
+            if work.bits is not None:  # only what does not fit otherwise
+                dense = plan(model, PlanConfig(hardware=name, max_seq_length=length, load_in_4bit=False))
+                assert all(other.misfits for other in dense.advice.rows if other.workload.method == work.method)
         if best is not None:
             assert best in found.advice.rows
             assert best.misfits == ()
+            plain = [row for row in found.advice.rows if not row.misfits and row.workload.bits is None]
+            assert best.workload.bits is None or not plain
         else:
             assert all(row.misfits for row in found.advice.rows)
             assert (found.reason or "").startswith("nothing fits ")
@@ -105,6 +112,7 @@ GIVEN: dict[str, Any] = {
     "gradient_accumulation_steps": st.integers(1, 3),
     "gradient_checkpointing": st.booleans(),
     "bf16": st.booleans(),
+    "load_in_4bit": st.booleans(),
     "max_grad_norm": st.sampled_from([0.0, 1.0]),
     "on_nonfinite": st.sampled_from(["stop", "skip"]),
     "dataset": st.sampled_from(["my notes.jsonl"]),
@@ -121,6 +129,10 @@ GIVEN: dict[str, Any] = {
 def test_what_is_given_is_kept_and_the_command_is_a_run_of_a_row(
     name: str, options: dict[str, Any], model: str
 ) -> None:
+    if options.get("load_in_4bit") and options.get("method", "lsp") not in ("lsp", "lora"):
+        with pytest.raises(ConfigError, match=r"^method must be lsp or lora with load_in_4bit"):
+            PlanConfig(hardware=name, **options)
+        return
     config = PlanConfig(model_name_or_path="my models/it's", hardware=name, **options)
     found = plan(model, config)
     best = found.advice.recommended
@@ -129,6 +141,7 @@ def test_what_is_given_is_kept_and_the_command_is_a_run_of_a_row(
         run, work = parse(words[3:]), row.workload
         assert words[:3] == ["python", "-m", "lsp_ray.run"]
         assert run.model_name_or_path == "my models/it's"
+        assert run.bits == work.bits
         expected = {"method": work.method, **{key: value for key, value in options.items() if key != "lsp"}}
         assert {key: getattr(run, key) for key in expected} == expected
         assert (run.max_seq_length, run.per_device_train_batch_size) == (work.seq_length, work.batch_size)
@@ -157,7 +170,12 @@ def test_what_fits_a_small_card_fits_a_larger_one_without_saving_more(sizes_gb: 
 def first(model: str, machine: HardwareProfile, **changes: Any) -> list[Workload]:
     """LSP's choice on a machine whose memory is just short of what each choice before it needs."""
     choices = Choices(
-        methods=("lsp",), batches=((2, 1), (1, 2)), checkpointing=(False, True), lengths=(64, 32), auto_dim=False
+        methods=("lsp",),
+        bases=(None,),
+        batches=((2, 1), (1, 2)),
+        checkpointing=(False, True),
+        lengths=(64, 32),
+        auto_dim=False,
     )
     work = replace(Workload(method="lsp", batch_size=2, seq_length=64, subspace_dim=64), **changes)
     taken = []

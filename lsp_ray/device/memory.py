@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -45,7 +46,8 @@ class LiveStorage:
         """Count every tensor that Python can reach: weights, projectors, optimizer state, buffers."""
         for candidate in gc.get_objects():
             # what torch.compile leaves behind is of its own kinds, without memory
-            if type(candidate) in (torch.Tensor, torch.nn.Parameter) and candidate.layout is torch.strided:
+            kind = type(candidate)
+            if (kind is torch.Tensor or issubclass(kind, nn.Parameter)) and candidate.layout is torch.strided:
                 self.watch(candidate)
 
     def _forget(self, key: int) -> None:

@@ -25,7 +25,16 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch is impo
     from lsp_ray.sim.model_shape import ModelShape
     from lsp_ray.sim.workload import Workload
 
-_SWITCHES = ("--measure", "--bf16", "--gradient_checkpointing", "--json", "--verbose", "--runtime.pinned")
+_SWITCHES = (
+    "--measure",
+    "--bf16",
+    "--load_in_4bit",
+    "--load_in_8bit",
+    "--gradient_checkpointing",
+    "--json",
+    "--verbose",
+    "--runtime.pinned",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,10 +79,12 @@ def _plan(config: PlanConfig) -> int:
     named = config.machine
     from lsp_ray.models.resolve import resolve_config
     from lsp_ray.plan.plan import choices_of, make_plan, workload_of
-    from lsp_ray.plan.skeleton import shape_of
+    from lsp_ray.plan.skeleton import quantized_bits, shape_of
 
     folder = resolve_config(config.model_name_or_path, log=_note)
-    model, typical = shape_of(folder), _typical(config, folder)
+    model, typical, found_bits = shape_of(folder), _typical(config, folder), quantized_bits(folder)
+    if found_bits is not None:
+        config.check_on_quantized()
     machine = named or config.altered(_measured(config, folder, model, typical))
     work = workload_of(
         config,
@@ -81,23 +92,24 @@ def _plan(config: PlanConfig) -> int:
         cores=machine.num_cores,
         on_gpu=machine.on_gpu,
         bf16=machine.bf16_pays if config.bf16 is None else config.bf16,
+        found_bits=found_bits,
     )
-    choices, free = choices_of(config), choices_of(config, keep=False)
-    plan = make_plan(model, work, machine, choices, typical)
+    choices, free = (choices_of(config, found_bits=found_bits, keep=keep) for keep in (True, False))
+    plan = make_plan(model, work, machine, choices, typical, found_bits)
     _show(plan, config)
     if plan.reason is None:
         return 0
-    freed = None if choices == free else make_plan(model, work, machine, free, typical).advice.recommended
+    freed = None if choices == free else make_plan(model, work, machine, free, typical, found_bits).advice.recommended
     _note(plan.reason)
     if freed is not None:
-        _note(f"with other options this fits: {command_of(config, freed)}")
+        _note(f"with other options this fits: {command_of(config, freed, found_bits)}")
     return 1
 
 
 def _show(plan: Plan, config: PlanConfig) -> None:
     if config.json:
         best = plan.advice.recommended
-        command = None if best is None else command_of(config, best)
+        command = None if best is None else command_of(config, best, plan.found_bits)
         print(json.dumps({**plan.as_json(), "command": command}, indent=2))
         return
     from rich.console import Console

@@ -12,7 +12,7 @@ from lsp_ray.config import PolicyName, RunConfig
 from lsp_ray.hardware import MACHINES
 from lsp_ray.models.resolve import resolve_config
 from lsp_ray.plan.measure import measure
-from lsp_ray.plan.skeleton import shape_of
+from lsp_ray.plan.skeleton import quantized_bits, shape_of
 from lsp_ray.plan.typical_batch import typical_batch
 from lsp_ray.runtime.device_choice import choose_bf16, choose_device
 from lsp_ray.runtime.layout import divide_cores
@@ -76,6 +76,8 @@ def _choose(config: RunConfig, note: Callable[[str], None]) -> tuple[int, str]:
         typical_targets=batch.num_targets,
         num_micro_batches=config.gradient_accumulation_steps,
         bf16=bool(config.bf16),
+        bits=config.bits or quantized_bits(folder),
+        apart=config.lsp.is_apart,
         gradient_checkpointing=config.gradient_checkpointing,
         nnz_per_row=config.lsp.nnz_per_row,
         num_shards=cores.num_shards,
@@ -118,7 +120,7 @@ def _throttle(config: RunConfig, model: ModelShape, work: Workload, machine: Har
     runtime = config.runtime
     if runtime.emulate is None:
         return Throttle(link_gbps=runtime.link_gbps)
-    plain = CostModel(model=model, workload=replace(work, method="zero_offload"), hardware=machine).step()
+    plain = CostModel(model=model, workload=replace(work, method="zero_offload", bits=None), hardware=machine).step()
     return emulating(MACHINES[runtime.emulate], compute_s=plain.both_ways_s, full_numel=model.num_trained)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from lsp_ray.config import GaloreConfig, LoraConfig, LspConfig, Method, RunConfig, RuntimeConfig
+from lsp_ray.config import Bits, GaloreConfig, LoraConfig, LspConfig, Method, RunConfig, RuntimeConfig
 from lsp_ray.plan.options import PlanConfig
 from lsp_ray.sim.forecast import Forecast
 
@@ -16,10 +16,22 @@ TRADES: dict[Method, str] = {
     "galore": "all weights, gradients compressed",
     "lora": "adapters only",
 }
+_ON_QUANTIZED: dict[Method, str] = {"lsp": "updates of rank d beside all matrices", "lora": "adapters only (QLoRA)"}
 
 
-def command_of(config: PlanConfig, row: Forecast) -> str:
-    """Return what to type for a run like `row`; what is a run's own default is left out, but for batch and length."""
+def trade_of(row: Forecast) -> str:
+    """Return what a person gives and gets with `row`."""
+    method, bits = row.workload.method, row.workload.bits
+    if bits is None:
+        return TRADES[method]
+    return f"{_ON_QUANTIZED[method]}, weights rounded to {bits} bits, an adapter comes out"
+
+
+def command_of(config: PlanConfig, row: Forecast, found_bits: Bits | None = None) -> str:
+    """Return what to type for a run like `row`; what is a run's own default is left out, but for batch and length.
+
+    Where the model is quantised already, `found_bits` says to how many bits.
+    """
     work = row.workload
     options: dict[str, Any] = {
         "model_name_or_path": config.model_name_or_path,
@@ -30,6 +42,7 @@ def command_of(config: PlanConfig, row: Forecast) -> str:
         "gradient_accumulation_steps": work.num_micro_batches,
         "gradient_checkpointing": work.gradient_checkpointing or None,
         "bf16": config.bf16,
+        **({f"load_in_{work.bits}bit": True} if work.bits and not found_bits else {}),
         "max_grad_norm": config.max_grad_norm or None,
         "on_nonfinite": _unless("stop", config.on_nonfinite),
         **_of_method(work.method, config, row),
@@ -56,7 +69,12 @@ def _of_method(method: Method, config: PlanConfig, row: Forecast) -> dict[str, A
     }
     if method == "lsp":
         nnz_per_row = _unless(LspConfig.nnz_per_row, work.nnz_per_row)
-        return {"lsp.subspace_dim": work.subspace_dim, "lsp.nnz_per_row": nnz_per_row, **sent}
+        return {
+            "lsp.subspace_dim": work.subspace_dim,
+            "lsp.nnz_per_row": nnz_per_row,
+            "lsp.delta": "apart" if work.apart and work.bits is None else None,
+            **sent,
+        }
     return sent
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lsp_ray.config import Method, PayloadDtype
+from lsp_ray.config import Bits, Delta, Method, PayloadDtype
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.hardware_profile import HardwareProfile, hardware_names, load_hardware
 
@@ -21,6 +21,8 @@ class PlanLspConfig:
     """Size d of the (d, d) compressed gradient; auto: the largest whose traffic and updates the compute hides."""
     nnz_per_row: int = 8
     """Non-zeros r in every row of a projector."""
+    delta: Delta | None = None
+    """Whether updates are merged into the weights or kept apart from them; default: merged, apart if quantised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,10 @@ class PlanConfig:
     """What to do at NaN or infinity; skip needs the same memory as clipping."""
     bf16: bool | None = None
     """Weights and activations in bfloat16; default: where the machine is fast at it."""
+    load_in_4bit: bool | None = None
+    """Quantise the blocks' linears to 4 bits (NF4); lsp and lora only. Default: where a method fits only so."""
+    load_in_8bit: bool = False
+    """The same to 8 bits (LLM.int8), where it is asked for."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass; default: where it does not fit without."""
     json: bool = False
@@ -106,6 +112,7 @@ class PlanConfig:
             if size is not None and not (math.isfinite(size) and size > 0):
                 raise ConfigError(name, "be a number above 0", size)
         self._check_counts()
+        self._check_quantized()
         if self.measure and self.hardware is not None:
             raise ConfigError("hardware", "be left out where --measure is given", self.hardware)
         if not self.measure:
@@ -130,6 +137,35 @@ class PlanConfig:
         dim = self.lsp.subspace_dim
         if dim != "auto" and self.lsp.nnz_per_row > dim:
             raise ConfigError("lsp.nnz_per_row", f"be at most lsp.subspace_dim ({dim})", self.lsp.nnz_per_row)
+
+    def _check_quantized(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("load_in_8bit", "be left out beside load_in_4bit", True)
+        if self.bits is not None:
+            self._check_fixed_weights(f"with load_in_{self.bits}bit")
+
+    def _check_fixed_weights(self, where: str) -> None:
+        why = "as quantised weights stay as they are"
+        if self.method not in (None, "lsp", "lora"):
+            raise ConfigError("method", f"be lsp or lora {where}, {why}", self.method)
+        if self.lsp.delta == "merged":
+            raise ConfigError("lsp.delta", f"be apart {where}, {why}", "merged")
+
+    def check_on_quantized(self) -> None:
+        """Raise ConfigError for what cannot be asked for where the model is quantised already."""
+        if self.bits is not None:
+            raise ConfigError(f"load_in_{self.bits}bit", "be left out, as the model is quantised already", True)
+        self._check_fixed_weights("with this model")
+
+    @property
+    def bits(self) -> Bits | None:
+        """To which the blocks' linears are to be quantised whatever else would fit."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @property
+    def keeps_dense(self) -> bool:
+        """Whether they are to be quantised on no account."""
+        return self.load_in_4bit is False or self.lsp.delta == "merged"
 
     @property
     def machine(self) -> HardwareProfile | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from lsp_ray.config import Method, PolicyName, RuntimeConfig
+from lsp_ray.config import Bits, Method, PolicyName, RuntimeConfig
 from lsp_ray.plan.options import SHORTEST, PlanConfig
 from lsp_ray.plan.typical_batch import TypicalBatch
 from lsp_ray.runtime.layout import divide_cores
@@ -14,7 +14,7 @@ from lsp_ray.sim.advice import Advice, Choices, advise, why_nothing_fits
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import ModelShape
-from lsp_ray.sim.workload import Workload
+from lsp_ray.sim.workload import ON_QUANTIZED, Workload
 
 _METHODS: tuple[Method, ...] = ("native", "zero_offload", "lsp", "galore", "lora")
 _BATCH_SIZE, _LENGTH = 4, 128  # a run's own
@@ -29,18 +29,22 @@ class Plan:
         model: What is trained.
         hardware: Where.
         advice: A forecast for each method, and the one to take.
+        refused: Methods without one, as they change weights, and all that may be chosen are quantised.
+        found_bits: Those of a model that is quantised already.
     """
 
     model: ModelShape
     hardware: HardwareProfile
     advice: Advice
+    refused: tuple[Method, ...] = ()
+    found_bits: Bits | None = None
 
     @property
     def reason(self) -> str | None:
         """Why nothing fits; None where something does."""
         if self.advice.recommended is not None:
             return None
-        return why_nothing_fits(self.model, self.advice, self.hardware)
+        return why_nothing_fits(self.advice, self.hardware)
 
     def by_policy(self) -> list[Forecast]:
         """Forecast the same methods and options under every policy."""
@@ -61,6 +65,7 @@ class Plan:
             "num_trained": self.model.num_trained,
             "recommended": None if best is None else _forecast_json(best),
             "methods": [_forecast_json(row) for row in self.advice.rows],
+            "refused": list(self.refused),
             "by_policy": [_forecast_json(entry) for entry in self.by_policy()],
         }
 
@@ -71,6 +76,7 @@ def make_plan(
     hardware: HardwareProfile,
     choices: Choices,
     typical: Callable[[Workload], Workload] | None = None,
+    found_bits: Bits | None = None,
 ) -> Plan:
     """Find what fits for every method, and which to take.
 
@@ -80,23 +86,34 @@ def make_plan(
         hardware: Where.
         choices: What may be varied.
         typical: Sets the typical micro-batch for a workload's length and batch; default: the longest there can be.
+        found_bits: Of a model that is quantised already.
 
     Raises:
         ConfigError: d is to be chosen, and every linear is too small for one.
     """
-    advice = advise(model, work, hardware, choices, typical)
-    return Plan(model=model, hardware=hardware, advice=advice)
+    refused = tuple(method for method in choices.methods if None not in choices.bases and method not in ON_QUANTIZED)
+    methods = tuple(method for method in choices.methods if method not in refused)
+    advice = advise(model, work, hardware, replace(choices, methods=methods), typical)
+    return Plan(model=model, hardware=hardware, advice=advice, refused=refused, found_bits=found_bits)
 
 
-def choices_of(config: PlanConfig, *, keep: bool = True) -> Choices:
-    """Return what the options leave open; with `keep` false all of it, but for the examples in an update."""
+def choices_of(config: PlanConfig, *, found_bits: Bits | None = None, keep: bool = True) -> Choices:
+    """Return what the options leave open; with `keep` false all of it, but for the examples in an update.
+
+    Where a model is quantised already, `found_bits` says to how many bits.
+    """
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     batches = [(batch_size or _BATCH_SIZE, accumulation or 1)]
     if not keep or (batch_size is None and accumulation is None):
         batches = _divisions(batches[0][0] * batches[0][1], largest=batches[0][0])
     asked = config.gradient_checkpointing if keep else None
+    methods = _METHODS if config.method is None or not keep else (config.method,)
+    bases: tuple[Bits | None, ...] = (None, 4)
+    if found_bits or (keep and (config.bits or config.keeps_dense)):
+        bases = (found_bits or config.bits,)
     return Choices(
-        methods=_METHODS if config.method is None or not keep else (config.method,),
+        methods=methods,
+        bases=bases,
         batches=tuple(batches),
         checkpointing=(False, True) if asked is None else (asked,),
         lengths=_lengths(config.max_seq_length, keep),
@@ -117,11 +134,19 @@ def _divisions(examples: int, largest: int) -> list[tuple[int, int]]:
     return [(size, examples // size) for size in range(largest, 0, -1) if examples % size == 0]
 
 
-def workload_of(config: PlanConfig, *, num_units: int, cores: int, on_gpu: bool, bf16: bool = True) -> Workload:
+def workload_of(
+    config: PlanConfig,
+    *,
+    num_units: int,
+    cores: int,
+    on_gpu: bool,
+    bf16: bool = True,
+    found_bits: Bits | None = None,
+) -> Workload:
     """Return LSP's step with these options, the first of what may be chosen; shards and threads are a run's."""
     asked = RuntimeConfig(num_shards=config.runtime.num_shards, shard_threads=config.runtime.shard_threads)
     shares = divide_cores(asked, num_units=num_units, cores=cores, on_gpu=on_gpu)
-    choices = choices_of(config)
+    choices = choices_of(config, found_bits=found_bits)
     dim = config.lsp.subspace_dim
     return Workload(
         method="lsp",
@@ -129,6 +154,8 @@ def workload_of(config: PlanConfig, *, num_units: int, cores: int, on_gpu: bool,
         seq_length=choices.lengths[0],
         num_micro_batches=choices.batches[0][1],
         bf16=bf16,
+        bits=choices.bases[0],
+        apart=config.lsp.delta == "apart",
         gradient_checkpointing=choices.checkpointing[0],
         subspace_dim=256 if dim == "auto" else dim,
         nnz_per_row=config.lsp.nnz_per_row,
@@ -154,6 +181,8 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "method": work.method,
         "policy": entry.policy,
         "subspace_dim": work.subspace_dim if work.method == "lsp" else None,
+        "bits": work.bits,
+        "delta": None if work.method != "lsp" else "apart" if work.is_apart else "merged",
         "per_device_train_batch_size": work.batch_size,
         "gradient_accumulation_steps": work.num_micro_batches,
         "gradient_checkpointing": work.gradient_checkpointing,

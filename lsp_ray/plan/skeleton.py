@@ -7,10 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from lsp_ray.config import Bits
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.attention import is_plainly_causal
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import load_skeleton
+from lsp_ray.models.load import load_config, load_skeleton
+from lsp_ray.models.quantized import quantization_of
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 
@@ -22,6 +24,15 @@ def shape_of(folder: Path) -> ModelShape:
         ConfigError: The configuration is no model's that can be trained.
     """
     return shape_of_model(_skeleton(folder))
+
+
+def quantized_bits(folder: Path) -> Bits | None:
+    """Return to how many bits a folder's linears are quantised already, the nearer of 4 and 8; None: they are not."""
+    found = quantization_of(load_config(folder))
+    if found is None:
+        return None
+    bits = 8 if found.get("load_in_8bit") else found.get("bits", 4)
+    return 8 if isinstance(bits, int) and bits > 4 else 4
 
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:

@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lsp_ray.plan.command import TRADES, command_of
+from lsp_ray.plan.command import command_of, trade_of
 from lsp_ray.plan.options import PlanConfig
 from lsp_ray.plan.plan import Plan
 from lsp_ray.sim.forecast import Forecast
@@ -33,6 +33,8 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     )
     console.print()
     console.print(_methods(rows))
+    for method in plan.refused:
+        say(console, f"{method}: not forecast, as it changes the weights, which are to be quantised")
     console.print()
     say(console, *_LEGEND)
     if config.verbose:
@@ -42,7 +44,7 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     best = plan.advice.recommended
     if best is not None:
         head, *others = recommendation(rows, best)
-        say(console, "", head, command_of(config, best), *others)
+        say(console, "", head, command_of(config, best, plan.found_bits), *others)
 
 
 def say(console: Console, *lines: str) -> None:
@@ -55,11 +57,8 @@ def recommendation(rows: tuple[Forecast, ...], best: Forecast) -> list[str]:
     """Return a line for the method to take and one for each other one that fits."""
     others = [row for row in rows if not row.misfits and row is not best]
     return [
-        f"recommended: {best.workload.method}, {TRADES[best.workload.method]}",
-        *(
-            f"  --method {row.workload.method}: {_pace(row, best)} here, {TRADES[row.workload.method]}"
-            for row in others
-        ),
+        f"recommended: {best.workload.method}{_in_bits(best)}, {trade_of(best)}",
+        *(f"  --method {_option(row)}: {_pace(row, best)} here, {trade_of(row)}" for row in others),
     ]
 
 
@@ -100,8 +99,11 @@ def _memory(rows: tuple[Forecast, ...]) -> Table:
     table = _table("GB", *(row.workload.method for row in rows))
     parts = {
         "weights": [row.device.weights for row in rows],
+        "quantised": [row.device.quantized for row in rows],
+        "kept apart": [row.device.deltas for row in rows],
         "projectors": [row.device.projectors for row in rows],
         "optimizer": [row.device.optimizer_state for row in rows],
+        "dequantised, of": [row.device.dequantized for row in rows],
         "activations": [row.device.activations for row in rows],
         "gradients": [row.device.gradients for row in rows],
         "payloads": [row.device.payload_buffers for row in rows],
@@ -151,7 +153,17 @@ def _method(row: Forecast) -> str:
         "lora": f" r {work.lora_rank}",
         "galore": f" rank {work.galore_rank}",
     }
-    return work.method + options.get(work.method, "")
+    bits = f" {work.bits}-bit" if work.bits else ""
+    return work.method + bits + options.get(work.method, "")
+
+
+def _in_bits(row: Forecast) -> str:
+    return f" in {row.workload.bits} bits" if row.workload.bits else ""
+
+
+def _option(row: Forecast) -> str:
+    bits = row.workload.bits
+    return row.workload.method + (f" --load_in_{bits}bit true" if bits else "")
 
 
 def _seconds(value_s: float) -> str:

@@ -38,3 +38,11 @@ def activation_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -
         whole = {linear.input: linear.columns for linear in layer.linears if workload.dims_of(linear) is None}
         inputs = sum(dim for _, dim in projected) + sum(whole.values())
     return float(element * (given_out + widest + model.attention_width + model.repeated_width + inputs) + norms)
+
+
+def held_input_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
+    """Return the bytes of linears' inputs for each token that LLM.int8 holds beside that, checkpointing or not."""
+    if workload.bits != 8 or not layer.is_block:
+        return 0.0
+    columns = {linear.input: linear.columns for linear in layer.linears}
+    return float(workload.element_bytes * sum(columns.values()))

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
-from lsp_ray.config import Method, PolicyName
+from lsp_ray.config import Bits, Method, PolicyName
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.forecast import Forecast, forecast, needs_of, simulate
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 from lsp_ray.sim.memory import device_memory, host_memory
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.simulator import SimulatedStep
-from lsp_ray.sim.workload import Workload
+from lsp_ray.sim.workload import ON_QUANTIZED, Workload
 
 DIM_STEP = 32
 HIDDEN = 0.02  # of a step that traffic and updates may expose and still count as hidden
@@ -31,6 +31,7 @@ class Choices:
 
     Attributes:
         methods: In the order in which they are shown.
+        bases: Bits to which a base is quantised, None where it is not; methods that change weights have None alone.
         batches: Examples in a micro-batch, and micro-batches in an update; their product is always the same.
         checkpointing: Whether the backward runs each block's forward again.
         lengths: Tokens of an example at most; a shorter one is tried where no method fits.
@@ -38,6 +39,7 @@ class Choices:
     """
 
     methods: tuple[Method, ...]
+    bases: tuple[Bits | None, ...]
     batches: tuple[tuple[int, int], ...]
     checkpointing: tuple[bool, ...]
     lengths: tuple[int, ...]
@@ -52,7 +54,7 @@ class Advice:
         rows: Of each method the first of the choices that fits, under its fastest policy; where none does the one that
             needs least.
         recommended: The first that fits of native; zero_offload, if its step takes at most 1.5 times lsp's; lsp;
-            zero_offload; galore; lora. None where nothing does.
+            zero_offload; galore; lora; on a quantised base only where nothing fits without. None where nothing does.
     """
 
     rows: tuple[Forecast, ...]
@@ -119,29 +121,30 @@ def advise(
     """
     search = _Search(model=model, hardware=hardware, choices=choices, typical=typical or (lambda work: work))
     for length in choices.lengths:
-        works = [replace(workload, method=method, seq_length=length) for method in choices.methods]
+        works = [replace(workload, method=method, bits=None, seq_length=length) for method in choices.methods]
         found = [search.first_fitting(work) for work in works]
         fitting = {row.workload.method: row for row in found if row}
         if fitting or length == choices.lengths[-1]:
             break
     rows = tuple(row or search.least(work) for row, work in zip(found, works, strict=True))
-    return Advice(rows=rows, recommended=_best(fitting) if fitting else None)
+    plain = {method: row for method, row in fitting.items() if row.workload.bits is None}
+    return Advice(rows=rows, recommended=_best(plain or fitting) if fitting else None)
 
 
-def why_nothing_fits(model: ModelShape, advice: Advice, hardware: HardwareProfile) -> str:
+def why_nothing_fits(advice: Advice, hardware: HardwareProfile) -> str:
     """Say what the least would be; `advice` recommends nothing."""
     least = min(advice.rows, key=lambda row: max(need.excess for need in row.needs))
     need = max(least.needs, key=lambda need: need.excess)
     whole_bytes = hardware.device_memory_bytes if need.where == "device" else hardware.host_memory_bytes
     whole = f"nothing fits {whole_bytes / 1e9:.4g} GB"
-    weights_bytes = least.workload.element_bytes * model.num_parameters
+    weights_bytes, bits = least.device.weights + least.device.quantized, least.workload.bits
     if weights_bytes > whole_bytes and need.where != "shared":
-        return f"{whole}: the weights alone are {weights_bytes / 1e9:.1f} GB"
+        return f"{whole}: the weights alone are {weights_bytes / 1e9:.1f} GB{f' in {bits} bits' if bits else ''}"
     kept = "half of it shared" if need.where == "shared" else f"{RESERVE_BYTES / 1e9:g} GB of it kept free"
     kind = "GPU" if need.where == "device" else "main"
     return (
         f"{whole} of {kind} memory, {kept}: the least is {need.needed_bytes / 1e9:.1f} GB, "
-        f"with method {least.workload.method}"
+        f"with method {least.workload.method}{f' in {bits} bits' if bits else ''}"
     )
 
 
@@ -183,9 +186,13 @@ class _Search:
         dim = workload.subspace_dim
         if self._chooses_dim(workload):
             dim = -(-workload.nnz_per_row // DIM_STEP) * DIM_STEP
-        for checkpointing, (batch_size, num_micro_batches) in product(self.choices.checkpointing, self.choices.batches):
+        bases = [bits for bits in self.choices.bases if bits is None or workload.method in ON_QUANTIZED]
+        for bits, checkpointing, (batch_size, num_micro_batches) in product(
+            bases, self.choices.checkpointing, self.choices.batches
+        ):
             yield replace(
                 workload,
+                bits=bits,
                 gradient_checkpointing=checkpointing,
                 batch_size=batch_size,
                 num_micro_batches=num_micro_batches,

@@ -46,7 +46,10 @@ class DeviceWork:
 
 
 def forward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> DeviceWork:
-    """2·T·M·N a linear, attention, every activation written and read once, X Q of every input that is projected."""
+    """2·T·M·N a linear, attention, every activation written and read once, X Q of every input that is projected.
+
+    Updates that are kept apart add ((X Q) Dᵀ) Pᵀ, 2·T·D·E and P's blocks; a quantised weight is dequantised first.
+    """
     tokens = workload.tokens
     work = DeviceWork(
         flops=sum(2.0 * tokens * linear.numel for linear in layer.linears) + _attention_flops(model, workload, layer),
@@ -58,13 +61,19 @@ def forward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> De
     if not workload.full_gradient:
         for columns, dim in workload.projected_inputs(layer):
             work += projection_work(workload, columns, dim)
+    for linear in layer.linears:
+        work += _dequantizing_work(workload, layer, linear)
+        if workload.is_apart and (dims := workload.dims_of(linear)):
+            product = DeviceWork(flops=2.0 * workload.tokens * dims[0] * dims[1])
+            work += product + _expansion_work(workload, linear.rows, dims[0], num_passes=2)
     return work
 
 
 def backward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> DeviceWork:
     """Gradients of inputs and weights, and attention twice the forward's; checkpointing adds a forward.
 
-    Of activations, every gradient is written and read, and what the forward kept is read as often.
+    Of activations, every gradient is written and read, and what the forward kept is read as often. Of updates kept
+    apart, (dY P) D takes 2·T·D·E, and what comes of it for all that read an input is brought back to it once.
     """
     tokens = workload.tokens
     passed_bytes = _passed_bytes(model, workload, layer)
@@ -75,7 +84,12 @@ def backward_work(model: ModelShape, workload: Workload, layer: LayerShape) -> D
         activation_bytes=2.0 * tokens * (passed_bytes + kept_bytes),
     )
     for linear in layer.linears:
-        work += _weight_gradient(workload, linear)
+        work += _weight_gradient(workload, layer, linear) + _dequantizing_work(workload, layer, linear)
+        if workload.is_apart and (dims := workload.dims_of(linear)):
+            work += DeviceWork(flops=2.0 * workload.tokens * dims[0] * dims[1])
+    if workload.is_apart:
+        for columns, dim in workload.projected_inputs(layer):
+            work += _expansion_work(workload, columns, dim, num_passes=4)
     if workload.gradient_checkpointing and layer.is_block:
         work += forward_work(model, workload, layer)
     return work
@@ -90,7 +104,13 @@ def loss_work(model: ModelShape, workload: Workload) -> DeviceWork:
 
 
 def apply_work(workload: Workload, layer: LayerShape) -> DeviceWork:
-    """W ← W + P δ Qᵀ in one pass over W; δ Qᵀ (D, N) is made R rows at a time and never moved. Else W ← W + δ."""
+    """W ← W + P δ Qᵀ in one pass over W; δ Qᵀ (D, N) is made R rows at a time and never moved. Else W ← W + δ.
+
+    Where updates are kept apart D is written anew, and other parameters from what they began with.
+    """
+    if workload.is_apart:
+        written_bytes = workload.element_bytes * (workload.payload_numel(layer) + layer.raw_numel)
+        return DeviceWork(moved_bytes=float(workload.payload_bytes(layer) + written_bytes))
     moved_bytes = _add_bytes(workload) * layer.numel + workload.payload_bytes(layer)
     block_flops, raw_numel = 0.0, layer.raw_numel
     for linear in layer.linears:
@@ -125,10 +145,12 @@ def _add_bytes(workload: Workload) -> int:
     return 2 * workload.element_bytes + noise_bytes
 
 
-def _weight_gradient(workload: Workload, linear: LinearShape) -> DeviceWork:
+def _weight_gradient(workload: Workload, layer: LayerShape, linear: LinearShape) -> DeviceWork:
     """G = dYᵀX, 2·T·M·N; or dY P and (dY P)ᵀ(X Q), 2·T·D·E; or, as in the paper, the former and then PᵀGQ."""
     if workload.method == "lora":  # products with A and B, for their gradients and for what passes through them
         return _adapter_work(workload, linear) + _adapter_work(workload, linear)
+    if not workload.trains(layer, linear):
+        return DeviceWork()
     dims = workload.dims_of(linear)
     rows, columns = dims or (linear.rows, linear.columns)
     full = DeviceWork(flops=2.0 * workload.tokens * linear.numel)
@@ -160,9 +182,24 @@ def _block_work(workload: Workload, num_rows: int, width: int, dim: int) -> Devi
     )
 
 
+def _expansion_work(workload: Workload, width: int, dim: int, *, num_passes: int) -> DeviceWork:
+    """A table of (T, D) times Pᵀ or Qᵀ, whose (T, F) is read or written so many times until it is added."""
+    return DeviceWork(
+        block_flops=2.0 * workload.tokens * width * workload.nnz_per_row,
+        moved_bytes=float(workload.element_bytes * workload.tokens * (num_passes * width + dim)),
+    )
+
+
+def _dequantizing_work(workload: Workload, layer: LayerShape, linear: LinearShape) -> DeviceWork:
+    """The weight read as it is kept, and written as it is for a product."""
+    if not workload.is_quantized(layer):
+        return DeviceWork()
+    return DeviceWork(moved_bytes=workload.weight_bytes(layer, linear) + workload.element_bytes * linear.numel)
+
+
 def _passed_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
     """Of a token's activations that a block writes and reads; what adapters and projectors add is counted with them."""
-    return activation_bytes(model, replace(workload, method="native"), layer)
+    return activation_bytes(model, replace(workload, method="native", bits=None), layer)
 
 
 def _adapter_work(workload: Workload, linear: LinearShape) -> DeviceWork:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from lsp_ray.sim.activations import activation_bytes
+from lsp_ray.sim.activations import activation_bytes, held_input_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 from lsp_ray.sim.store import balanced, store_bytes
 from lsp_ray.sim.workload import Workload
@@ -22,9 +22,13 @@ class DeviceMemory:
     """Bytes on the device.
 
     Attributes:
-        weights: All of them, frozen ones as well; adapters in float32 (lora).
+        weights: All that are not quantised, frozen ones as well; adapters in float32 (lora).
+        quantized: Weights that are, with their scales.
+        deltas: D of each projected linear where it is kept apart, and what other trained parameters began with.
         projectors: R values for each row of P and Q (lsp); singular vectors in float32 (galore).
         optimizer_state: m and v in float32, where they stay on the device.
+        dequantized: The largest quantised weight as it is for a product, in the type of activations; a part of the two
+            that follow.
         activations: At their most, with the loss's.
         block: The largest block's in its backward.
         gradients: Of the largest layer; of all where the update is made on the device.
@@ -32,8 +36,11 @@ class DeviceMemory:
     """
 
     weights: float
+    quantized: float
+    deltas: float
     projectors: float
     optimizer_state: float
+    dequantized: float
     activations: float
     block: float
     gradients: float
@@ -42,7 +49,7 @@ class DeviceMemory:
     @property
     def peak_bytes(self) -> float:
         """Largest sum: activations go as gradients come, so the peak is at one of the backward's ends."""
-        steady = self.weights + self.projectors + self.optimizer_state
+        steady = self.weights + self.quantized + self.deltas + self.projectors + self.optimizer_state
         return steady + max(self.activations, self.block + self.gradients + self.payload_buffers)
 
 
@@ -53,7 +60,8 @@ class HostMemory:
     Attributes:
         object_store: Shared memory, as `sim.store` counts it.
         processes: Python with torch, several times.
-        weights: On their way to a GPU, before training; where the host computes the device's own are these.
+        weights: On their way to a GPU, before training; where the host computes the device's own are these, and what
+            is to be quantised goes one by one.
     """
 
     object_store: float
@@ -73,18 +81,26 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
     trained = [workload.trained_numel(layer) for layer in model.layers]
     gradients = [_layer_gradient_bytes(workload, layer) for layer in model.layers]
     kept = [activation_bytes(model, workload, layer) for layer in model.layers]
+    held = [held_input_bytes(model, workload, layer) for layer in model.layers]
     compressing = [_compressing_bytes(workload, layer) for layer in model.layers]
-    block = workload.tokens * max(map(sum, zip(kept, compressing, strict=True)))
+    quantized = [(layer, linear) for layer in model.layers if workload.is_quantized(layer) for linear in layer.linears]
+    block = max(workload.tokens * own + more for own, more in zip(kept, compressing, strict=True))
     loss = float(loss_bytes(workload.targets, model.num_logits, model.hidden_size, element_bytes=element))
     if workload.gradient_checkpointing:  # blocks are computed again after the loss's own bytes are free
         inputs = sum(element * model.hidden_size for bytes_kept in kept if bytes_kept)
-        activations = workload.tokens * inputs + max(loss, block)
+        activations = workload.tokens * (inputs + sum(held)) + max(loss, block)
     else:  # as they are when the deepest block compresses
-        activations = workload.tokens * sum(kept) + max(loss, workload.tokens * max(compressing))
+        activations = workload.tokens * (sum(kept) + sum(held)) + max(loss, max(compressing))
     return DeviceMemory(
-        weights=float(element * model.num_parameters + (4 * sum(trained) if is_lora else 0)),
+        weights=float(
+            element * (model.num_parameters - sum(linear.numel for _, linear in quantized))
+            + (4 * sum(trained) if is_lora else 0)
+        ),
+        quantized=sum(workload.weight_bytes(layer, linear) for layer, linear in quantized),
+        deltas=float(element * sum(map(workload.payload_numel, model.layers))) if workload.is_apart else 0.0,
         projectors=float(sum(_projector_bytes(workload, layer) for layer in model.layers)),
         optimizer_state=8.0 * sum(map(workload.state_numel, model.layers)) if on_device else 0.0,
+        dequantized=max(_dequantized_bytes(workload, layer) for layer in model.layers),
         activations=activations,
         block=block,
         gradients=float(sum(gradients)) if on_device else float(max(gradients)),
@@ -112,11 +128,13 @@ def host_memory(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostM
         balanced(sizes, workload.num_shards),
         speculates=workload.speculates,
         payload_dtype=workload.payload_dtype,
+        summed=workload.is_apart,
     )
+    is_brought = on_gpu and workload.bits is None
     return HostMemory(
         object_store=store,
         processes=(2 + (workload.num_shards if sizes else 0)) * _PROCESS_BYTES,
-        weights=float(workload.element_bytes * model.num_parameters) if on_gpu else 0.0,
+        weights=float(workload.element_bytes * model.num_parameters) if is_brought else 0.0,
     )
 
 
@@ -154,15 +172,25 @@ def _read(run: Span, brought: Span) -> bool:
 
 
 def _compressing_bytes(workload: Workload, layer: LayerShape) -> float:
-    """Bytes a token while a compression works: output gradients of the widest and its partner, and what comes of one.
+    """Bytes while a compression works: output gradients of the widest and its partner, and what comes of one.
 
     LoRA's adapters hold two of the widest in float32: the output's gradient and the input's. Plain autograd frees
-    activations as it makes such gradients; there they do not add to the peak.
+    activations as it makes such gradients; there they do not add to the peak. A quantised weight is dequantised beside
+    three gradients, LoRA's copies are gone by then.
     """
-    copies_bytes = {"lsp": 3.0 * workload.element_bytes, "lora": 8.0}.get(workload.method, 0.0)
     if not layer.is_block:
         return 0.0
-    return copies_bytes * max(max(linear.rows, linear.columns) for linear in layer.linears)
+    widest = workload.tokens * max(max(linear.rows, linear.columns) for linear in layer.linears)
+    compressing = {"lsp": 3.0 * workload.element_bytes, "lora": 8.0}.get(workload.method, 0.0) * widest
+    if not workload.is_quantized(layer):
+        return compressing
+    return max(compressing, 3.0 * workload.element_bytes * widest + _dequantized_bytes(workload, layer))
+
+
+def _dequantized_bytes(workload: Workload, layer: LayerShape) -> float:
+    if not workload.is_quantized(layer):
+        return 0.0
+    return float(workload.element_bytes * max(linear.numel for linear in layer.linears))
 
 
 def _update_bytes(workload: Workload) -> float:
@@ -173,7 +201,8 @@ def _update_bytes(workload: Workload) -> float:
 def _layer_gradient_bytes(workload: Workload, layer: LayerShape) -> int:
     if workload.method == "lora":
         return 4 * workload.trained_numel(layer)
-    return sum(_gradient_bytes(workload, linear) for linear in layer.linears) + workload.element_bytes * layer.raw_numel
+    trained = [linear for linear in layer.linears if workload.trains(layer, linear)]
+    return sum(_gradient_bytes(workload, linear) for linear in trained) + workload.element_bytes * layer.raw_numel
 
 
 def _gradient_bytes(workload: Workload, linear: LinearShape) -> int:

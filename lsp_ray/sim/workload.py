@@ -8,15 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lsp_ray.config import Method, PayloadDtype
+from lsp_ray.config import Bits, Method, PayloadDtype
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.model_shape import LayerShape, LinearShape
 from lsp_ray.sim.store import payload_bytes
 
 ShardBy = Literal["layer", "slice"]
 MIN_SIDE_PER_NNZ = 4  # as in methods/lsp.py: a linear with a smaller side than this times R is sent as it is
+ON_QUANTIZED: tuple[Method, ...] = ("lsp", "lora")  # those that leave a base's weights as they are
 ADAMW_BYTES = 28  # for an element: gradient, both moments and parameter read, all but the gradient written, 4 each
+_NF4_TABLE_BYTES = 4 * (16 + 256 + 1)  # with the mean that is taken off the scales
 _UNDO_BYTES = 16  # a shard copies both moments first, to go back to if it is lost
+_SUM_BYTES = 20  # a sum of all updates is copied with them, read and written, and read once more to be sent
 # an update with the payload's element on its way from slot to slot: bfloat16 is read twice and made float32 in parts
 # that stay in a cache; of int8, as measured, torch's operators take a dozen passes, with what its rounding leaves out
 _UPDATE_BYTES: dict[PayloadDtype, int] = {"float32": ADAMW_BYTES, "bfloat16": 16 + 3 * 2, "int8": ADAMW_BYTES + 66}
@@ -34,6 +37,8 @@ class Workload:
         typical_targets: Predictions that count in a typical micro-batch; default: one for each of its tokens.
         num_micro_batches: In an optimizer update.
         bf16: Weights and activations of 2 bytes, else of 4.
+        bits: To which the linears of blocks are quantised (lsp, lora); None: they are as the other weights.
+        apart: Whether updates are kept beside the weights and not added to them (lsp); with `bits` they are.
         gradient_checkpointing: Whether the backward runs each block's forward again.
         subspace_dim: Columns asked for of P and of Q (lsp).
         nnz_per_row: R (lsp).
@@ -56,6 +61,8 @@ class Workload:
     typical_targets: int | None = None
     num_micro_batches: int = 1
     bf16: bool = True
+    bits: Bits | None = None
+    apart: bool = False
     gradient_checkpointing: bool = False
     subspace_dim: int = 256
     nnz_per_row: int = 8
@@ -75,6 +82,8 @@ class Workload:
         for name in (*counts, "lora_rank", "galore_rank", "num_shards", "shard_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"workload.{name}", "be at least 1", getattr(self, name))
+        if self.bits is not None and self.method not in ON_QUANTIZED:
+            raise ConfigError("workload.bits", f"be None for {self.method}, which changes the weights", self.bits)
 
     @property
     def full(self) -> Workload:
@@ -110,6 +119,31 @@ class Workload:
     def stays_on_device(self) -> bool:
         """Whether gradients, optimizer state and deltas never leave the device."""
         return self.method in ("native", "lora", "galore")
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether what is trained of a linear stays beside it, and shards keep the sum of all updates (lsp)."""
+        return self.method == "lsp" and (self.apart or self.bits is not None)
+
+    def is_quantized(self, layer: LayerShape) -> bool:
+        """Whether a layer's linears are: those of blocks."""
+        return self.bits is not None and layer.is_block
+
+    def weight_bytes(self, layer: LayerShape, linear: LinearShape) -> float:
+        """Of a linear's weight as it is kept.
+
+        NF4 has half a byte for a value, for 64 of them a scale of a byte, and for 256 of these another in float32; both
+        tables of what the codes stand for come with each linear. LLM.int8 has a float32 scale for each row.
+        """
+        if not self.is_quantized(layer):
+            return float(self.element_bytes * linear.numel)
+        if self.bits == 8:
+            return float(linear.numel + 4 * linear.rows)
+        return linear.numel * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + _NF4_TABLE_BYTES
+
+    def trains(self, layer: LayerShape, linear: LinearShape) -> bool:
+        """Whether a linear gets a gradient of its own; a quantised one only where it is projected (lsp)."""
+        return self.method != "lora" and (not self.is_quantized(layer) or self.dims_of(linear) is not None)
 
     def trained_numel(self, layer: LayerShape) -> int:
         """Elements of a layer that get a gradient and a delta on the device: all of them, or its adapters'."""
@@ -149,7 +183,8 @@ class Workload:
         """Elements that a layer sends in each direction."""
         if self.stays_on_device:
             return 0
-        shapes = [self.dims_of(linear) or (linear.rows, linear.columns) for linear in layer.linears]
+        sent = [linear for linear in layer.linears if self.trains(layer, linear)]
+        shapes = [self.dims_of(linear) or (linear.rows, linear.columns) for linear in sent]
         return layer.raw_numel + sum(rows * columns for rows, columns in shapes)
 
     def payload_bytes(self, layer: LayerShape) -> int:
@@ -159,4 +194,6 @@ class Workload:
     @property
     def update_bytes(self) -> int:
         """Of an element that a shard reads and writes: AdamW's with the payload's coding, and the copy of its state."""
-        return ADAMW_BYTES if self.plain_updates else _UPDATE_BYTES[self.payload_dtype] + _UNDO_BYTES
+        if self.plain_updates:
+            return ADAMW_BYTES
+        return _UPDATE_BYTES[self.payload_dtype] + _UNDO_BYTES + (_SUM_BYTES if self.is_apart else 0)
