@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from lsp_ray.config import Method, PolicyName
+from lsp_ray.config import Bits, Method, PolicyName
 from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile, load_hardware
@@ -24,6 +24,7 @@ from lsp_ray.sim.workload import Workload
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "hardware.md"
 MACHINE = "rtx3060"  # decides how many payloads and deltas are on the device at one time, and nothing else here
 CARDS_GB = (4, 8, 12, 16, 24, 32, 80)
+CARDS_4_BIT_GB = (4, 6, 8, 12, 16, 24)
 LENGTHS = (512, 2048)
 METHODS: tuple[tuple[Method, PolicyName | None], ...] = (
     ("native", None),
@@ -32,6 +33,7 @@ METHODS: tuple[tuple[Method, PolicyName | None], ...] = (
     ("zero_offload", "sequential"),
     ("lsp", "layerwise"),
 )
+METHODS_4_BIT: tuple[tuple[Method, PolicyName | None], ...] = (("lora", None), ("lsp", "layerwise"))
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **others: Any) -> LlamaConfig:
@@ -63,6 +65,25 @@ MODELS: dict[str, PreTrainedConfig] = {  # shapes as in the models' own config.j
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, vocab_size=128256, tie_word_embeddings=False),
 }
 
+
+def _qwen(hidden: int, intermediate: int, layers: int) -> Qwen2Config:
+    return Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    )
+
+
+LARGER_MODELS: dict[str, PreTrainedConfig] = {  # for the table of 4 bits alone
+    "Qwen2.5-14B": _qwen(5120, 13824, 48),
+    "Mistral-Small-24B": _llama(5120, 32768, 40, 32, 8, vocab_size=131072, head_dim=128, tie_word_embeddings=False),
+    "Qwen2.5-32B": _qwen(5120, 27648, 64),
+}
+
 HEAD = f"""# What fits which card
 
 Forecasts, not measurements: `scripts/hardware_guide.py` wrote this page from the models' shapes
@@ -87,21 +108,74 @@ python -m lsp_ray.plan --model_name_or_path ~/models/my-llama --hardware rtx3060
 """
 
 
+HEAD_4_BIT = """## In 4 bits
+
+With `--load_in_4bit` the matrices of blocks are NF4, 0.52 bytes a value; embeddings, output layer
+and norms stay bfloat16. `lsp` keeps its updates apart, 2 d² bytes a matrix on the device, and
+16 d² in main memory; `lora` is QLoRA. Either leaves an adapter for the same base. The largest of the
+models below that fits a card, with `--gradient_checkpointing`:
+"""
+
+
 def main() -> int:
     """Write the page; returns the exit code."""
-    PAGE.write_text(page(MODELS, lambda name: print(name, flush=True)), encoding="utf-8")
+    PAGE.write_text(page(MODELS, LARGER_MODELS, lambda name: print(name, flush=True)), encoding="utf-8")
     return 0
 
 
-def page(models: Mapping[str, PreTrainedConfig], say: Callable[[str], None]) -> str:
-    """Return the page for these models; `say` is told each name before its forecasts."""
+def page(
+    models: Mapping[str, PreTrainedConfig], larger: Mapping[str, PreTrainedConfig], say: Callable[[str], None]
+) -> str:
+    """Return the page for these models, the larger ones in 4 bits alone; `say` is told each name first."""
     machine, shapes = load_hardware(MACHINE), dict[str, ModelShape]()
-    for name, config in models.items():
+    for name, config in {**models, **larger}.items():
         say(name)
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             shapes[name] = shape_of(Path(folder))
-    return "\n".join([HEAD, *(_section(shapes, length, machine) for length in LENGTHS)])
+    dense = {name: shapes[name] for name in models}
+    sections = [_section(dense, length, machine) for length in LENGTHS]
+    return "\n".join([HEAD, *sections, _section_4_bit(shapes, machine)])
+
+
+def _section_4_bit(shapes: Mapping[str, ModelShape], machine: HardwareProfile) -> str:
+    cells = [(method, length) for length in LENGTHS for method, _ in METHODS_4_BIT]
+    fitting: dict[tuple[Method, int, int], str] = {}
+    rows = []
+    for name, model in shapes.items():
+        title = f"{name} ({model.num_parameters / 1e9:.2f} · 10⁹)"
+        for method, policy in METHODS_4_BIT:
+            figures, host = [], ""
+            for length in LENGTHS:
+                pair = [
+                    _forecast(model, length, machine, method, policy, is_kept, is_4_bit=True)
+                    for is_kept in (True, False)
+                ]
+                figures.append(_pair(pair))
+                host = f"{pair[1].host.total_bytes / 1e9:.1f}"
+                for card in CARDS_4_BIT_GB:
+                    if pair[1].longest_bytes + RESERVE_BYTES <= card * 1e9:
+                        fitting[method, length, card] = name
+            rows.append(f"| {title} | `{method}` | {' | '.join(figures)} | {host} |")
+            title = ""
+    heads = " | ".join(f"`{method}`, {length} tokens" for method, length in cells)
+    cards = [
+        f"| {card} GB | {' | '.join(fitting.get((method, length, card), 'none') for method, length in cells)} |"
+        for card in CARDS_4_BIT_GB
+    ]
+    return "\n".join(
+        [
+            HEAD_4_BIT,
+            f"| card | {heads} |",
+            f"|---|{'---|' * len(cells)}",
+            *cards,
+            "",
+            f"| model | method | {' | '.join(f'device, {length} tokens, GB' for length in LENGTHS)} | host, GB |",
+            f"|---|---|{'---:|' * len(LENGTHS)}---:|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def _section(shapes: Mapping[str, ModelShape], length: int, machine: HardwareProfile) -> str:
@@ -122,9 +196,17 @@ def _section(shapes: Mapping[str, ModelShape], length: int, machine: HardwarePro
 
 
 def _forecast(
-    model: ModelShape, length: int, machine: HardwareProfile, method: Method, policy: PolicyName | None, is_kept: bool
+    model: ModelShape,
+    length: int,
+    machine: HardwareProfile,
+    method: Method,
+    policy: PolicyName | None,
+    is_kept: bool,
+    *,
+    is_4_bit: bool = False,
 ) -> Forecast:
-    work = Workload(method=method, batch_size=1, seq_length=length, gradient_checkpointing=not is_kept)
+    bits: Bits | None = 4 if is_4_bit else None
+    work = Workload(method=method, batch_size=1, seq_length=length, gradient_checkpointing=not is_kept, bits=bits)
     return forecast(model, work, machine, policy)
 
 

@@ -234,6 +234,22 @@ def test_full_fine_tuning_is_recommended_where_it_costs_little_and_adapters_only
     assert best.workload.method == method
 
 
+def test_a_base_in_4_bits_is_advised_only_where_nothing_fits_in_bfloat16_and_others_that_fit_so_are_named() -> None:
+    dense, low = (
+        plan("qwen", PlanConfig(hardware="rtx3060", gpu_memory_gb=size_gb, max_seq_length=128)).advice
+        for size_gb in (24, 10)
+    )
+    assert dense.recommended is not None
+    assert dense.recommended.workload.bits is None
+    assert low.recommended is not None
+    assert (low.recommended.workload.method, low.recommended.workload.bits) == ("lsp", 4)
+    head, qlora = recommendation(low.rows, low.recommended)
+    assert head.startswith("recommended: lsp in 4 bits, updates of rank d beside all matrices, weights rounded to 4 ")
+    assert re.match(
+        r"  --method lora --load_in_4bit true: .* adapters only \(QLoRA\), weights rounded to 4 bits", qlora
+    )
+
+
 def test_the_others_that_fit_are_compared_in_words() -> None:
     found = plan("llama", PlanConfig(hardware="rtx4090", max_seq_length=128))
     assert found.advice.recommended is not None
@@ -246,6 +262,11 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
+        ({"gpu_memory_gb": 1, "load_in_4bit": None}, r"nothing fits 1 GB: the weights alone are 1\.\d GB in 4 bits"),
+        (
+            {"gpu_memory_gb": 1.4, "load_in_4bit": None},
+            r"nothing fits 1\.4 GB of GPU memory, 1 GB of it kept free: the least is 1\.4 GB, .* lsp in 4 bits",
+        ),
         ({"gpu_memory_gb": 1.4}, r"nothing fits 1\.4 GB: the weights alone are 1\.5 GB"),
         (
             {"gpu_memory_gb": 2.5},
@@ -262,5 +283,7 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
     ],
 )
 def test_the_reason_names_the_memory_and_the_least_that_is_needed_of_it(options: dict[str, Any], reason: str) -> None:
-    found = plan("llama", PlanConfig(**{"hardware": "rtx4090", "max_seq_length": 512, **options}))
+    found = plan(
+        "llama", PlanConfig(**{"hardware": "rtx4090", "max_seq_length": 512, "load_in_4bit": False, **options})
+    )
     assert re.fullmatch(reason, found.reason or "")

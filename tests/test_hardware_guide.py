@@ -6,27 +6,44 @@ import re
 
 import pytest
 
-from scripts.hardware_guide import HEAD, LENGTHS, METHODS, MODELS, PAGE, page, smallest_card
+from scripts.hardware_guide import (
+    CARDS_4_BIT_GB,
+    HEAD,
+    HEAD_4_BIT,
+    LARGER_MODELS,
+    LENGTHS,
+    METHODS,
+    METHODS_4_BIT,
+    MODELS,
+    PAGE,
+    page,
+    smallest_card,
+)
 
 ROW = re.compile(r"^\| .*\| `(\w+)` \| ([\d.]+) / ([\d.]+) \|", re.MULTILINE)
 
 
 def test_the_page_of_a_model_has_a_row_for_every_method_and_length() -> None:
     told: list[str] = []
-    written = page({"SmolLM2-135M": MODELS["SmolLM2-135M"]}, told.append)
+    written, on_4_bit = page({"SmolLM2-135M": MODELS["SmolLM2-135M"]}, {}, told.append).split(HEAD_4_BIT)
     rows = ROW.findall(written)
     assert [row[0] for row in rows] == [method for method, _ in METHODS] * len(LENGTHS)
     assert all(float(recomputed) <= float(kept) for _, kept, recomputed in rows)
     assert told == ["SmolLM2-135M"]
     first = written.split("## 2048 tokens")[0].splitlines()[-4:-1]
-    assert all(line in PAGE.read_text(encoding="utf-8") for line in first)  # what is committed is what it writes
+    last = on_4_bit.splitlines()[-2:]
+    assert [row[0] for row in ROW.findall(on_4_bit)] == [method for method, _ in METHODS_4_BIT]
+    assert all(line in PAGE.read_text(encoding="utf-8") for line in first + last)  # what is committed is what it writes
 
 
 def test_the_committed_page_has_every_model() -> None:
     text = PAGE.read_text(encoding="utf-8")
     assert text.startswith(HEAD)
+    text, on_4_bit = text.split(HEAD_4_BIT)
     assert len(ROW.findall(text)) == len(MODELS) * len(METHODS) * len(LENGTHS)
     assert all(text.count(f"| {name} (") == len(LENGTHS) for name in MODELS)
+    assert len(ROW.findall(on_4_bit)) == len({**MODELS, **LARGER_MODELS}) * len(METHODS_4_BIT)
+    assert re.findall(r"^\| (\d+) GB \|", on_4_bit, re.MULTILINE) == list(map(str, CARDS_4_BIT_GB))
 
 
 @pytest.mark.parametrize(("peak_gb", "card"), [(2.9, "4 GB"), (3.1, "8 GB"), (22.9, "24 GB"), (79.1, "none")])

@@ -10,22 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import QuantState
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lsp_ray.config import LoraConfig, LspConfig, Method, PayloadDtype
+from lsp_ray.config import Bits, LoraConfig, LspConfig, Method, PayloadDtype
+from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.memory import peak_of
 from lsp_ray.methods.lora import add_adapters
 from lsp_ray.methods.lsp import lsp_payload_sizes, lsp_units
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import find_layers
-from lsp_ray.models.load import load_skeleton, load_tokenizer
+from lsp_ray.models.load import load_model, load_skeleton, load_tokenizer
 from lsp_ray.models.loss import IGNORED, summed_loss, target_positions
+from lsp_ray.models.quantized import is_quantized_linear
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.plan.__main__ import main
 from lsp_ray.plan.measure import measure
 from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.plan.typical_batch import typical_batch
 from lsp_ray.run import parse
+from lsp_ray.sim.forecast import forecast
+from lsp_ray.sim.hardware_profile import load_hardware
 from lsp_ray.sim.memory import device_memory
 from lsp_ray.sim.workload import Workload
 from tests.tiny import FAMILIES, Family, task_of, write_tiny_jsonl, write_tiny_model
@@ -106,7 +111,7 @@ def test_where_nothing_fits_the_least_is_said_and_the_exit_is_1(
     assert main(options) == 1
     shown = capsys.readouterr()
     assert "recommended" not in shown.out
-    assert shown.err == "nothing fits 4 GB: the weights alone are 16.6 GB\n"
+    assert shown.err == "nothing fits 4 GB: the weights alone are 5.1 GB in 4 bits\n"
     assert main([*options, "--json"]) == 1
     content = json.loads(capsys.readouterr().out)
     assert not content["fits"]
@@ -136,7 +141,7 @@ def test_memory_and_link_that_are_given_replace_the_machines_own(
         "--model_name_or_path",
         str(wide_folder),
         "--hardware",
-        "RTX 3060",
+        "a1000-laptop",
         "--lsp.subspace_dim",
         "256",
         "--json",
@@ -151,6 +156,65 @@ def test_memory_and_link_that_are_given_replace_the_machines_own(
         "d2h_bytes_per_s": 2.5e9,
         "h2d_bytes_per_s": 2.5e9,
     }
+
+
+def test_what_fits_only_in_4_bits_is_said_with_its_price_and_not_where_4_bits_are_ruled_out(
+    wide_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model_name_or_path", str(wide_folder), "--hardware", "rtx3060", "--lsp.subspace_dim", "256"]
+    assert main(options) == 0
+    _, head, command, qlora = capsys.readouterr().out.rpartition("\n\n")[-1].split("\n", 3)
+    assert head.startswith("recommended: lsp in 4 bits, ")
+    assert head.endswith(", weights rounded to 4 bits, an adapter comes out")
+    assert parse(shlex.split(command)[3:]).load_in_4bit
+    assert qlora.startswith("  --method lora --load_in_4bit true: ")
+    assert main([*options, "--load_in_4bit", "false"]) == 1
+    reason, other = capsys.readouterr().err.splitlines()
+    assert reason == "nothing fits 12 GB: the weights alone are 16.6 GB"
+    assert "--load_in_4bit true" in other
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_methods_that_refuse_a_quantised_base_are_shown_as_such(
+    llama_folder: Path, capsys: pytest.CaptureFixture[str], bits: Bits
+) -> None:
+    options = ["--model_name_or_path", str(llama_folder), "--hardware", "rtx3060", f"--load_in_{bits}bit"]
+    assert main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for method in ("native", "zero_offload", "galore"):
+        [line] = [line for line in lines if line.startswith(method)]
+        assert line == f"{method}: not forecast, as it changes the weights, which are to be quantised"
+    assert [line.split()[:2] for line in lines if line.endswith("yes ")] == [
+        ["lsp", f"{bits}-bit"],
+        ["lora", f"{bits}-bit"],
+    ]
+    assert main([*options, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["refused"] == ["native", "zero_offload", "galore"]
+    assert [(entry["bits"], entry["delta"]) for entry in content["methods"]] == [(bits, "apart"), (bits, None)]
+    assert f"--load_in_{bits}bit true" in content["command"]
+
+
+def test_a_model_that_is_quantised_already_is_planned_for_as_it_is(
+    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = LlamaConfig.from_pretrained(llama_folder)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    options = ["--model_name_or_path", str(tmp_path), "--hardware", "rtx3060"]
+    assert main([*options, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [entry["bits"] for entry in content["methods"]] == [4, 4]
+    assert "load_in" not in content["command"]
+    for more, line in (
+        (["--load_in_4bit"], "error: load_in_4bit must be left out, as the model is quantised already, got True\n"),
+        (
+            ["--method", "native"],
+            "error: method must be lsp or lora with this model, as quantised weights stay as they ",
+        ),
+    ):
+        assert main([*options, *more]) == 2
+        assert capsys.readouterr().err.startswith(line)
 
 
 def test_a_card_without_bfloat16_is_planned_for_in_float32_unless_it_is_asked_for(
@@ -191,6 +255,18 @@ def test_a_wrong_machine_is_told_before_torch_is_imported() -> None:
             "error: lsp.nnz_per_row must be at most lsp.subspace_dim",
         ),
         (["--hardware", "rtx3060", "--max_seq_length", "0"], "error: max_seq_length must be at least 8, got 0"),
+        (
+            ["--hardware", "rtx3060", "--load_in_4bit", "--load_in_8bit"],
+            "error: load_in_8bit must be left out beside load_in_4bit, got True",
+        ),
+        (
+            ["--hardware", "rtx3060", "--load_in_4bit", "--method", "native"],
+            "error: method must be lsp or lora with load_in_4bit, as quantised weights stay as they are, got 'native'",
+        ),
+        (
+            ["--hardware", "rtx3060", "--load_in_8bit", "--lsp.delta", "merged"],
+            "error: lsp.delta must be apart with load_in_8bit, as quantised weights stay as they are, got 'merged'",
+        ),
         (["--hardware", "rtx3060", "--lora.r", "0"], "error: lora.r must be at least 1, got 0"),
         (["--hardware", "rtx3060", "--lsp.subspace_dim", "0"], "error: lsp.subspace_dim must be at least 1, got 0"),
         (["--hardware", "rtx3060", "--horse_power", "3"], "error: options must be those that --help lists, "),
@@ -219,6 +295,8 @@ def test_payloads_are_those_of_a_run(family: Family, tmp_path: Path) -> None:
     zero = Workload(method="zero_offload", batch_size=1, seq_length=8)
     expected = lsp_payload_sizes(layers, LspConfig(subspace_dim=24, nnz_per_row=2))
     assert [lsp.payload_numel(layer) for layer in model.layers] == expected
+    on_4_bits = lsp_payload_sizes(layers, LspConfig(subspace_dim=24, nnz_per_row=2), quantized=True)
+    assert [replace(lsp, bits=4).payload_numel(layer) for layer in model.layers] == on_4_bits
     assert [zero.payload_numel(layer) for layer in model.layers] == full_payload_sizes(layers)
 
 
@@ -281,8 +359,103 @@ def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_
         gradient_checkpointing=checkpointing,
     )
     parts = device_memory(shape_of(tmp_path), work, 0)
-    forecast = replace(parts, weights=0, projectors=0, optimizer_state=0, payload_buffers=0).peak_bytes
-    assert live.peak_bytes - before == pytest.approx(forecast, rel=0.1)
+    expected = replace(parts, weights=0, projectors=0, optimizer_state=0, payload_buffers=0).peak_bytes
+    assert live.peak_bytes - before == pytest.approx(expected, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def weights_folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    config = LlamaConfig.from_pretrained(llama_folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "checkpointing"),
+    [("lsp", 4, False), ("lsp", 4, True), ("lsp", 8, True), ("lora", 4, True), ("lora", 8, False), ("lsp", None, True)],
+)
+def test_a_quantised_base_and_what_is_kept_apart_are_forecast_within_a_twentieth_of_what_is_held(
+    weights_folder: Path, method: Method, bits: Bits | None, checkpointing: bool
+) -> None:
+    model = load_model(weights_folder, dtype=torch.bfloat16, task="causal_lm", bits=bits)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    layers = find_layers(model)
+    model.enable_input_require_grads()
+    base, kept_apart, adapters = _base_bytes(model), 0, 0
+    if method == "lsp":
+        lsp = LspConfig(subspace_dim=64, delta="apart")
+        lsp_units(layers, lsp, seed=0, shared=shared_inputs(model), dtype=torch.bfloat16, quantized=bits is not None)
+        kept_apart = sum(linear.delta_DE.nbytes for linear in model.modules() if isinstance(linear, DeltaLinear))
+        kept_apart += sum(site.parameter.nbytes for layer in layers for site in layer.parameters)
+    else:
+        _, units = add_adapters(model, layers, LoraConfig(), task="causal_lm", seed=0)
+        adapters = 4 * sum(unit.numel for unit in units)
+    ids_BS = torch.zeros(4, 64, dtype=torch.int64)
+    batch = {"input_ids": ids_BS, "labels": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
+    batch["positions"] = target_positions(ids_BS)
+    with peak_of(torch.device("cpu")) as live:
+        before = live.live_bytes
+        summed_loss(model, batch).backward()
+    work = Workload(
+        method=method,
+        batch_size=4,
+        seq_length=64,
+        typical_targets=4 * 63,
+        subspace_dim=64,
+        gradient_checkpointing=checkpointing,
+        bits=bits,
+        apart=method == "lsp",
+    )
+    parts = device_memory(shape_of(weights_folder), work, 0)
+    assert base == pytest.approx((parts.quantized, parts.weights - adapters), rel=0.05)
+    assert parts.deltas == (kept_apart if method == "lsp" else 0)
+    beside = replace(parts, weights=0, quantized=0, deltas=0, projectors=0, optimizer_state=0, payload_buffers=0)
+    steady = parts.weights + parts.quantized + parts.deltas
+    assert steady + live.peak_bytes - before == pytest.approx(steady + beside.peak_bytes, rel=0.05)
+
+
+def _base_bytes(model: torch.nn.Module) -> tuple[int, int]:
+    """Of what stands for quantised weights, whatever its quantiser hangs it on, and of all other parameters."""
+    quantized: dict[int, int] = {}
+
+    def note(held: object) -> None:
+        if isinstance(held, torch.Tensor):
+            quantized[held.untyped_storage().data_ptr()] = held.untyped_storage().nbytes()
+        for inner in vars(held).values() if hasattr(held, "__dict__") else ():
+            if isinstance(inner, torch.Tensor | QuantState):
+                note(inner)
+
+    for module in model.modules():
+        if is_quantized_linear(module):
+            note(module.weight)
+            note(getattr(module, "state", None))
+    dense = [parameter for parameter in model.parameters() if parameter.untyped_storage().data_ptr() not in quantized]
+    return sum(quantized.values()), sum(parameter.nbytes for parameter in dense)
+
+
+@pytest.mark.parametrize("length", [512, 1024])
+def test_llama_7b_trains_on_4_bits_at_d_1024_in_little_more_than_adapters_of_rank_16_take(
+    tmp_path: Path, length: int
+) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    model, machine = shape_of(tmp_path), load_hardware("rtx4060")
+    work = Workload(
+        method="lsp",
+        batch_size=1,
+        seq_length=length,
+        bits=4,
+        gradient_checkpointing=True,
+        subspace_dim=1024,
+        lora_rank=16,
+    )
+    lsp = forecast(model, work, machine, "layerwise")
+    lora = forecast(model, replace(work, method="lora"), machine, None)
+    assert model.num_parameters == pytest.approx(6.74e9, rel=1e-3)
+    assert lsp.longest_bytes <= 7.5e9
+    assert lsp.longest_bytes <= 1.15 * lora.longest_bytes
+    assert lsp.misfits == ()
 
 
 def test_a_data_set_makes_the_forecast_that_of_its_own_batches_and_the_longest_stays_in_view(

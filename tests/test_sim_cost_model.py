@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsp_ray.config import Method, PayloadDtype, PolicyName
+from lsp_ray.config import Bits, Method, PayloadDtype, PolicyName
 from lsp_ray.errors import ConfigError
 from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.sim.activations import activation_bytes
@@ -160,6 +160,64 @@ def test_lora_makes_no_weight_gradient_and_updates_its_adapters_alone() -> None:
     slow = costs(replace(work("lora"), lora_rank=2), device_bytes_per_s=1.0).layers[0]
     assert slow.update_s == (28 + 16 + 12) * adapters
     assert (slow.d2h_s, slow.cpu_s, slow.h2d_s, slow.apply_s) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_updates_kept_apart_add_two_products_with_d_and_bring_them_to_both_sides() -> None:
+    apart, merged = (costs(replace(LSP, apart=is_apart)).layers[0] for is_apart in (True, False))
+    for more_s in (apart.forward_s - merged.forward_s, apart.backward_s - merged.backward_s):
+        assert more_s == pytest.approx(2 * 6 * 8 * 8)
+    blocks = {"device_bf16_flops": 1e30, "block_flops": 1.0}
+    apart, merged = (costs(replace(LSP, apart=is_apart), **blocks).layers[0] for is_apart in (True, False))
+    assert apart.forward_s - merged.forward_s == pytest.approx(2 * 6 * 64 * 2)
+    assert apart.backward_s - merged.backward_s == pytest.approx(2 * 6 * 32 * 2)
+
+
+def test_an_update_kept_apart_is_put_in_the_old_ones_place_and_no_weight_is_passed() -> None:
+    layer = costs(replace(LSP, apart=True), device_bytes_per_s=1.0, block_flops=1.0).layers[0]
+    # D and ten other elements arrive in bfloat16 and are written so; the ten from what they began with
+    assert layer.apply_s == pytest.approx((2 + 2) * (8 * 8 + 10) + 2 * 10)
+
+
+def test_a_shard_that_keeps_the_sum_copies_reads_and_writes_it_as_well_and_has_a_third_of_the_state() -> None:
+    apart, merged = (forecast(MODEL, replace(LSP, apart=is_apart), UNIT, "layerwise") for is_apart in (True, False))
+    assert replace(LSP, apart=True).update_bytes - LSP.update_bytes == 8 + 8 + 4
+    assert apart.host.object_store > merged.host.object_store
+    assert apart.bytes_each_way == merged.bytes_each_way
+    assert (apart.device.deltas, merged.device.deltas) == (2 * 2 * (8 * 8 + 10), 0)
+    assert apart.device.weights == merged.device.weights
+
+
+@pytest.mark.parametrize(
+    ("bits", "weight_bytes"), [(4, 64 * 32 * (0.5 + 1 / 64 + 1 / 4096) + 1092), (8, 64 * (32 + 4))]
+)
+@pytest.mark.parametrize("method", ["lsp", "lora"])
+def test_a_quantised_weight_is_kept_in_its_bits_and_dequantised_for_each_product(
+    method: Method, bits: Bits, weight_bytes: float
+) -> None:
+    asked = work(method, bits=bits)
+    parts = forecast(MODEL, asked, UNIT, "layerwise" if method == "lsp" else None).device
+    dense = forecast(MODEL, work(method, apart=True), UNIT, "layerwise" if method == "lsp" else None).device
+    assert parts.quantized == pytest.approx(2 * weight_bytes)
+    assert dense.weights - parts.weights == 2 * 2 * LINEAR.numel
+    assert parts.dequantized == 2 * LINEAR.numel
+    slow = {"device_bytes_per_s": 1.0}
+    quantized, plain = (costs(given, **slow).layers[0] for given in (asked, work(method, apart=True)))
+    once = weight_bytes + 2 * LINEAR.numel
+    assert quantized.forward_s - plain.forward_s == pytest.approx(once)
+    assert quantized.backward_s - plain.backward_s == pytest.approx(once)
+
+
+def test_a_quantised_linear_without_projector_is_neither_trained_nor_sent() -> None:
+    narrow = LayerShape(linears=(LINEAR, LinearShape(rows=4, columns=32, input=0)), raw_numel=10, is_block=True)
+    head = replace(narrow, is_block=False)
+    assert [LSP.payload_numel(layer) for layer in (narrow, head)] == [64 + 4 * 32 + 10] * 2
+    assert [replace(LSP, bits=4).payload_numel(layer) for layer in (narrow, head)] == [64 + 10, 64 + 4 * 32 + 10]
+
+
+@pytest.mark.parametrize("method", ["native", "galore", "zero_offload"])
+def test_methods_that_change_weights_have_no_forecast_on_a_quantised_base(method: Method) -> None:
+    with pytest.raises(ConfigError, match=rf"^workload\.bits must be None for {method}, which changes the weights"):
+        work(method, bits=4)
 
 
 def test_galore_keeps_moments_of_its_rank_and_singular_vectors_on_the_device() -> None:

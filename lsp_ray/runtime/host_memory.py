@@ -35,7 +35,8 @@ def read_host_memory(cgroup: Path = _CGROUP, shared_memory: Path = _SHARED_MEMOR
 def check_memory(job: Job, host: HostMemory) -> None:
     """Raise ConfigError where the job cannot fit: Ray would go to the disk without a word, and Linux kill an actor.
 
-    Counted are the object store and, for main memory, the weights: a bound from below, as activations are not.
+    Counted are the object store and, for main memory, the weights: a bound from below, as activations are not. What is
+    to be quantised is loaded one by one.
     """
     smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
     if job.store_bytes > host.shared_bytes:
@@ -46,7 +47,7 @@ def check_memory(job: Job, host: HostMemory) -> None:
             job.config.method,
             hint=f"{smaller} needs less; in Docker, --shm-size sets how much there is",
         )
-    needed_bytes = job.store_bytes + job.num_weights * job.dtype.itemsize
+    needed_bytes = job.store_bytes + (0 if job.quantized else job.num_weights * job.dtype.itemsize)
     if needed_bytes > host.main_bytes:
         raise ConfigError(
             "model_name_or_path",
