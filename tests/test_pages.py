@@ -16,7 +16,7 @@ WRITTEN_BY_HAND = [
     page for page in PAGES if page.parent.name != "benchmarks" and page.name not in ("hardware.md", "api.md")
 ]
 README_LINES = 130
-CARDS_GB = re.compile(r"^\| (\d+) GB[^|]*\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
+CARDS_GB = re.compile(r"^\| (\d+) GB[^|]*\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 
 
 def prose(page: Path) -> list[str]:
@@ -52,7 +52,9 @@ def test_every_entry_of_the_log_has_question_result_and_decision() -> None:
 
 def test_the_readmes_cards_are_those_of_the_planners_page() -> None:
     """The largest model whose peak with checkpointing fits the card, of the page's first table."""
-    table = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8").split("## 512 tokens")[1].split("##")[0]
+    guide = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    table = guide.split("## 512 tokens")[1].split("##")[0]
+    in_4_bits = {row[0]: row[2].strip() for row in CARDS_GB.findall(guide.split("## In 4 bits")[1])}
     fitting: dict[tuple[str, int], str] = {}
     model = ""
     for name, method, card in re.findall(
@@ -66,6 +68,7 @@ def test_the_readmes_cards_are_those_of_the_planners_page() -> None:
     assert len(rows) >= 5
     for size_gb, *models in rows:
         expected = [fitting.get((method, int(size_gb)), "none") for method in ("lsp", "lora", "native")]
+        expected.insert(2, in_4_bits[size_gb])
         assert [name.strip() for name in models] == expected, size_gb
 
 
