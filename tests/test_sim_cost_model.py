@@ -18,7 +18,7 @@ from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.forecast import forecast, simulate
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile, load_hardware
-from lsp_ray.sim.memory import peak_payload_bytes
+from lsp_ray.sim.memory import host_memory, peak_payload_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
@@ -181,7 +181,10 @@ def test_an_update_kept_apart_is_put_in_the_old_ones_place_and_no_weight_is_pass
 def test_a_shard_that_keeps_the_sum_copies_reads_and_writes_it_as_well_and_has_a_third_of_the_state() -> None:
     apart, merged = (forecast(MODEL, replace(LSP, apart=is_apart), UNIT, "layerwise") for is_apart in (True, False))
     assert replace(LSP, apart=True).update_bytes - LSP.update_bytes == 8 + 8 + 4
-    assert apart.host.object_store > merged.host.object_store
+    wide = replace(LSP, subspace_dim=256)
+    stores = [host_memory(llama(), replace(wide, apart=kept), on_gpu=True).object_store for kept in (True, False)]
+    numels = [wide.payload_numel(layer) for layer in llama().layers]
+    assert stores[0] - stores[1] == pytest.approx(4 * (sum(numels) + max(numels)), rel=0.01)  # in whole pages
     assert apart.bytes_each_way == merged.bytes_each_way
     assert (apart.device.deltas, merged.device.deltas) == (2 * 2 * (8 * 8 + 10), 0)
     assert apart.device.weights == merged.device.weights
