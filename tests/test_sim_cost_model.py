@@ -203,7 +203,7 @@ def test_a_quantised_weight_is_kept_in_its_bits_and_dequantised_for_each_product
     assert parts.quantized == pytest.approx(2 * weight_bytes)
     assert dense.weights - parts.weights == 2 * 2 * LINEAR.numel
     assert parts.dequantized == 2 * LINEAR.numel
-    slow = {"device_bytes_per_s": 1.0}
+    slow = {"device_bf16_flops": 1e30, "activation_bytes_per_s": 1.0}
     quantized, plain = (costs(given, **slow).layers[0] for given in (asked, work(method, apart=True)))
     once = weight_bytes + 2 * LINEAR.numel
     assert quantized.forward_s - plain.forward_s == pytest.approx(once)

@@ -191,10 +191,10 @@ def _expansion_work(workload: Workload, width: int, dim: int, *, num_passes: int
 
 
 def _dequantizing_work(workload: Workload, layer: LayerShape, linear: LinearShape) -> DeviceWork:
-    """The weight read as it is kept, and written as it is for a product."""
+    """The weight read as it is kept, and written as it is for a product: at the rate of activations, as measured."""
     if not workload.is_quantized(layer):
         return DeviceWork()
-    return DeviceWork(moved_bytes=workload.weight_bytes(layer, linear) + workload.element_bytes * linear.numel)
+    return DeviceWork(activation_bytes=workload.weight_bytes(layer, linear) + workload.element_bytes * linear.numel)
 
 
 def _passed_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
