@@ -140,7 +140,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     write_tiny_jsonl(folder / "data.jsonl", "prompt_completion", 400)
     options = ["--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "data.jsonl")]
     options += ["--runtime.num_shards", "1", "--lsp.subspace_dim", "16", "--lsp.nnz_per_row", "2"]
-    options += ["--max_steps", "100000", "--max_eval_samples", "8"]
+    options += ["--max_steps", "100000", "--max_eval_samples", "8", "--save_steps", "0", "--save_minutes", "0"]
     long = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "300"]
     master, terminal = pty.openpty()
     started = Runs(
