@@ -102,8 +102,8 @@ def _end_ray(before: Set[psutil.Process]) -> None:
     psutil.wait_procs(started, timeout=END_TIMEOUT_S)
 
 
-def _wanted(token_path: Path, *, dashboard: bool) -> dict[str, str]:
-    """What Ray, its workers' OpenMP and C library read from the environment when they start."""
+def environment_of_ray(token_path: Path, *, dashboard: bool) -> dict[str, str]:
+    """Return what Ray, its workers' OpenMP and C library read from the environment when they start."""
     # the dashboard's list of tasks: Ray's 100,000 take hundreds of MB, and nobody else reads it
     events = {"max_num_task_in_gcs": "1000"} if dashboard else {"report_interval_ms": "0"}
     return {
@@ -121,7 +121,7 @@ def _wanted(token_path: Path, *, dashboard: bool) -> dict[str, str]:
 
 
 def _environment() -> dict[str, str | None]:
-    either = {**_wanted(Path(), dashboard=False), **_wanted(Path(), dashboard=True)}
+    either = {**environment_of_ray(Path(), dashboard=False), **environment_of_ray(Path(), dashboard=True)}
     names = (*either, "RAY_AUTH_MODE")  # Ray sets that one itself
     return {name: os.environ.get(name) for name in names}
 
@@ -131,7 +131,7 @@ def _set_environment(private: Path, *, dashboard: bool) -> None:
     token_path = private / "token"
     token_path.touch(mode=0o600)
     token_path.write_text(secrets.token_hex(32), encoding="utf-8")
-    for name, value in _wanted(token_path, dashboard=dashboard).items():
+    for name, value in environment_of_ray(token_path, dashboard=dashboard).items():
         os.environ.setdefault(name, value)
     AuthenticationTokenLoader.instance().reset_cache()  # it would keep the token of an earlier cluster
 
