@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -15,7 +16,7 @@ import yaml
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.inputs import check_inputs
+from lsp_ray.inputs import check_inputs, check_temp_folder
 from lsp_ray.output_folder import claimed
 from lsp_ray.report.page import report
 from lsp_ray.report.run_folder import REPORT, read_run
@@ -107,8 +108,7 @@ def run_config(
     Raises:
         LspRayError: Something failed underway; a ConfigError: something cannot work, and nothing was written.
     """
-    check_inputs(config, with_dataset=rows is None)
-    check_tracker(config.report_to)
+    _check_surroundings(config, with_dataset=rows is None)
     with report_server(config.report_port) as server, claimed(config) as output_dir:
         from lsp_ray.report.progress import Progress
         from lsp_ray.runtime.cluster import ray_cluster
@@ -143,6 +143,15 @@ def run_config(
                     summary = fine_tune_persistently(job, RayWorkers, output_dir, listener, _decoder(job), signal)
             progress.note(_done(job, summary, output_dir, progress.elapsed))
     return RunResult(output_dir=output_dir, summary=summary)
+
+
+def _check_surroundings(config: RunConfig, *, with_dataset: bool) -> None:
+    """Raise ConfigError where something is missing outside of the run; nothing slow is imported."""
+    check_inputs(config, with_dataset=with_dataset)
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():  # else the run uses the Ray that this process has started
+        check_temp_folder(os.environ, os.getpid())
+    check_tracker(config.report_to)
 
 
 @contextmanager
