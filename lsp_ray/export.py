@@ -100,7 +100,8 @@ def export(run_dir: Path, output_dir: Path, dtype: str | None = None) -> Exporte
     """
     import torch
 
-    from lsp_ray.models.load import load_tokenizer, save_model
+    from lsp_ray.models.load import load_tokenizer
+    from lsp_ray.models.save import save_model
     from lsp_ray.models.trained import load_trained
     from lsp_ray.report.run_folder import read_run
 
@@ -113,7 +114,7 @@ def export(run_dir: Path, output_dir: Path, dtype: str | None = None) -> Exporte
     expected = _logits(trained)
     card = model_card(run, dtype, base=base_model(run_dir, run.config), is_classifier=not trained.can_generate())
     try:
-        save_model(trained.to(getattr(torch, dtype)), load_tokenizer(run_dir), output_dir)
+        save_model(trained.to(getattr(torch, dtype)), load_tokenizer(run_dir), output_dir, source=run_dir)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error

@@ -28,8 +28,9 @@ from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.device.evaluate import class_scores, language_scores, number_scores
 from lsp_ray.errors import ConfigError
 from lsp_ray.launch import RunResult, run_config
-from lsp_ray.models.load import load_config, load_model, save_model
+from lsp_ray.models.load import load_config, load_model
 from lsp_ray.models.resolve import default_cache_dir, resolve_model
+from lsp_ray.models.save import save_model
 from lsp_ray.models.trained import label_names, load_trained
 from lsp_ray.output_folder import BASE_MODEL, INTERNALS
 from lsp_ray.trainer_arguments import run_config_of

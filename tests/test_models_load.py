@@ -22,15 +22,8 @@ from transformers import logging as transformers_logging
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import find_layers
-from lsp_ray.models.load import (
-    check_saving,
-    load_config,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    save_model,
-    silenced,
-)
+from lsp_ray.models.load import load_config, load_model, load_skeleton, load_tokenizer, silenced
+from lsp_ray.models.save import check_saving, save_model
 from lsp_ray.output_folder import SAVING
 from tests.tiny import (
     CHAT_TEMPLATE,

@@ -32,7 +32,8 @@ from lsp_ray.methods.lora import add_adapters, load_trained, merged_state, save_
 from lsp_ray.methods.lsp import lsp_units, projector_sizes, take_projectors
 from lsp_ray.methods.units import full_payload_sizes, full_units
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import load_model, load_tokenizer, save_model, tokens_of
+from lsp_ray.models.load import load_model, load_tokenizer, tokens_of
+from lsp_ray.models.save import save_model
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
@@ -100,7 +101,7 @@ class DeviceSide:
         ).to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
         self._tokens = tokens_of(self._model, self._tokenizer)
-        layers = find_layers(self._model)
+        layers = find_layers(self._model, job.unreached)
         if config.gradient_checkpointing:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
         throttle = self._throttle(layers)
@@ -195,7 +196,7 @@ class DeviceSide:
             saved = load_model(checkpoint, dtype=job.dtype, task=job.task, label_names=job.label_names, new_head=False)
             self._model.load_state_dict(saved.state_dict())
             if self._linears:
-                sizes = projector_sizes(find_layers(saved), job.config.lsp)
+                sizes = projector_sizes(find_layers(saved, job.unreached), job.config.lsp)
                 take_projectors(self._linears, load_projectors(checkpoint / STATE / FILE_NAME, sizes, field=FIELD))
 
     def abandon(self, error: LspRayError) -> None:
@@ -241,7 +242,7 @@ class DeviceSide:
 
     def _save_to(self, folder: Path, projector_folder: Path) -> None:
         state = None if self._adapters is None else merged_state(self._model)
-        save_model(self._model, self._tokenizer, folder, state=state)
+        save_model(self._model, self._tokenizer, folder, state=state, source=self._job.model_folder)
         if self._adapters is not None:
             save_adapter(self._adapters, folder)
         if self._linears:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,20 +27,14 @@ from lsp_ray.methods.lsp import lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.attention import check_packing
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import (
-    check_saving,
-    check_weights,
-    load_config,
-    load_skeleton,
-    load_tokenizer,
-    num_positions,
-    num_token_rows,
-)
+from lsp_ray.models.load import check_weights, load_config, load_skeleton, load_tokenizer, num_positions, num_token_rows
 from lsp_ray.models.resolve import resolve_model
+from lsp_ray.models.save import check_saving
+from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.optim.codec import Codec
 from lsp_ray.projection.projector_file import load_projectors
-from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
+from lsp_ray.runtime.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
 from lsp_ray.runtime.metrics_file import METRICS, read_metrics
@@ -61,7 +54,8 @@ class Job:
     `payload_sizes` are elements a unit, empty where nothing leaves the device; `delta_room` is for what comes
     up, None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a
     classifier's: a whole example's) model inputs, shown with the answer before and after; `questions` are answered in
-    evaluations. `saved` is the checkpoint to go on from, see `resumed`.
+    evaluations. `unreached` are names of parameters that stay as they are. `saved` is the checkpoint to go on from, see
+    `resumed`.
     """
 
     config: RunConfig
@@ -69,6 +63,7 @@ class Job:
     task: Task
     label_names: tuple[str, ...]
     num_weights: int
+    unreached: frozenset[str]
     device: Device
     dtype: torch.dtype
     micro_batches: MicroBatches
@@ -192,12 +187,12 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     check_token_ids(tokenized, tokenizer, num_token_rows(skeleton))
     check_weights(model_folder)
     check_saving(skeleton, tokenizer, model_folder)
-    layers = find_layers(skeleton)
+    unreached = unreached_by_text(skeleton)
+    layers = find_layers(skeleton, unreached)
     _check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
     if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
         load_projectors(Path(config.lsp.init_from), sizes)  # complains before any actor
-    _note_cut(sizes, config, note)
     payload_sizes = _payload_sizes(layers, config)
     micro_batches = MicroBatches(
         tokenized,
@@ -212,7 +207,12 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         pack_to=config.seq_length if config.packing else None,
     )
     _check_sizes(config, micro_batches.num_steps, micro_batches.num_rows)
-    _note_data(tokenized, config, micro_batches.num_steps, note)
+    for line in (
+        *model_notes(skeleton, load_config(model_folder), unreached),
+        *method_notes(config, layers, sizes),
+        *data_notes(tokenized, config, micro_batches.num_steps),
+    ):
+        note(line)
     sample_inputs, sample_expected = _sample(_first_held_out(tokenized), tokenized, tokenizer)
     cores = len(os.sched_getaffinity(0))
     return Job(
@@ -221,6 +221,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         task=tokenized.task,
         label_names=label_names,
         num_weights=sum(parameter.numel() for parameter in skeleton.parameters()),
+        unreached=unreached,
         device=device,
         dtype=dtype,
         micro_batches=micro_batches,
@@ -305,48 +306,8 @@ def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def _length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: str) -> int | None:
     """A graph is recorded for every length of a batch: with few lengths there are few."""
     longest = -(-config.seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
-    fits = longest <= getattr(skeleton.config, "max_position_embeddings", longest)
+    fits = longest <= getattr(skeleton.config.get_text_config(), "max_position_embeddings", longest)
     return GRAPH_LENGTHS if device == "cuda" and config.runtime.cuda_graphs and fits else None
-
-
-def _note_data(tokenized: TokenizedRows, config: RunConfig, num_steps: int, note: Callable[[str], None]) -> None:
-    num_train, num_eval = len(tokenized.train), len(tokenized.eval)
-    note(f"data: {num_train} train and {num_eval} eval examples of {config.dataset}")
-    note(f"data: {_length_line(tokenized, config, num_steps)}")
-    if tokenized.task == "sequence_classification" and len(tokenized.label_names) == 1:
-        note("data: labels are floats, so the model learns the number (regression)")
-    for line in tokenized.notes:
-        note(f"data: {line}")
-    if config.num_train_epochs is not None and config.steps != -1:
-        note(f"num_train_epochs {config.num_train_epochs:g} is not used, as max_steps {config.steps} decides")
-
-
-def _note_cut(sizes: Mapping[str, ProjectorSizes], config: RunConfig, note: Callable[[str], None]) -> None:
-    cut = [size for size in sizes.values() if min(size.shape) // 2 < config.lsp.dim]
-    if cut:
-        smallest = min(cut, key=lambda size: size.dims[0] * size.dims[1])
-        dims, shape = (f"{rows} × {columns}" for rows, columns in (smallest.dims, smallest.shape))
-        note(
-            f"lsp.subspace_dim {config.lsp.dim} is cut to half a side in {len(cut)} of {len(sizes)} matrices, "
-            f"such as to {dims} for one of {shape}"
-        )
-
-
-def _length_line(tokenized: TokenizedRows, config: RunConfig, num_steps: int) -> str:
-    """How long a run is, and how long its examples."""
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    num_train = len(tokenized.train)
-    epochs = num_steps * size / num_train if config.steps != -1 else config.epochs
-    parts = [f"{num_train:,} examples, {_rounded(epochs)}, {num_steps:,} steps of {size}"]
-    if tokenized.max_seq_length:
-        num_rows = num_train + len(tokenized.eval) + tokenized.num_dropped
-        held = math.floor(100 * (1 - tokenized.num_truncated / num_rows))
-        parts.append(f"{tokenized.max_seq_length} tokens hold {held} % of them")
-    return "; ".join(parts)
-
-
-def _rounded(epochs: float) -> str:
-    return f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}"
 
 
 def _first_held_out(tokenized: TokenizedRows) -> Mapping[str, Any]:
