@@ -36,6 +36,7 @@ from tests.tiny import (
     tiny_tokenizer,
     write_tiny_model,
 )
+from tests.tiny_jobs import tiny_job
 
 LABELS = ("no", "yes")
 
@@ -179,7 +180,16 @@ def test_one_label_means_regression_and_none_is_refused(tmp_path: Path) -> None:
         load_model(folder, dtype=torch.float32, task="sequence_classification")
 
 
-@pytest.mark.parametrize(("kind", "advice"), [("bert", "sentence and label"), ("roberta", "label"), ("t5", "")])
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("bert", "sentence and label"),
+        ("roberta", "label"),
+        ("t5", ""),
+        ("pegasus", "an encoder with a decoder"),
+        ("marian", "an encoder with a decoder"),
+    ],
+)
 def test_only_a_decoder_is_taken_for_text_and_an_encoder_told_its_columns(
     kind: str, advice: str, tmp_path: Path
 ) -> None:
@@ -231,6 +241,19 @@ def test_weights_of_another_size_are_refused(family: Family, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="model_name_or_path must hold") as caught:
         load(folder, family)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_are_named_before_anything_starts(tmp_path: Path) -> None:
+    tiny_job(tmp_path)
+    path = tmp_path / "llama" / "model.safetensors"
+    weights = load_file(path)
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"hold all weights .*; without model\.layers\.1\.mlp\.up_proj\.weight"):
+        tiny_job(tmp_path)
+    save_file({**weights, "model.layers.1.mlp.up_proj.weight": lost[:-1].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="model_name_or_path must hold intact weights"):
+        tiny_job(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_one_line(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def load_model(
     label_names: Sequence[str] = (),
     seed: int = 0,
     new_head: bool = True,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
     """Return the model on the CPU with the folder's weights, ready to train.
 
@@ -133,6 +134,7 @@ def load_model(
         label_names: A classifier's labels in the order of their ids, one alone for a regression; none for a causal LM.
         seed: Seed of a new head.
         new_head: Whether a classifier may get one.
+        on_meta: Read only the heads of the files and return a model without weights, for what is raised besides.
 
     Raises:
         ConfigError: The architecture cannot do the task, a classifier has no label, or the weights are damaged or
@@ -157,6 +159,7 @@ def load_model(
             use_safetensors=True,  # the other format is a pickle, which may run anything
             output_loading_info=True,
             ignore_mismatched_sizes=classifier and new_head,
+            device_map="meta" if on_meta else None,
         )
     _check_complete(report, folder, classifier=classifier and new_head)
     _make_trainable(model)
@@ -254,6 +257,9 @@ def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
     if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         columns = f"{kind} models train on datasets with {_CLASSIFIER_COLUMNS}" if encoder else ""
         raise ConfigError(FIELD, "be a causal language model for a dataset of text", kind, hint=columns)
+    if config.is_encoder_decoder:  # of whose halves transformers would take one
+        hint = "it is an encoder with a decoder"
+        raise ConfigError(FIELD, "be a causal language model for a dataset of text", kind, hint=hint)
     return AutoModelForCausalLM
 
 

@@ -27,7 +27,15 @@ from lsp_ray.methods.lsp import lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.attention import check_packing
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import check_weights, load_config, load_skeleton, load_tokenizer, num_positions, num_token_rows
+from lsp_ray.models.load import (
+    check_weights,
+    load_config,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    num_positions,
+    num_token_rows,
+)
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.models.save import check_saving
 from lsp_ray.models.text_reach import unreached_by_text
@@ -186,6 +194,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         check_packing(skeleton.config, tokenized.task, config.seq_length)
     check_token_ids(tokenized, tokenizer, num_token_rows(skeleton))
     check_weights(model_folder)
+    load_model(model_folder, dtype=dtype, task=tokenized.task, label_names=label_names, on_meta=True)  # may complain
     check_saving(skeleton, tokenizer, model_folder)
     unreached = unreached_by_text(skeleton)
     layers = find_layers(skeleton, unreached)
