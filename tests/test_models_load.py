@@ -334,6 +334,17 @@ def test_saving_keeps_other_files_and_removes_an_older_saves_shards(tmp_path: Pa
     assert_same_weights(load_causal(end), model)
 
 
+def test_a_tokenizer_of_several_chat_templates_is_saved_and_saved_again(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    templates = {"default": str(tokenizer.chat_template), "tool_use": "{{ messages }}"}
+    tokenizer.chat_template = templates
+    for _ in range(2):
+        save_model(tiny_model("llama"), tokenizer, tmp_path)
+        assert load_tokenizer(tmp_path).chat_template == templates
+    assert all(path.stat().st_mode & 0o100 for path in tmp_path.iterdir() if path.is_dir())  # or nobody gets in
+    assert not list(tmp_path.glob(f"{SAVING}*"))
+
+
 def test_saved_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
     save_model(tiny_model("llama"), tiny_tokenizer(), tmp_path / "end")
     (tmp_path / "other").touch()

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    TrainingArguments,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -33,6 +34,7 @@ from lsp_ray.models.processor_files import copy_processor_files
 from lsp_ray.models.text_reach import parts_of, unreached_by_text
 from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.runtime.job import Job, prepare_job, resumed
+from lsp_ray.trainer import LSPTrainer
 from tests.tiny import FAMILIES, HIDDEN_SIZE, Family, tiny_model, tiny_tokenizer, write_tiny_jsonl
 from tests.tiny_jobs import Recorder, run_on_threads, saved_weights, tiny_config
 
@@ -224,6 +226,19 @@ def test_a_classifier_of_a_model_with_a_tower_reads_padded_rows(written: Path, t
     assert load_model(
         tmp_path / "out", dtype=torch.float32, task="sequence_classification", label_names=job.label_names
     ).num_labels == len(job.label_names)
+
+
+def test_a_trainer_takes_a_processor_and_saves_it(written: Path, tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 9, 10, 2], "labels": [-100, 9, 10, 2]}] * 4
+    trainer = LSPTrainer(
+        gemma3(),
+        TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to=[], max_steps=1),
+        train_dataset=rows,
+        processing_class=AutoProcessor.from_pretrained(written / "gemma"),
+    )
+    trainer.save_model(str(tmp_path / "saved"))
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path / "saved"), Gemma3Processor)
+    assert isinstance(load_model(tmp_path / "saved", dtype=torch.float32, task="causal_lm"), PreTrainedModel)
 
 
 def test_where_only_the_language_model_is_loaded_it_is_said_and_no_processor_is_copied(tmp_path: Path) -> None:
