@@ -159,10 +159,16 @@ class LSPTrainer:
         return result
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Return the model's scores on the held-out rows, or on others, by names that begin with `eval_`."""
+        """Return the model's scores on the held-out rows, or on others, by names that begin with `eval_`.
+
+        Raises:
+            ConfigError: Nothing can be predicted in the rows, or one is too long.
+        """
         rows = self.rows
         if eval_dataset is not None:
             given = with_model_columns(eval_dataset) if self.args.remove_unused_columns else eval_dataset
+            if rows.task == "causal_lm":
+                given = usable("eval_dataset", given, max_length=self._max_length(), note=self._note)
             rows = replace(rows, eval=given)
         batches = MicroBatches(
             rows,

@@ -345,6 +345,20 @@ def test_some_rows_that_teach_nothing_are_left_out_and_named(capsys: pytest.Capt
     assert "train_dataset: 2 rows are left out, as nothing is learned from" in capsys.readouterr().err
 
 
+def test_rows_to_evaluate_that_have_nothing_to_predict_are_no_loss_of_zero(tmp_path: Path) -> None:
+    trainer = LSPTrainer(
+        tiny_model("llama"),
+        arguments(tmp_path),
+        train_dataset=token_rows(8),
+        processing_class=tiny_tokenizer(),
+        verbose=False,
+    )
+    masked = [{"input_ids": [5, 6], "labels": [-100, -100]}]
+    with pytest.raises(ConfigError, match=r"eval_dataset must have a row of 2 tokens or more"):
+        trainer.evaluate(masked)
+    assert trainer.evaluate([*masked, *token_rows(3)]) == trainer.evaluate(token_rows(3))
+
+
 def collated(collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> MicroBatches:
     rows = TokenizedRows(train=token_rows(4), eval=token_rows(4), task="causal_lm", label_names=(), collate=collate)
     return MicroBatches(
