@@ -119,7 +119,8 @@ def export(
     import torch
 
     from lsp_ray.methods.lora import merged_state
-    from lsp_ray.models.load import load_tokenizer, save_model
+    from lsp_ray.models.load import load_tokenizer
+    from lsp_ray.models.save import save_model
     from lsp_ray.models.trained import is_beside_base, load_trained, plain_model
     from lsp_ray.report.run_folder import read_run
 
@@ -138,7 +139,7 @@ def export(
     if is_apart:
         trained = plain_model(trained, merged_state(trained))
     try:
-        save_model(trained.to(getattr(torch, dtype)), load_tokenizer(run_dir), output_dir)
+        save_model(trained.to(getattr(torch, dtype)), load_tokenizer(run_dir), output_dir, source=run_dir)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error

@@ -23,6 +23,7 @@ from lsp_ray.report.run_folder import REPORT, read_run
 from lsp_ray.report.server import report_server
 from lsp_ray.runtime.stop_signal import StopSignal
 from lsp_ray.runtime.trackers import check_tracker
+from lsp_ray.sim.store import size_text
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray are imported
     from rich.console import Console
@@ -240,15 +241,11 @@ def _plan_line(job: Job) -> str:
         parts.append(f"{len(job.subspace_dims)} projected matrices that send {sent}")
     parts.append(f"{job.num_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps}")
     if job.payload_sizes:
-        parts.append(f"{_size(job.bytes_each_way)} each way a step")
+        parts.append(f"{size_text(job.bytes_each_way)} each way a step")
         parts.append(f"{layout.num_shards} shard(s) × {layout.shard_threads} thread(s)")
         parts.append(f"policy {config.policy}")
     parts.append(f"{layout.device_threads} device thread(s)")
     return ", ".join(parts)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def _note_dashboard(cluster: ClusterInfo, progress: Progress) -> None:
