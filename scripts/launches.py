@@ -34,6 +34,8 @@ from lsp_ray.device import cpu_kernels, gpu_kernels
 from lsp_ray.device.backend import CpuBackend, Fence
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch, num_targets, num_tokens
+from lsp_ray.projection.block_factor import is_launched
+from lsp_ray.projection.sparse_projector import product_float32
 from lsp_ray.runtime import device_side
 from lsp_ray.trace import WorkStream
 from scripts.gpu_bench_parts.builds import CAPABILITIES, Variant, built, has_assembler, variant_of
@@ -53,6 +55,7 @@ LAUNCHES: Mapping[str, int] = {
     "nll_loss_backward": 2,
     "nonzero": 5,
 }
+FOREACH_CHUNK, FOREACH_CHUNKS = 65536, 320  # elements that a block copies, and blocks of a launch
 BY_MASK = 6  # launches of indexing by booleans: nonzero, and the gather
 _FREE = ("_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _SYNCS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique")
@@ -91,6 +94,10 @@ class LaunchCount(TorchDispatchMode):
             self.launches[variant.kernel] += 1
             self.variants[variant] = kernel
 
+    def operated(self, name: str) -> None:
+        """Note an operator that a CPU does not have."""
+        self.launches[name] += get_ident() == self._thread
+
     def waited(self, what: str) -> None:
         """Note that a thread waits; only the one that launches holds the device up."""
         self.syncs[what] += get_ident() == self._thread
@@ -116,6 +123,10 @@ class LaunchCount(TorchDispatchMode):
         if name in _SYNCS or by_mask:
             self.syncs["index by booleans" if by_mask else name] += 1
         number = BY_MASK if by_mask else LAUNCHES.get(name, 0 if _is_free(func, name) else 1)
+        if name == "cat" and len({result.dtype, *(part.dtype for part in args[0])}) > 1:
+            number = len(args[0])
+        if name == "_foreach_copy_":
+            number = -(-sum(-(-part.numel() // FOREACH_CHUNK) for part in args[0]) // FOREACH_CHUNKS)
         if number:
             self.launches[name] += number
         return result
@@ -153,10 +164,16 @@ def as_on_a_gpu(count: LaunchCount) -> Iterator[None]:
         def record(self, stream: WorkStream) -> Fence:
             return _CountedFence(count) if stream is WorkStream.GPU else super().record(stream)
 
+    def wide_product(left_DT: torch.Tensor, right_TE: torch.Tensor) -> torch.Tensor:
+        count.operated("mm.dtype")
+        with count.paused():
+            return (left_DT @ right_TE).float()
+
     ours: dict[str, Any] = {name: _CountedKernel(kernel, count) for name, kernel in kernels().items()}
     ours |= {"has_kernel": lambda _weight: True, "runs_on": lambda _device: True}
     changes: list[tuple[ModuleType, dict[str, Any]]] = [(gpu_kernels, ours)]
     changes += [(cpu_kernels, {"has_kernel": lambda _weight: False}), (device_side, {"CpuBackend": Counted})]
+    changes += _everywhere(is_launched, lambda _table: True) + _everywhere(product_float32, wide_product)
     changes += _on_the_host(count)
     before = [(module, {name: vars(module)[name] for name in names}) for module, names in changes]
     try:
@@ -178,12 +195,14 @@ def _on_the_host(count: LaunchCount) -> list[tuple[ModuleType, dict[str, Any]]]:
 
         return called
 
+    return [change for told in (num_targets, num_tokens) for change in _everywhere(told, uncounted(told))]
+
+
+def _everywhere(function: object, other: object) -> list[tuple[ModuleType, dict[str, Any]]]:
+    """Another one in a function's place, wherever it is known."""
     ours = [module for name, module in sys.modules.items() if name.startswith("lsp_ray.")]
     return [
-        (module, {name: uncounted(value)})
-        for module in ours
-        for name, value in list(vars(module).items())
-        if value is num_targets or value is num_tokens
+        (module, {name: other}) for module in ours for name, value in list(vars(module).items()) if value is function
     ]
 
 

@@ -16,6 +16,11 @@ from collections.abc import Iterator
 import torch
 
 
+def is_launched(table: torch.Tensor) -> bool:
+    """Whether operators on this table are launches, each with its price whatever its size."""
+    return table.is_cuda
+
+
 class BlockFactor:
     """A (F, D) matrix diag(scale) · blockdiag(U_1 … U_G), every U_g an orthonormal (S, R) basis.
 
@@ -79,11 +84,23 @@ class BlockFactor:
         return self.split(self.value_FR, 0)
 
     def project(self, table_TF: torch.Tensor) -> torch.Tensor:
-        """Return the (T, D) product of a (T, F) table with this factor, in the table's dtype."""
+        """Return the (T, D) product of a (T, F) table with this factor, in the table's dtype.
+
+        Where launches count, column by column in memory, as the products come.
+        """
+        if is_launched(table_TF):
+            return self.project_by_columns(table_TF).t()
         pairs = zip(self.split(table_TF, 1), self.blocks(), strict=True)
         parts = [torch.bmm(part_TGS.transpose(0, 1), block.to(part_TGS.dtype)) for part_TGS, block in pairs]
         projected_GTR = parts[0] if len(parts) == 1 else torch.cat(parts)
         return projected_GTR.transpose(0, 1).reshape(table_TF.shape[0], self.dim)
+
+    def project_by_columns(self, table_TF: torch.Tensor) -> torch.Tensor:
+        """Return the same as (D, T), contiguous: one launch where G divides F."""
+        pairs = zip(self.split(table_TF, 1), self.blocks(), strict=True)
+        parts = [torch.bmm(block.to(part.dtype).transpose(1, 2), part.permute(1, 2, 0)) for part, block in pairs]
+        projected_GRT = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return projected_GRT.flatten(0, 1)
 
     def spread(self, table_DK: torch.Tensor) -> torch.Tensor:
         """Return the (F, K) product of this factor with a (D, K) table, in the table's dtype."""
