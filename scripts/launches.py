@@ -22,12 +22,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import get_ident
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lsp_ray.device import cpu_kernels, gpu_kernels
@@ -94,9 +96,9 @@ class LaunchCount(TorchDispatchMode):
             self.launches[variant.kernel] += 1
             self.variants[variant] = kernel
 
-    def operated(self, name: str) -> None:
+    def operated(self, name: str, number: int = 1) -> None:
         """Note an operator that a CPU does not have."""
-        self.launches[name] += get_ident() == self._thread
+        self.launches[name] += number * (get_ident() == self._thread)
 
     def waited(self, what: str) -> None:
         """Note that a thread waits; only the one that launches holds the device up."""
@@ -174,7 +176,7 @@ def as_on_a_gpu(count: LaunchCount) -> Iterator[None]:
     changes: list[tuple[ModuleType, dict[str, Any]]] = [(gpu_kernels, ours)]
     changes += [(cpu_kernels, {"has_kernel": lambda _weight: False}), (device_side, {"CpuBackend": Counted})]
     changes += _everywhere(is_launched, lambda _table: True) + _everywhere(product_float32, wide_product)
-    changes += _on_the_host(count)
+    changes += _everywhere(rms_norm, partial(_counted_norm, count)) + _on_the_host(count)
     before = [(module, {name: vars(module)[name] for name in names}) for module, names in changes]
     try:
         for module, names in changes:
@@ -183,6 +185,30 @@ def as_on_a_gpu(count: LaunchCount) -> Iterator[None]:
     finally:
         for module, names in before:
             vars(module).update(names)
+
+
+def _counted_norm(
+    count: LaunchCount, input_TN: torch.Tensor, shape: Sequence[int], weight_N: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The kernel that a CPU does not have: one launch, and two of its gradients (ATen's sources)."""
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, input_TN: torch.Tensor, weight_N: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(input_TN, weight_N)
+            count.operated("_fused_rms_norm")
+            with count.paused():
+                return rms_norm(input_TN, shape, weight_N, eps)
+
+        @staticmethod
+        def backward(ctx: Any, grad_TN: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            count.operated("_fused_rms_norm_backward", 2)
+            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            with count.paused(), torch.enable_grad():
+                return torch.autograd.grad(rms_norm(inputs[0], shape, inputs[1], eps), inputs, grad_TN)
+
+    normed: torch.Tensor = Norm.apply(input_TN, weight_N)  # type: ignore[no-untyped-call]
+    return normed
 
 
 def _on_the_host(count: LaunchCount) -> list[tuple[ModuleType, dict[str, Any]]]:

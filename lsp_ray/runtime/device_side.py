@@ -18,6 +18,7 @@ from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
 from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
+from lsp_ray.device.fused_norms import fuse_norms
 from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.refit import Refitter
@@ -99,6 +100,7 @@ class DeviceSide:
             new_head=base == job.model_folder,
         ).to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
+        fuse_norms(self._model)
         self._tokens = tokens_of(self._model, self._tokenizer)
         layers = find_layers(self._model)
         if config.gradient_checkpointing:
