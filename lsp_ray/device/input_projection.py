@@ -26,6 +26,8 @@ class InputProjection:
 
     def of(self, input_TN: torch.Tensor, right: BlockFactor) -> torch.Tensor:
         """Return X Q, (T, E), in X's dtype, without a graph; X is (…, N)."""
+        if torch.compiler.is_compiling():  # the compiler finds what is computed twice, and keeps no tensor here
+            return right.project(input_TN.detach().reshape(-1, input_TN.shape[-1]))
         held = self._held
         if held is None or held[0] is not input_TN or held[1] != input_TN._version or held[2] is not right:
             with torch.no_grad():

@@ -21,6 +21,7 @@ from lsp_ray.data.final_numbers import Question, find_questions
 from lsp_ray.data.micro_batches import MicroBatches
 from lsp_ray.data.paths import absolute_path
 from lsp_ray.data.tokenize import LONGEST, TokenizedRows, check_token_ids, tokenize_rows
+from lsp_ray.device.compiled_blocks import check_compiler
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.galore import check_rank
 from lsp_ray.methods.lora import check_lora
@@ -153,6 +154,7 @@ class Job:
             device=self.device,
             device_threads=self.layout.device_threads,
             shard_threads=self.layout.shard_threads,
+            cuda_graphs=self.config.uses_graphs,
         )
         return replace(
             self.config,
@@ -178,7 +180,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     """
     if config.lsp.init_from is not None:  # an actor's working directory need not be this process's
         config = replace(config, lsp=replace(config.lsp, init_from=str(Path(config.lsp.init_from).absolute())))
-    device = choose_device(config)
+    device = _device(config)
     dtype = torch.bfloat16 if choose_bf16(config, device, note) else torch.float32
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
     tokenizer = load_tokenizer(model_folder)
@@ -233,6 +235,13 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         sample_expected=sample_expected,
         questions=tuple(find_questions(tokenized, tokenizer, config.max_eval_answers)),
     )
+
+
+def _device(config: RunConfig) -> Device:
+    device = choose_device(config)
+    if config.torch_compile:
+        check_compiler(device)
+    return device
 
 
 def _tokenized(config: RunConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> TokenizedRows:
@@ -306,7 +315,7 @@ def _length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: str) 
     """A graph is recorded for every length of a batch: with few lengths there are few."""
     longest = -(-config.seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
     fits = longest <= getattr(skeleton.config, "max_position_embeddings", longest)
-    return GRAPH_LENGTHS if device == "cuda" and config.runtime.cuda_graphs and fits else None
+    return GRAPH_LENGTHS if device == "cuda" and config.uses_graphs and fits else None
 
 
 def _note_data(tokenized: TokenizedRows, config: RunConfig, num_steps: int, note: Callable[[str], None]) -> None:
