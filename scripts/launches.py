@@ -63,6 +63,9 @@ _FREE = ("_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided
 _SYNCS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique")
 
 
+Graphs = Callable[[Callable[[], None]], Callable[[], None]]
+
+
 class LaunchCount(TorchDispatchMode):
     """Counts while it is entered; see `Watch`, of which it has the methods.
 
@@ -159,10 +162,19 @@ class _CountedFence:
 
 
 @contextmanager
-def as_on_a_gpu(count: LaunchCount) -> Iterator[None]:
-    """Within the context weights on the CPU are added to by the GPU's kernels, which count and do nothing."""
+def as_on_a_gpu(count: LaunchCount, graphs: Graphs | None = None) -> Iterator[None]:
+    """Within the context weights on the CPU are added to by the GPU's kernels, which count and do nothing.
+
+    `graphs` records blocks; default: they run operator by operator.
+    """
 
     class Counted(CpuBackend):
+        has_graphs = graphs is not None
+
+        def record_graph(self, run: Callable[[], None], *, apart: bool) -> Callable[[], None]:
+            assert graphs is not None
+            return graphs(run)
+
         def record(self, stream: WorkStream) -> Fence:
             return _CountedFence(count) if stream is WorkStream.GPU else super().record(stream)
 

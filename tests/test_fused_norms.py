@@ -13,6 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lsp_ray.device import fused_norms
 from lsp_ray.device.fused_norms import fuse_norms
+from tests.test_block_graphs import NUM_BLOCKS as NUM_LAYERS
+from tests.test_block_graphs import Run, assert_same_bits
 from tests.tiny import NUM_BLOCKS, Family, tiny_model
 
 # two roundings to 8 bits, relative to the norm of all of them
@@ -54,6 +56,17 @@ def test_a_fused_norm_is_the_models_within_rounding(dtype: torch.dtype) -> None:
         assert our.dtype == dtype
         difference = (our.double() - their.double()).detach().norm()
         assert float(difference) <= ACCURACY[dtype] * float(their.detach().double().norm())
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_blocks_with_fused_norms_are_recorded_with_the_bits_of_their_operators() -> None:
+    ours, theirs = Run(recorded=True), Run(recorded=False)
+    assert [fuse_norms(run.model) for run in (ours, theirs)] == [2 * NUM_LAYERS + 1] * 2
+    assert ours.train(steps=4) == theirs.train(steps=4)
+    assert ours.backend is not None
+    assert ours.backend.num_launched > 0
+    assert not ours.notes
+    assert_same_bits(ours, theirs)
 
 
 @pytest.mark.usefixtures("on_a_gpu")

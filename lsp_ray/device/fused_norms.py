@@ -55,7 +55,8 @@ def rms_eps(module: nn.Module) -> float | None:
 def _fused(
     module: nn.Module, eps: float, forward: Callable[[torch.Tensor], torch.Tensor], input_TN: torch.Tensor
 ) -> torch.Tensor:
-    weight_N = module.get_parameter("weight")
+    weight_N = module._parameters["weight"]
+    assert weight_N is not None
     if input_TN.dtype != weight_N.dtype:
         return forward(input_TN)
     return rms_norm(input_TN, weight_N.shape, weight_N, eps)
