@@ -54,10 +54,10 @@ class LSPTrainer:
 
     Of `args` it follows output_dir (new or empty, unless a run goes on in it), max_steps, num_train_epochs,
     per_device_train_batch_size, gradient_accumulation_steps, learning_rate, lr_scheduler_type, lr_scheduler_kwargs,
-    warmup_steps, weight_decay, max_grad_norm, seed, bf16, gradient_checkpointing, logging_steps, eval_steps, save_steps
-    and the strategies of these three, save_total_limit, load_best_model_at_end, use_cpu, disable_tqdm,
-    remove_unused_columns and report_to. Another field with a value of its own is refused where it would change the
-    result, and warned of by its name elsewhere.
+    warmup_steps, weight_decay, max_grad_norm, seed, bf16, gradient_checkpointing, torch_compile, logging_steps,
+    eval_steps, save_steps and the strategies of these three, save_total_limit, load_best_model_at_end, use_cpu,
+    disable_tqdm, remove_unused_columns and report_to. Another field with a value of its own is refused where it would
+    change the result, and warned of by its name elsewhere.
 
     Args:
         model: A folder, hub id or alias, or a model in memory, which has the trained weights after training.

@@ -60,7 +60,7 @@ class Run:
         self.model: PreTrainedModel = LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
         self.model.train()
         self.before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        layers = find_layers(self.model)
+        self.layers = layers = find_layers(self.model)
         if checkpointed:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         if method == "lsp":

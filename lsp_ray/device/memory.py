@@ -6,7 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ class LiveStorage:
         for candidate in gc.get_objects():
             # what torch.compile leaves behind is of its own kinds, without memory
             if type(candidate) in (torch.Tensor, torch.nn.Parameter) and candidate.layout is torch.strided:
-                self.watch(candidate)
+                with suppress(RuntimeError):  # nor has one that it made of a real one
+                    self.watch(candidate)
 
     def _forget(self, key: int) -> None:
         with self._lock:

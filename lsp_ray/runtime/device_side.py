@@ -14,10 +14,12 @@ from lsp_ray.config import LspConfig
 from lsp_ray.data.final_numbers import share_right
 from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
+from lsp_ray.device.compiled_blocks import CompiledBlocks
 from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
 from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
+from lsp_ray.device.fused_norms import fuse_norms
 from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
@@ -84,6 +86,7 @@ class DeviceSide:
         self._is_set_up = False
         self._linears: list[tuple[str, InSubspace]] = []
         self._adapters: PeftModel | None = None
+        self._compiled: CompiledBlocks | None = None
 
     def setup(self, host_slots: Sequence[torch.Tensor] = ()) -> SetupReport:
         """Load, wrap and fit; lock the pages of the slots if a GPU copies from and to them."""
@@ -96,6 +99,7 @@ class DeviceSide:
         if not job.quantized:  # else it is there
             self._model.to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
+        fuse_norms(self._model)
         self._tokens = tokens_of(self._model, self._tokenizer)
         layers = find_layers(self._model, job.unreached)
         if config.gradient_checkpointing:
@@ -121,8 +125,10 @@ class DeviceSide:
             measured_step=job.measured_step,
             staleness=job.staleness,
             codec=job.codec,
-            graphs=self.backend.has_graphs and config.runtime.cuda_graphs,
+            graphs=self.backend.has_graphs and config.uses_graphs,
         )
+        if config.torch_compile:
+            self._compiled = CompiledBlocks(layers, self.backend.device)
         self.keep_to(throttle)
         if job.saved is not None:
             self._restore(job.saved)
@@ -208,6 +214,8 @@ class DeviceSide:
         """See `DeviceWorker.close`."""
         if self._is_set_up:
             self.worker.close()
+        if self._compiled is not None:
+            self._compiled.close()
 
     def save(self, folder: Path) -> None:
         """Write the model with every delta added, and the projectors or adapters beside it.

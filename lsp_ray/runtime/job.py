@@ -20,6 +20,7 @@ from lsp_ray.data.final_numbers import Question, find_questions
 from lsp_ray.data.micro_batches import MicroBatches
 from lsp_ray.data.paths import absolute_path
 from lsp_ray.data.tokenize import LONGEST, TokenizedRows, tokenize_rows
+from lsp_ray.device.compiled_blocks import check_compiler
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.lsp import lsp_payload_parts, lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
@@ -31,7 +32,7 @@ from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.projection.projector_file import load_projectors
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
-from lsp_ray.runtime.job_checks import check_method, check_model, check_sizes, with_delta
+from lsp_ray.runtime.job_checks import check_balance, check_method, check_model, check_sizes, with_delta
 from lsp_ray.runtime.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
@@ -150,6 +151,7 @@ class Job:
             device=self.device,
             device_threads=self.layout.device_threads,
             shard_threads=self.layout.shard_threads,
+            cuda_graphs=self.config.uses_graphs,
         )
         return replace(
             self.config,
@@ -175,7 +177,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     """
     if config.lsp.init_from is not None:  # an actor's working directory need not be this process's
         config = replace(config, lsp=replace(config.lsp, init_from=str(Path(config.lsp.init_from).absolute())))
-    device = choose_device(config)
+    device = _device(config)
     dtype = torch.bfloat16 if choose_bf16(config, device, note) else torch.float32
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
     config, quantized = with_delta(config, load_config(model_folder), device, note)
@@ -190,7 +192,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
     if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
-        load_projectors(Path(config.lsp.init_from), sizes)  # complains before any actor
+        check_balance(load_projectors(Path(config.lsp.init_from), sizes), config.lsp)  # complains before any actor
     payload_sizes = _payload_sizes(layers, config, quantized=quantized)
     micro_batches = MicroBatches(
         tokenized,
@@ -234,6 +236,13 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         sample_expected=sample_expected,
         questions=tuple(find_questions(tokenized, tokenizer, config.max_eval_answers)),
     )
+
+
+def _device(config: RunConfig) -> Device:
+    device = choose_device(config)
+    if config.torch_compile:
+        check_compiler(device)
+    return device
 
 
 def _tokenized(config: RunConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> TokenizedRows:
@@ -285,7 +294,7 @@ def _length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: str) 
     """A graph is recorded for every length of a batch: with few lengths there are few."""
     longest = -(-config.seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
     fits = longest <= getattr(skeleton.config.get_text_config(), "max_position_embeddings", longest)
-    return GRAPH_LENGTHS if device == "cuda" and config.runtime.cuda_graphs and fits else None
+    return GRAPH_LENGTHS if device == "cuda" and config.uses_graphs and fits else None
 
 
 def _first_held_out(tokenized: TokenizedRows) -> Mapping[str, Any]:
