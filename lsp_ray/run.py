@@ -29,6 +29,7 @@ from lsp_ray.runtime.stop_signal import StopSignal
 
 _SWITCHES = (
     *("--bf16", "--gradient_checkpointing", "--torch_compile", "--load_best_model_at_end", "--lsp.balance"),
+    *("--load_in_4bit", "--load_in_8bit"),
     "--runtime.dashboard",
 )
 _PARSER_KEY = re.compile(r'Parser key "(?P<field>[^"]+)":.*?(?:Got|Given) value:\s*(?P<value>.*?)\s*(?:Subtypes.*|$)')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ def loading_options(
     """What `from_pretrained` is to be told besides; empty where nothing is quantised."""
     if bits is None and quantization_of(config) is None:
         return {}
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels for servers, and of types inside of LLM.int8
     options: dict[str, Any] = {"device_map": {"": str(device)}}
     if bits is not None:
         options["quantization_config"] = _bitsandbytes(bits, dtype)
