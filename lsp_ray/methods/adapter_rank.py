@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -37,13 +37,14 @@ def export_adapter(source: Path, target: Path, rank: int | None) -> float:
         linear = stem.removeprefix("base_model.model.")
         scale = _scale(config, linear, len(tensors[key]))
         up_MK, down_KN, squares = truncated(tensors[stem + _UP].float() * scale, tensors[key].float(), rank)
-        tensors[key], tensors[stem + _UP] = down_KN.contiguous(), up_MK.contiguous()
+        dtype = tensors[key].dtype
+        tensors[key], tensors[stem + _UP] = down_KN.to(dtype).contiguous(), up_MK.to(dtype).contiguous()
         ranks[linear] = len(down_KN)
         kept, whole = kept + float(squares[: len(down_KN)].sum()), whole + float(squares.sum())
     most = max(ranks.values())
     others = {name: size for name, size in ranks.items() if size != most}
     config |= {"r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others}
-    save_file(tensors, target / WEIGHTS)
+    (target / WEIGHTS).write_bytes(save(tensors))  # save_file would make it private (0600)
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return math.sqrt(kept / whole) if whole else 1.0
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from lsp_ray.config import Task
@@ -45,7 +45,8 @@ def save_adapter(model: nn.Module, units: Sequence[Unit], folder: Path, *, base:
     modules, others = _others(model, units, linears)
     target = folder / ADAPTER_FOLDER
     target.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in (tensors | others).items()}, target / WEIGHTS)
+    content = save({name: tensor.cpu().contiguous() for name, tensor in (tensors | others).items()})
+    (target / WEIGHTS).write_bytes(content)  # save_file would make it private (0600)
     most = max(ranks.values())
     fewer = {name: size for name, size in ranks.items() if size != most}
     LoraConfig(
@@ -63,9 +64,10 @@ def save_adapter(model: nn.Module, units: Sequence[Unit], folder: Path, *, base:
 
 
 def factors(linear: DeltaLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A = Qᵀ (E, N), in its own type, and B = P D (M, E), float32."""
+    """Return A = Qᵀ (E, N) and B = P D (M, E), multiplied in float32, both in the projector's type."""
     left, right = linear.projector.left, linear.projector.right
-    return right.dense().t(), left.to(linear.projector.device, torch.float32).spread(linear.delta_DE.float())
+    up_ME = left.to(linear.projector.device, torch.float32).spread(linear.delta_DE.float())
+    return right.dense().t(), up_ME.to(left.value_FR.dtype)
 
 
 def _others(

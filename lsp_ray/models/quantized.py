@@ -16,6 +16,9 @@ from lsp_ray.config import Bits
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.aliases import FIELD
 
+# it warns of kernels that are for servers, and of types that LLM.int8 has inside
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 _ROWS = 1024  # of a weight that are made at a time
 
 
@@ -33,7 +36,6 @@ def loading_options(
     """What `from_pretrained` is to be told besides; empty where nothing is quantised."""
     if bits is None and quantization_of(config) is None:
         return {}
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels for servers, and of types inside of LLM.int8
     options: dict[str, Any] = {"device_map": {"": str(device)}}
     if bits is not None:
         options["quantization_config"] = _bitsandbytes(bits, dtype)
