@@ -73,7 +73,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     folder = tmp_path_factory.mktemp("runs")
-    options = tiny_options(folder / "tiny", "--max_steps", "100000")
+    options = tiny_options(folder / "tiny", "--max_steps", "100000", "--save_steps", "0", "--save_minutes", "0")
     long = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "300"]
     master, terminal = pty.openpty()
     started = Runs(
