@@ -43,6 +43,7 @@ from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
 REFITS = {"check_every": 12, "max_bias": 0.0, "calibration_batches": 2}
 SAVE_STEPS = 10
 READ_EVERY = 20
+NUM_SHARDS = 2
 GPU_SHARE = 0.25
 SETTLING_STEPS = 200  # refits, checkpoints and allocators have been through all they do
 STEPS_UNTIL_A_PAUSE = 3  # after a kill: so many steps may have all they need by then
@@ -148,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _soak(folder: Path, steps: int, kills: int, until: int, seed: int) -> dict[str, Any]:
     start_s = time.monotonic()
-    job = tiny_job(folder, max_steps=steps, save_steps=SAVE_STEPS, lsp=REFITS, runtime={"num_shards": 2}, bf16=True)
+    job = tiny_job(
+        folder, max_steps=steps, save_steps=SAVE_STEPS, lsp=REFITS, runtime={"num_shards": NUM_SHARDS}, bf16=True
+    )
     run_on_threads(job, folder / "undisturbed")
     chance = random.Random(seed)
     moments = chance.sample(range(1, until), kills)
@@ -192,8 +195,7 @@ def _growth(curves: Iterable[Curve]) -> dict[str, float | None]:
         squares = sum(float(steps @ steps) for steps, _ in parts)
         products = sum(float(steps @ mb) for steps, mb in parts)
         found[name] = round(1000 * products / squares, 3) if squares else None
-    num_shards = 2
-    ours = [(found.get(name) or 0.0) * (num_shards if name == OURS[-1] else 1) for name in OURS]
+    ours = [(found.get(name) or 0.0) * (NUM_SHARDS if name == OURS[-1] else 1) for name in OURS]
     return {"ours together": round(sum(ours), 3)} | dict(sorted(found.items()))
 
 

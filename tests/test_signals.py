@@ -18,7 +18,7 @@ from lsp_ray.run import parse
 from lsp_ray.runtime.checkpoint import checkpoints
 from lsp_ray.runtime.job import prepare_job
 from lsp_ray.runtime.stop_signal import ECHO_S, StopSignal
-from tests.signalled import WAYS, Run, assert_same_end, assert_saved, tiny_options, wait_until
+from tests.signalled import Run, To, assert_same_end, assert_saved, tiny_options, wait_until
 from tests.tiny_jobs import run_on_threads
 
 
@@ -159,13 +159,21 @@ def test_a_driver_that_is_killed_leaves_no_actor_and_no_shared_memory(runs: Runs
     wait_until(lambda: belongings.are_gone(but="Agent"), "nothing is left")
 
 
-@pytest.mark.timeout(600)  # it starts seven times
-def test_a_run_that_is_stopped_in_every_way_in_turn_ends_with_the_bits_of_one_left_alone(tmp_path: Path) -> None:
-    options = tiny_options(tmp_path / "tiny", "--gradient_accumulation_steps", "8", "--max_steps", "60")
+# the driver's signals are in other tests and all six ways in scripts/stop_ways.py: each costs a start
+IN_TURN: list[tuple[To, signal.Signals]] = [
+    ("group", signal.SIGTERM),
+    ("group", signal.SIGHUP),
+    ("tree", signal.SIGHUP),
+]
+
+
+@pytest.mark.timeout(600)  # it starts four times
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_bits_of_one_left_alone(tmp_path: Path) -> None:
+    options = tiny_options(tmp_path / "tiny", "--gradient_accumulation_steps", "8", "--max_steps", "40")
     reference = parse([*options, "--output_dir", str(tmp_path / "reference")])
     run_on_threads(prepare_job(reference, lambda _line: None), tmp_path / "reference")
     going_on: list[str] = []
-    for to, number in WAYS:
+    for to, number in IN_TURN:
         run = Run.start(tmp_path / "stopped", *options, *going_on)
         try:
             run.wait_for_step()
