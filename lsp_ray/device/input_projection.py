@@ -30,8 +30,8 @@ class InputProjection:
             return right.project(input_TN.detach().reshape(-1, input_TN.shape[-1]))
         held = self._held
         if held is None or held[0] is not input_TN or held[1] != input_TN._version or held[2] is not right:
-            with torch.no_grad():
-                projected_TE = right.project(input_TN.detach().reshape(-1, input_TN.shape[-1]))
+            # no graph comes of it: neither X, detached, nor Q wants a gradient
+            projected_TE = right.project(input_TN.detach().reshape(-1, input_TN.shape[-1]))
             held = input_TN, input_TN._version, right, projected_TE
             self._num_uses = 0
         self._num_uses += 1
