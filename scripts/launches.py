@@ -162,10 +162,13 @@ class _CountedFence:
 
 
 @contextmanager
-def as_on_a_gpu(count: LaunchCount, graphs: Graphs | None = None) -> Iterator[None]:
+def as_on_a_gpu(
+    count: LaunchCount, graphs: Graphs | None = None, norm: Callable[..., torch.Tensor] | None = None
+) -> Iterator[None]:
     """Within the context weights on the CPU are added to by the GPU's kernels, which count and do nothing.
 
-    `graphs` records blocks; default: they run operator by operator.
+    `graphs` records blocks; default: they run operator by operator. `norm` takes the fused norm's place; default: one
+    that counts.
     """
 
     class Counted(CpuBackend):
@@ -188,7 +191,7 @@ def as_on_a_gpu(count: LaunchCount, graphs: Graphs | None = None) -> Iterator[No
     changes: list[tuple[ModuleType, dict[str, Any]]] = [(gpu_kernels, ours)]
     changes += [(cpu_kernels, {"has_kernel": lambda _weight: False}), (device_side, {"CpuBackend": Counted})]
     changes += _everywhere(is_launched, lambda _table: True) + _everywhere(product_float32, wide_product)
-    changes += _everywhere(rms_norm, partial(_counted_norm, count)) + _on_the_host(count)
+    changes += _everywhere(rms_norm, norm or partial(_counted_norm, count)) + _on_the_host(count)
     before = [(module, {name: vars(module)[name] for name in names}) for module, names in changes]
     try:
         for module, names in changes:

@@ -47,7 +47,7 @@ def rms_eps(module: nn.Module) -> float | None:
     weight_N, input_KN = drawn_KN[0], drawn_KN[1:]
     with torch.no_grad():
         found_KN = functional_call(module, {"weight": weight_N}, (input_KN,))
-    expected_KN = rms_norm(input_KN, weight_N.shape, weight_N, eps)
+    expected_KN = nn.functional.rms_norm(input_KN, weight_N.shape, weight_N, eps)
     is_rms = found_KN.shape == expected_KN.shape and torch.allclose(found_KN, expected_KN, _TOLERANCE, _TOLERANCE)
     return eps if is_rms else None
 

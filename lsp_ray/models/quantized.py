@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,6 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from lsp_ray.config import Bits
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.aliases import FIELD
-
-# it warns of kernels that are for servers, and of types that LLM.int8 has inside
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _ROWS = 1024  # of a weight that are made at a time
 

@@ -97,6 +97,10 @@ class BlockFactor:
 
     def project_by_columns(self, table_TF: torch.Tensor) -> torch.Tensor:
         """Return the same as (D, T), contiguous: one launch where G divides F."""
+        if not self.long_groups:  # with few views: on a GPU the host's calls are what a product costs
+            block_GSR = self.value_FR.to(table_TF.dtype).view(self.groups, -1, self.nnz_per_row)
+            table_GST = table_TF.t().reshape(self.groups, -1, table_TF.shape[0])
+            return torch.bmm(block_GSR.transpose(1, 2), table_GST).view(self.dim, -1)
         pairs = zip(self.split(table_TF, 1), self.blocks(), strict=True)
         parts = [torch.bmm(block.to(part.dtype).transpose(1, 2), part.permute(1, 2, 0)) for part, block in pairs]
         projected_GRT = parts[0] if len(parts) == 1 else torch.cat(parts)
