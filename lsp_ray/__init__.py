@@ -3,10 +3,14 @@
 The names below are imported when they are first used: `import lsp_ray` alone imports neither torch nor ray.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# where it is installed, transformers imports it: it then warns of kernels for servers, and of types inside of LLM.int8
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from lsp_ray.config import LspConfig as LspConfig

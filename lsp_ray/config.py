@@ -167,8 +167,8 @@ class RuntimeConfig:
     """CPU threads of each shard; default: what a GPU run leaves, or a quarter of a CPU run's cores, over num_shards."""
     payload_dtype: PayloadDtype = "bfloat16"
     """Type of what crosses the link; int8, a quarter of float32's bytes, is for slow links."""
-    cuda_graphs: bool = True
-    """On a GPU, launch each block's forward and backward as one graph; examples are padded to multiples of 64."""
+    cuda_graphs: bool | None = None
+    """On a GPU, launch each block's passes as graphs, examples padded to multiples of 64; default: not if compiled."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
     emulate: EmulatedMachine | None = None
@@ -244,6 +244,8 @@ class RunConfig:
     """The same to 8 bits (LLM.int8 of bitsandbytes)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    torch_compile: bool = False
+    """Compile each block for its sizes at the start: fewer and larger kernels; in place of runtime.cuda_graphs."""
     save_steps: int = 500
     """Steps between checkpoints (checkpoint-N in output_dir), from which a run can go on; Ctrl-C saves in any case."""
     save_minutes: float = 10.0
@@ -291,7 +293,7 @@ class RunConfig:
         if self.seed > MAX_SEED:
             raise ConfigError("seed", f"be at most {MAX_SEED}", self.seed)
         self._check_quantized()
-        self._check_length()
+        self._check_combinations()
 
     def _check_quantized(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
@@ -306,10 +308,12 @@ class RunConfig:
         if self.lsp.delta == "merged":
             raise ConfigError("lsp.delta", f"be apart with {field}, as quantised weights stay as they are", "merged")
 
-    def _check_length(self) -> None:
+    def _check_combinations(self) -> None:
         if self.max_steps is not None and self.max_steps < 1 and self.max_steps != -1:
             raise ConfigError("max_steps", "be at least 1, or -1 to train num_train_epochs", self.max_steps)
         _above_zero("num_train_epochs", self.num_train_epochs)
+        if self.torch_compile and self.runtime.cuda_graphs:
+            raise ConfigError("runtime.cuda_graphs", "be false or left out with torch_compile", True)
         shortest = 2 * (self.num_sketched_steps + 1)
         if 0 < self.lsp.check_every < shortest:
             bound = f"be 0 or at least {shortest}, so that a refit ends in time"
@@ -369,6 +373,12 @@ class RunConfig:
     def offloads(self) -> bool:
         """Whether the optimizer's state is on the CPU, so that gradients and updates cross the link."""
         return self.method in ("lsp", "zero_offload")
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether blocks are launched as CUDA graphs where the model runs on a GPU."""
+        asked = self.runtime.cuda_graphs
+        return not self.torch_compile if asked is None else asked
 
     @property
     def policy(self) -> PolicyName:

@@ -1,4 +1,4 @@
-"""`lsp-ray export`: a run's checkpoint in another dtype, with a model card, checked against the original."""
+"""`lsp-ray export`: a run's model in another dtype, or its adapter, with a model card, checked against the original."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # --help is answered before torch is imported
     from lsp_ray.report.run_folder import RunFolder
 
 DTYPES = ("float32", "bfloat16", "float16")
+ADAPTER = "adapter"
 PROBE_TOKENS = 32
 MAX_ERROR_IN_EPS = 10.0  # of ‖logits‖: every layer rounds anew, and errors of a layer add up like a random walk's
 
@@ -46,13 +47,15 @@ class Exported:
 
     Attributes:
         folder: Where the model is.
-        dtype: Of its weights: float32, bfloat16 or float16.
+        dtype: Of its weights: float32, bfloat16 or float16; of an adapter, "adapter".
         relative_error: ‖difference‖ / ‖logits‖ to the trained model's, both in float32.
+        kept: The share of the update's norm that an adapter keeps.
     """
 
     folder: Path
     dtype: str
     relative_error: float
+    kept: float = 1.0
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.export") -> int:
@@ -60,7 +63,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.ex
     options = _parser(prog).parse_args(argv)
     wait_passively()
     try:
-        exported = export(options.run_dir, options.output_dir, options.dtype)
+        exported = export(
+            options.run_dir, options.output_dir, options.dtype, merge=options.merge, rank=options.export_rank
+        )
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,7 +75,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.ex
     except KeyboardInterrupt:
         return 130
     how = "equal the trained model's" if exported.relative_error == 0 else f"differ by {exported.relative_error:.2g}"
-    print(f"exported: {exported.folder}, {exported.dtype}; logits {how}")
+    kept = f" with {exported.kept:.2%} of the update's norm" if exported.kept < 1 else ""
+    print(f"exported: {exported.folder}, {exported.dtype}{kept}; logits {how}")
     return 0
 
 
@@ -83,42 +89,62 @@ def _parser(prog: str = "python -m lsp_ray.export") -> argparse.ArgumentParser:
     parser.add_argument("run_dir", type=Path, help="Output folder of a finished run.")
     parser.add_argument("output_dir", type=Path, help="New or empty folder.")
     parser.add_argument("--dtype", choices=DTYPES, help="Of the weights; default: the run's.")
+    parser.add_argument(
+        "--merge", action="store_true", help="Of a run on a quantised base: a whole model, no longer quantised."
+    )
+    parser.add_argument(
+        "--export_rank", type=int, metavar="K", help="Of a run's adapter: the K leading directions of each linear."
+    )
     return parser
 
 
-def export(run_dir: Path, output_dir: Path, dtype: str | None = None) -> Exported:
+def export(
+    run_dir: Path, output_dir: Path, dtype: str | None = None, *, merge: bool = False, rank: int | None = None
+) -> Exported:
     """Write the model of `run_dir` into `output_dir`, load it from there and compare its logits.
+
+    A run on a quantised base has an adapter: this is what is written then, unless it is to be merged.
 
     Args:
         run_dir: Output folder of a finished run.
         output_dir: New or empty.
         dtype: float32, bfloat16 or float16; default: the run's.
+        merge: Write a whole model of a run on a quantised base.
+        rank: Write the run's adapter, with at most so many directions a linear.
 
     Raises:
-        ConfigError: `run_dir` holds no finished run, or `output_dir` has content.
+        ConfigError: `run_dir` holds no finished run, or not what is asked for, or `output_dir` has content.
         LspRayError: The logits are not the trained model's to the dtype's accuracy: exactly for the run's own.
     """
     import torch
 
-    from lsp_ray.models.load import load_tokenizer, save_model
-    from lsp_ray.models.trained import load_trained
+    from lsp_ray.methods.lora import merged_state
+    from lsp_ray.models.load import load_tokenizer
+    from lsp_ray.models.save import save_model
+    from lsp_ray.models.trained import is_beside_base, load_trained, plain_model
     from lsp_ray.report.run_folder import read_run
 
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ConfigError("output_dir", "be a new or empty folder", str(output_dir))
     run = read_run(run_dir)
+    is_apart = is_beside_base(run_dir)
+    _check_asked(run_dir, dtype, merge=merge, rank=rank, is_apart=is_apart)
+    if rank is not None or (is_apart and not merge):
+        return _export_adapter(run_dir, output_dir, run, rank)
     trained = load_trained(run_dir)
     own = str(trained.dtype).removeprefix("torch.")
     dtype = dtype or own
     expected = _logits(trained)
     card = model_card(run, dtype, base=base_model(run_dir, run.config), is_classifier=not trained.can_generate())
+    if is_apart:
+        trained = plain_model(trained, merged_state(trained))
     try:
-        save_model(trained.to(getattr(torch, dtype)), load_tokenizer(run_dir), output_dir)
+        save_model(trained.to(getattr(torch, dtype)), load_tokenizer(run_dir), output_dir, source=run_dir)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error
     relative_error = float((_logits(load_trained(output_dir)) - expected).norm() / expected.norm())
-    bound = 0.0 if dtype == own else MAX_ERROR_IN_EPS * torch.finfo(getattr(torch, dtype)).eps
+    bound = 0.0 if dtype == own and not is_apart else MAX_ERROR_IN_EPS * torch.finfo(getattr(torch, dtype)).eps
     if not relative_error <= bound:  # also what is not a number
         shutil.rmtree(output_dir)
         raise LspRayError(
@@ -127,7 +153,41 @@ def export(run_dir: Path, output_dir: Path, dtype: str | None = None) -> Exporte
     return Exported(folder=output_dir, dtype=dtype, relative_error=relative_error)
 
 
-def model_card(run: RunFolder, dtype: str, *, base: str | None, is_classifier: bool = False) -> str:
+def _check_asked(run_dir: Path, dtype: str | None, *, merge: bool, rank: int | None, is_apart: bool) -> None:
+    has_adapter = (run_dir / ADAPTER / "adapter_config.json").is_file()
+    if rank is not None and rank < 1:
+        raise ConfigError("export_rank", "be at least 1", rank)
+    if rank is not None and not has_adapter:
+        raise ConfigError("export_rank", f"be left out: the run has no {ADAPTER} folder", rank)
+    if rank is not None and merge:
+        raise ConfigError("export_rank", "be left out beside merge, which keeps all directions", rank)
+    if merge and not is_apart:
+        raise ConfigError("merge", "be left out: the run's model is a whole one already", merge)
+    if dtype is not None and (rank is not None or (is_apart and not merge)):
+        raise ConfigError("dtype", "be left out for an adapter; with --merge a whole model is written", dtype)
+
+
+def _export_adapter(run_dir: Path, output_dir: Path, run: RunFolder, rank: int | None) -> Exported:
+    """Write it as PEFT's own folder and compare the logits of the base with it."""
+    from lsp_ray.methods.adapter_rank import export_adapter
+    from lsp_ray.models.load import load_tokenizer
+    from lsp_ray.models.trained import load_trained, with_adapter
+
+    expected = _logits(load_trained(run_dir))
+    card = model_card(run, "as the base's", base=base_model(run_dir, run.config), is_adapter=True)
+    try:
+        kept = export_adapter(run_dir / ADAPTER, output_dir, rank)
+        load_tokenizer(run_dir).save_pretrained(output_dir)
+        (output_dir / "README.md").write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error
+    relative_error = float((_logits(with_adapter(run_dir, output_dir)) - expected).norm() / expected.norm())
+    return Exported(folder=output_dir, dtype="adapter", relative_error=relative_error, kept=kept)
+
+
+def model_card(
+    run: RunFolder, dtype: str, *, base: str | None, is_classifier: bool = False, is_adapter: bool = False
+) -> str:
     """The run's facts, and how to load the model, as a README.md for a model hub; no path of this machine is in it.
 
     Args:
@@ -135,17 +195,28 @@ def model_card(run: RunFolder, dtype: str, *, base: str | None, is_classifier: b
         dtype: Of the weights.
         base: What the run began with, by a name that others know.
         is_classifier: What to load it as.
+        is_adapter: Whether it is no whole model.
     """
     config = dict(run.config)
     if "dataset" in config and _is_path(config["dataset"]):
         config["dataset"] = Path(config["dataset"]).name
     facts = [(label, config[name]) for name, label in _FACTS.items() if name in config]
-    header = ["---", "library_name: transformers", f"pipeline_tag: {_PIPELINES[is_classifier]}", "tags:", "- lsp_ray"]
+    library = "peft" if is_adapter else "transformers"
+    header = ["---", f"library_name: {library}", f"pipeline_tag: {_PIPELINES[is_classifier]}", "tags:", "- lsp_ray"]
     if base is not None:
         facts.insert(0, ("Base model", base))
         header.append(f"base_model: {json.dumps(base)}")
     lines = [*header, "---", "", f"# {run.name}", "", "Fine-tuned with lsp_ray (learned sparse projectors).", ""]
-    lines += ["## Use", "", "```python", *_usage(is_classifier), "```", "", "## Training", ""]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        *(_adapter_usage(base) if is_adapter else _usage(is_classifier)),
+        "```",
+        "",
+        "## Training",
+        "",
+    ]
     lines += ["| | |", "|---|---|", *(f"| {label} | {_cell(value)} |" for label, value in facts)]
     lines += [f"| Weights | {dtype} |", *_results(run.summary), ""]
     return "\n".join(lines)
@@ -179,6 +250,18 @@ def _usage(is_classifier: bool) -> list[str]:
         "print(model(**inputs).logits.argmax(-1))"
         if is_classifier
         else "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))",
+    ]
+
+
+def _adapter_usage(base: str | None) -> list[str]:
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
+        "",
+        f'base = "{base or "the model that it was trained from"}"',
+        'config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
+        'model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype="auto")',
+        'model = PeftModel.from_pretrained(model, ".")  # or where this adapter is',
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -15,13 +16,14 @@ import yaml
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.inputs import check_inputs
+from lsp_ray.inputs import check_inputs, check_temp_folder
 from lsp_ray.output_folder import claimed
 from lsp_ray.report.page import report
 from lsp_ray.report.run_folder import REPORT, read_run
 from lsp_ray.report.server import report_server
 from lsp_ray.runtime.stop_signal import StopSignal
 from lsp_ray.runtime.trackers import check_tracker
+from lsp_ray.sim.store import size_text
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray are imported
     from rich.console import Console
@@ -107,8 +109,7 @@ def run_config(
     Raises:
         LspRayError: Something failed underway; a ConfigError: something cannot work, and nothing was written.
     """
-    check_inputs(config, with_dataset=rows is None)
-    check_tracker(config.report_to)
+    _check_surroundings(config, with_dataset=rows is None)
     with report_server(config.report_port) as server, claimed(config) as output_dir:
         from lsp_ray.report.progress import Progress
         from lsp_ray.runtime.cluster import ray_cluster
@@ -143,6 +144,15 @@ def run_config(
                     summary = fine_tune_persistently(job, RayWorkers, output_dir, listener, _decoder(job), signal)
             progress.note(_done(job, summary, output_dir, progress.elapsed))
     return RunResult(output_dir=output_dir, summary=summary)
+
+
+def _check_surroundings(config: RunConfig, *, with_dataset: bool) -> None:
+    """Raise ConfigError where something is missing outside of the run; nothing slow is imported."""
+    check_inputs(config, with_dataset=with_dataset)
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():  # else the run uses the Ray that this process has started
+        check_temp_folder(os.environ, os.getpid())
+    check_tracker(config.report_to)
 
 
 @contextmanager
@@ -231,15 +241,11 @@ def _plan_line(job: Job) -> str:
         parts.append(f"{len(job.subspace_dims)} projected matrices that send {sent}")
     parts.append(f"{job.num_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps}")
     if job.payload_sizes:
-        parts.append(f"{_size(job.bytes_each_way)} each way a step")
+        parts.append(f"{size_text(job.bytes_each_way)} each way a step")
         parts.append(f"{layout.num_shards} shard(s) × {layout.shard_threads} thread(s)")
         parts.append(f"policy {config.policy}")
     parts.append(f"{layout.device_threads} device thread(s)")
     return ", ".join(parts)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def _note_dashboard(cluster: ClusterInfo, progress: Progress) -> None:

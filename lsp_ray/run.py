@@ -27,7 +27,11 @@ from lsp_ray.launch import run_config
 from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.runtime.stop_signal import StopSignal
 
-_SWITCHES = ("--bf16", "--gradient_checkpointing", "--load_best_model_at_end", "--lsp.balance", "--runtime.dashboard")
+_SWITCHES = (
+    *("--bf16", "--gradient_checkpointing", "--torch_compile", "--load_best_model_at_end", "--lsp.balance"),
+    *("--load_in_4bit", "--load_in_8bit"),
+    "--runtime.dashboard",
+)
 _PARSER_KEY = re.compile(r'Parser key "(?P<field>[^"]+)":.*?(?:Got|Given) value:\s*(?P<value>.*?)\s*(?:Subtypes.*|$)')
 _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TrainerState,
     TrainingArguments,
 )
@@ -28,8 +29,9 @@ from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.device.evaluate import class_scores, language_scores, number_scores
 from lsp_ray.errors import ConfigError
 from lsp_ray.launch import RunResult, run_config
-from lsp_ray.models.load import load_config, load_model, save_model
+from lsp_ray.models.load import load_config, load_model
 from lsp_ray.models.resolve import default_cache_dir, resolve_model
+from lsp_ray.models.save import save_model
 from lsp_ray.models.trained import label_names, load_trained
 from lsp_ray.output_folder import BASE_MODEL, INTERNALS
 from lsp_ray.trainer_arguments import run_config_of
@@ -52,10 +54,10 @@ class LSPTrainer:
 
     Of `args` it follows output_dir (new or empty, unless a run goes on in it), max_steps, num_train_epochs,
     per_device_train_batch_size, gradient_accumulation_steps, learning_rate, lr_scheduler_type, lr_scheduler_kwargs,
-    warmup_steps, weight_decay, max_grad_norm, seed, bf16, gradient_checkpointing, logging_steps, eval_steps, save_steps
-    and the strategies of these three, save_total_limit, load_best_model_at_end, use_cpu, disable_tqdm,
-    remove_unused_columns and report_to. Another field with a value of its own is refused where it would change the
-    result, and warned of by its name elsewhere.
+    warmup_steps, weight_decay, max_grad_norm, seed, bf16, gradient_checkpointing, torch_compile, logging_steps,
+    eval_steps, save_steps and the strategies of these three, save_total_limit, load_best_model_at_end, use_cpu,
+    disable_tqdm, remove_unused_columns and report_to. Another field with a value of its own is refused where it would
+    change the result, and warned of by its name elsewhere.
 
     Args:
         model: A folder, hub id or alias, or a model in memory, which has the trained weights after training.
@@ -63,7 +65,7 @@ class LSPTrainer:
         data_collator: Makes batches with `input_ids` and `labels`; default: pads both.
         train_dataset: Indexable, with a length. Rows from which nothing is learned are left out, with a line.
         eval_dataset: The same; default: a tenth of train_dataset, drawn by the seed, is held out.
-        processing_class: The model's tokenizer.
+        processing_class: The model's tokenizer, or its processor, which is saved with the model.
         callbacks: transformers' TrainerCallbacks, see `Callbacks`.
         method: See `RunConfig`.
         lsp: The projectors.
@@ -78,7 +80,7 @@ class LSPTrainer:
         data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: Sequence[Any] | None = None,
         *,
         method: Method = "lsp",
@@ -88,7 +90,10 @@ class LSPTrainer:
     ) -> None:
         if processing_class is None:
             raise ConfigError("processing_class", "be the model's tokenizer", None)
-        self.args, self.processing_class = args, processing_class
+        self.args = args
+        self._processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
+        tokenizer: Any = processing_class if self._processor is None else self._processor.tokenizer
+        self.processing_class: PreTrainedTokenizerBase = tokenizer
         self._output_dir = Path(str(args.output_dir))
         self._model, self._loaded = model, None if isinstance(model, str) else model
         self._verbose = not args.disable_tqdm if verbose is None else verbose
@@ -98,7 +103,7 @@ class LSPTrainer:
             self._config = replace(self._config, bf16=model.dtype == torch.bfloat16)
         self.rows = self._checked(train, held_out, data_collator)
         self.callbacks = Callbacks(
-            callbacks or (), args, self._loaded, processing_class, logging_steps=self._config.logging_steps
+            callbacks or (), args, self._loaded, self.processing_class, logging_steps=self._config.logging_steps
         )
 
     @property
@@ -135,7 +140,7 @@ class LSPTrainer:
             name = hashlib.sha256(str(self._output_dir.absolute()).encode()).hexdigest()[:16]
             folder = default_cache_dir() / "trainer" / name
             try:
-                save_model(self._model, self.processing_class, folder)
+                self._save(self._model, folder)
                 result = self._run(config, str(folder))
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -154,10 +159,16 @@ class LSPTrainer:
         return result
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Return the model's scores on the held-out rows, or on others, by names that begin with `eval_`."""
+        """Return the model's scores on the held-out rows, or on others, by names that begin with `eval_`.
+
+        Raises:
+            ConfigError: Nothing can be predicted in the rows, or one is too long.
+        """
         rows = self.rows
         if eval_dataset is not None:
             given = with_model_columns(eval_dataset) if self.args.remove_unused_columns else eval_dataset
+            if rows.task == "causal_lm":
+                given = usable("eval_dataset", given, max_length=self._max_length(), note=self._note)
             rows = replace(rows, eval=given)
         batches = MicroBatches(
             rows,
@@ -176,7 +187,7 @@ class LSPTrainer:
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write model and tokenizer as they are now; default: into `args.output_dir`."""
-        save_model(self.model, self.processing_class, Path(output_dir or self._output_dir))
+        self._save(self.model, Path(output_dir or self._output_dir))
 
     def add_callback(self, callback: Any) -> None:
         """Add a TrainerCallback, an instance or a class."""
@@ -187,6 +198,12 @@ class LSPTrainer:
         is_class = isinstance(callback, type)
         kept = [one for one in self.callbacks.each if not (type(one) is callback if is_class else one is callback)]
         self.callbacks.each = kept
+
+    def _save(self, model: PreTrainedModel, folder: Path) -> None:
+        trained = self._output_dir if (self._output_dir / "config.json").is_file() else None
+        save_model(model, self.processing_class, folder, source=trained)
+        if self._processor is not None:
+            self._processor.save_pretrained(folder)
 
     def _run(self, config: RunConfig, model_name: str) -> RunResult:
         config = replace(config, model_name_or_path=model_name)
@@ -224,7 +241,7 @@ class LSPTrainer:
         bound: int = self.processing_class.model_max_length
         if isinstance(self._model, str) and not Path(self._model).is_dir():  # a hub is not asked before training
             return bound
-        positions = getattr(self._model_config(), "max_position_embeddings", None)
+        positions = getattr(self._model_config().get_text_config(), "max_position_embeddings", None)
         return bound if positions is None else min(bound, positions)
 
     def _note(self, line: str) -> None:

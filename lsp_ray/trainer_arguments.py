@@ -18,7 +18,7 @@ NEVER_LOGGED = 10**9
 
 _SHARED = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-    *("weight_decay", "seed", "max_grad_norm", "save_total_limit"),
+    *("weight_decay", "seed", "max_grad_norm", "save_total_limit", "torch_compile"),
 )
 _FOLLOWED = {
     *_SHARED,
@@ -44,6 +44,8 @@ _MUST: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "greater_is_better": (lambda value: not value, "be false: the lowest loss is the best"),
     "deepspeed": (lambda value: not value, "be left out: one GPU, the state on the CPU already"),
     "fsdp": (lambda value: not value, "be left out: one GPU"),
+    "torch_compile_backend": (lambda value: value in (None, "inductor"), "be inductor"),
+    "torch_compile_mode": (lambda value: value in (None, "default"), "be left out"),
     "parallelism_config": (lambda value: not value, "be left out: one GPU"),
     "auto_find_batch_size": (lambda value: not value, "be false; `lsp-ray plan` says what fits"),
     "push_to_hub": (lambda value: not value, "be false: nothing leaves the machine"),

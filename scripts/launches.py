@@ -22,18 +22,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import get_ident
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lsp_ray.device import cpu_kernels, gpu_kernels
 from lsp_ray.device.backend import CpuBackend, Fence
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch, num_targets, num_tokens
+from lsp_ray.projection.block_factor import is_launched
+from lsp_ray.projection.sparse_projector import product_float32
 from lsp_ray.runtime import device_side
 from lsp_ray.trace import WorkStream
 from scripts.gpu_bench_parts.builds import CAPABILITIES, Variant, built, has_assembler, variant_of
@@ -53,9 +57,13 @@ LAUNCHES: Mapping[str, int] = {
     "nll_loss_backward": 2,
     "nonzero": 5,
 }
+FOREACH_CHUNK, FOREACH_CHUNKS = 65536, 320  # elements that a block copies, and blocks of a launch
 BY_MASK = 6  # launches of indexing by booleans: nonzero, and the gather
 _FREE = ("_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _SYNCS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "unique")
+
+
+Graphs = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class LaunchCount(TorchDispatchMode):
@@ -91,6 +99,10 @@ class LaunchCount(TorchDispatchMode):
             self.launches[variant.kernel] += 1
             self.variants[variant] = kernel
 
+    def operated(self, name: str, number: int = 1) -> None:
+        """Note an operator that a CPU does not have."""
+        self.launches[name] += number * (get_ident() == self._thread)
+
     def waited(self, what: str) -> None:
         """Note that a thread waits; only the one that launches holds the device up."""
         self.syncs[what] += get_ident() == self._thread
@@ -116,6 +128,10 @@ class LaunchCount(TorchDispatchMode):
         if name in _SYNCS or by_mask:
             self.syncs["index by booleans" if by_mask else name] += 1
         number = BY_MASK if by_mask else LAUNCHES.get(name, 0 if _is_free(func, name) else 1)
+        if name == "cat" and len({result.dtype, *(part.dtype for part in args[0])}) > 1:
+            number = len(args[0])
+        if name == "_foreach_copy_":
+            number = -(-sum(-(-part.numel() // FOREACH_CHUNK) for part in args[0]) // FOREACH_CHUNKS)
         if number:
             self.launches[name] += number
         return result
@@ -146,18 +162,36 @@ class _CountedFence:
 
 
 @contextmanager
-def as_on_a_gpu(count: LaunchCount) -> Iterator[None]:
-    """Within the context weights on the CPU are added to by the GPU's kernels, which count and do nothing."""
+def as_on_a_gpu(
+    count: LaunchCount, graphs: Graphs | None = None, norm: Callable[..., torch.Tensor] | None = None
+) -> Iterator[None]:
+    """Within the context weights on the CPU are added to by the GPU's kernels, which count and do nothing.
+
+    `graphs` records blocks; default: they run operator by operator. `norm` takes the fused norm's place; default: one
+    that counts.
+    """
 
     class Counted(CpuBackend):
+        has_graphs = graphs is not None
+
+        def record_graph(self, run: Callable[[], None], *, apart: bool) -> Callable[[], None]:
+            assert graphs is not None
+            return graphs(run)
+
         def record(self, stream: WorkStream) -> Fence:
             return _CountedFence(count) if stream is WorkStream.GPU else super().record(stream)
+
+    def wide_product(left_DT: torch.Tensor, right_TE: torch.Tensor) -> torch.Tensor:
+        count.operated("mm.dtype")
+        with count.paused():
+            return (left_DT @ right_TE).float()
 
     ours: dict[str, Any] = {name: _CountedKernel(kernel, count) for name, kernel in kernels().items()}
     ours |= {"has_kernel": lambda _weight: True, "runs_on": lambda _device: True}
     changes: list[tuple[ModuleType, dict[str, Any]]] = [(gpu_kernels, ours)]
     changes += [(cpu_kernels, {"has_kernel": lambda _weight: False}), (device_side, {"CpuBackend": Counted})]
-    changes += _on_the_host(count)
+    changes += _everywhere(is_launched, lambda _table: True) + _everywhere(product_float32, wide_product)
+    changes += _everywhere(rms_norm, norm or partial(_counted_norm, count)) + _on_the_host(count)
     before = [(module, {name: vars(module)[name] for name in names}) for module, names in changes]
     try:
         for module, names in changes:
@@ -166,6 +200,30 @@ def as_on_a_gpu(count: LaunchCount) -> Iterator[None]:
     finally:
         for module, names in before:
             vars(module).update(names)
+
+
+def _counted_norm(
+    count: LaunchCount, input_TN: torch.Tensor, shape: Sequence[int], weight_N: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The kernel that a CPU does not have: one launch, and two of its gradients (ATen's sources)."""
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, input_TN: torch.Tensor, weight_N: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(input_TN, weight_N)
+            count.operated("_fused_rms_norm")
+            with count.paused():
+                return rms_norm(input_TN, shape, weight_N, eps)
+
+        @staticmethod
+        def backward(ctx: Any, grad_TN: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            count.operated("_fused_rms_norm_backward", 2)
+            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            with count.paused(), torch.enable_grad():
+                return torch.autograd.grad(rms_norm(inputs[0], shape, inputs[1], eps), inputs, grad_TN)
+
+    normed: torch.Tensor = Norm.apply(input_TN, weight_N)  # type: ignore[no-untyped-call]
+    return normed
 
 
 def _on_the_host(count: LaunchCount) -> list[tuple[ModuleType, dict[str, Any]]]:
@@ -178,12 +236,14 @@ def _on_the_host(count: LaunchCount) -> list[tuple[ModuleType, dict[str, Any]]]:
 
         return called
 
+    return [change for told in (num_targets, num_tokens) for change in _everywhere(told, uncounted(told))]
+
+
+def _everywhere(function: object, other: object) -> list[tuple[ModuleType, dict[str, Any]]]:
+    """Another one in a function's place, wherever it is known."""
     ours = [module for name, module in sys.modules.items() if name.startswith("lsp_ray.")]
     return [
-        (module, {name: uncounted(value)})
-        for module in ours
-        for name, value in list(vars(module).items())
-        if value is num_targets or value is num_tokens
+        (module, {name: other}) for module in ours for name, value in list(vars(module).items()) if value is function
     ]
 
 

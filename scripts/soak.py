@@ -5,8 +5,9 @@
 
 The kills are in the first half of the steps; --quick: 20 kills over 60 steps, and 540 steps left alone after them.
 One kill in four is the GPU actor's, the others are shards'. Recovery is the longest pause between two steps after a
-kill. Slopes are those of straight lines through what is in use between one kill and the next, each stretch at a level
-of its own and without its first steps: a new process fills its caches.
+kill. Growth is the slope of a straight line through what a process holds by itself, over all steps that it lives
+through but its first ones: a new process fills its caches. The driver and Ray's own processes live through every kill,
+so theirs has what a kill costs; of the actors that took each other's place each has a level of its own.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import random
 import sys
 import tempfile
 import time
+from array import array
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,49 +42,75 @@ from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
 
 REFITS = {"check_every": 12, "max_bias": 0.0, "calibration_batches": 2}
 SAVE_STEPS = 10
-READ_EVERY = 5
+READ_EVERY = 20
+NUM_SHARDS = 2
 GPU_SHARE = 0.25
-SETTLING_STEPS = 150  # refits, checkpoints and allocators have been through all they do
+SETTLING_STEPS = 200  # refits, checkpoints and allocators have been through all they do
 STEPS_UNTIL_A_PAUSE = 3  # after a kill: so many steps may have all they need by then
+# what a command line has in it: whose process it is
+NAMES = {
+    "ray::GpuActor": "GPU actor",
+    "ray::ShardActor": "shard actors",
+    "gcs_server": "Ray: gcs_server",
+    "raylet/raylet": "Ray: raylet",
+    "ray::DashboardAgent": "Ray: dashboard agent",
+    "ray::RuntimeEnvAgent": "Ray: runtime_env agent",
+    "log_monitor.py": "Ray: log monitor",
+    "/monitor.py": "Ray: autoscaler",
+    "dashboard.py": "Ray: dashboard",
+    "ray::IDLE": "Ray: idle workers",
+}
+DRIVER, SHARED, STORE = "driver", "shared memory", "Ray's store"
+OURS = (DRIVER, "GPU actor", "shard actors")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Megabytes in use after so many steps and kills.
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Megabytes after so many steps."""
 
-    `rss_mb` is of all processes of the run together, without what they share; `shm_mb` are the segments of /dev/shm
-    that they have mapped, `store_mb` the objects in Ray's store, which has its segment from the start on.
-    """
+    name: str
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    mb: array[float] = field(default_factory=lambda: array("d"))
 
-    num_steps: int
-    num_kills: int
-    rss_mb: float
-    shm_mb: float
-    store_mb: float
+    def add(self, step: int, mb: float) -> None:
+        """Append a reading."""
+        self.steps.append(step)
+        self.mb.append(mb)
+
+    def settled(self) -> tuple[Any, Any]:
+        """Steps and megabytes without the first ones, each less its mean."""
+        steps, mb = np.array(self.steps, dtype=float), np.array(self.mb)
+        is_settled = steps >= steps[0] + SETTLING_STEPS
+        return _centred(steps[is_settled]), _centred(mb[is_settled])
 
 
 class Watcher(Killer):
-    """A killer that also notes when steps close and how much memory there is in use."""
+    """A killer that also notes when steps close and how much memory there is in use, and keeps no step.
+
+    Memory is that of each process by itself, without what it shares with others; the segments of /dev/shm that any has
+    mapped; the objects in Ray's store, which has its segment from the start on.
+    """
 
     def __init__(self, actor_after: Mapping[int, str], seed: int) -> None:
         super().__init__(actor_after, seed)
-        self._closed_s: list[float] = []
-        self.readings: list[Memory] = []
+        self._closed_s = array("d")
+        self.curves: dict[tuple[str, int], Curve] = {}  # by name and number of the process
 
     def step(self, metrics: StepMetrics) -> None:
         """See `Killer`."""
         self._closed_s.append(time.monotonic())
         super().step(metrics)
-        if len(self.steps) % READ_EVERY == 0:
-            self.readings.append(
-                Memory(
-                    num_steps=len(self.steps),
-                    num_kills=len(self.killed),
-                    rss_mb=_resident_mb(),
-                    shm_mb=_shared_mb(),
-                    store_mb=_stored_mb(),
-                )
-            )
+        self.steps.clear()
+        if len(self._closed_s) % READ_EVERY == 0:
+            self._read(len(self._closed_s))
+
+    def _read(self, step: int) -> None:
+        processes = _processes()
+        readings = [(name, pid, _private_mb(pid)) for pid, name in processes.items()]
+        readings += [(SHARED, 0, _shared_mb(processes)), (STORE, 0, _stored_mb())]
+        for name, pid, mb in readings:
+            if mb is not None:
+                self.curves.setdefault((name, pid), Curve(name)).add(step, mb)
 
     def recoveries_s(self, actor: str) -> list[float]:
         """The pause after each kill of an actor; where another kill fell into it, until that is overcome too."""
@@ -104,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Soak, print the figures; 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000, help="optimizer updates")
-    parser.add_argument("--kills", type=int, default=60, help="actors killed in the first half of them")
+    parser.add_argument("--kills", type=int, default=60, help="actors killed in the first half of them; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     parser.add_argument("--quick", action="store_true", help="600 steps, 20 kills in the first 60")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -122,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _soak(folder: Path, steps: int, kills: int, until: int, seed: int) -> dict[str, Any]:
     start_s = time.monotonic()
-    job = tiny_job(folder, max_steps=steps, save_steps=SAVE_STEPS, lsp=REFITS, runtime={"num_shards": 2}, bf16=True)
+    job = tiny_job(
+        folder, max_steps=steps, save_steps=SAVE_STEPS, lsp=REFITS, runtime={"num_shards": NUM_SHARDS}, bf16=True
+    )
     run_on_threads(job, folder / "undisturbed")
     chance = random.Random(seed)
     moments = chance.sample(range(1, until), kills)
@@ -139,9 +168,8 @@ def _soak(folder: Path, steps: int, kills: int, until: int, seed: int) -> dict[s
         "lost": sum(ours.get(step) != loss for step, loss in theirs.items()),
         "max_recovery_s": round(max(watcher.recoveries_s("ShardActor"), default=0.0), 2),
         "max_gpu_recovery_s": round(max(watcher.recoveries_s("GpuActor"), default=0.0), 2),
-        "rss_slope_mb_per_1000_steps": _slope(watcher.readings, "rss_mb"),
-        "shm_slope_mb_per_1000_steps": _slope(watcher.readings, "shm_mb"),
-        "store_slope_mb_per_1000_steps": _slope(watcher.readings, "store_mb"),
+        "growth_mb_per_1000_steps": _growth(watcher.curves.values()),
+        "held_mb": _held(watcher.curves.values()),
         "identical": _same_weights(job, folder) and ours == theirs,
         "total_s": round(time.monotonic() - start_s),
     }
@@ -157,36 +185,51 @@ def _same_weights(job: Job, folder: Path) -> bool:
     return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def _slope(readings: Sequence[Memory], name: str) -> float | None:
-    """Least squares, with a level for each stretch between two kills; None where no stretch is long enough."""
-    squares = products = 0.0
-    for _, group in groupby(readings, key=lambda reading: reading.num_kills):
-        stretch = list(group)
-        settled = [reading for reading in stretch if reading.num_steps >= stretch[0].num_steps + SETTLING_STEPS]
-        if len(settled) > 2:
-            steps = np.array([reading.num_steps for reading in settled], dtype=float)
-            values = np.array([getattr(reading, name) for reading in settled])
-            steps -= steps.mean()
-            squares += float(steps @ steps)
-            products += float(steps @ (values - values.mean()))
-    return round(1000 * products / squares, 3) if squares else None
+def _growth(curves: Iterable[Curve]) -> dict[str, float | None]:
+    """Of each process by name, and of ours together; least squares, each curve at a level of its own."""
+    found: dict[str, float | None] = {}
+    settled: dict[str, list[tuple[Any, Any]]] = {}
+    for curve in curves:
+        settled.setdefault(curve.name, []).append(curve.settled())
+    for name, parts in settled.items():
+        squares = sum(float(steps @ steps) for steps, _ in parts)
+        products = sum(float(steps @ mb) for steps, mb in parts)
+        found[name] = round(1000 * products / squares, 3) if squares else None
+    ours = [(found.get(name) or 0.0) * (NUM_SHARDS if name == OURS[-1] else 1) for name in OURS]
+    return {"ours together": round(sum(ours), 3)} | dict(sorted(found.items()))
 
 
-def _resident_mb() -> float:
-    total = 0
-    for process in _processes():
-        with suppress(psutil.NoSuchProcess):
-            memory = process.memory_info()
-            total += memory.rss - memory.shared
-    return total / 1e6
+def _held(curves: Iterable[Curve]) -> dict[str, list[float]]:
+    """Megabytes at a name's first settled and last reading, of the process that lived longest."""
+    longest: dict[str, Curve] = {}
+    for curve in curves:
+        if len(curve.mb) > len(longest.get(curve.name, Curve("")).mb):
+            longest[curve.name] = curve
+    settled = {
+        name: [mb for at, mb in zip(c.steps, c.mb, strict=True) if at >= c.steps[0] + SETTLING_STEPS]
+        for name, c in longest.items()
+    }
+    return {name: [round(mb[0], 1), round(mb[-1], 1)] for name, mb in sorted(settled.items()) if mb}
 
 
-def _shared_mb() -> float:
+def _centred(values: Any) -> Any:
+    return values - values.mean() if len(values) else values
+
+
+def _private_mb(pid: int) -> float | None:
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.NoSuchProcess:
+        return None
+    return float(memory.rss - memory.shared) / 1e6
+
+
+def _shared_mb(pids: Iterable[int]) -> float:
     """Each segment once, by its name, though it has none in /dev/shm any more: who has it mapped keeps it."""
     segments: dict[str, int] = {}
-    for process in _processes():
-        with suppress(psutil.NoSuchProcess, OSError):
-            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+    for pid in pids:
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 if "/dev/shm/" in line:
                     start, end = (int(address, 16) for address in line.split()[0].split("-"))
                     name = line.split(maxsplit=5)[5]
@@ -199,8 +242,16 @@ def _stored_mb() -> float:
     return float(total["object_store_memory"] - free["object_store_memory"]) / 1e6
 
 
-def _processes() -> list[psutil.Process]:
-    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+def _processes() -> dict[int, str]:
+    """This process and its children, by number: whose they are."""
+    found = {psutil.Process().pid: DRIVER}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            found[process.pid] = next(
+                (name for part, name in NAMES.items() if part in command), Path(command.split()[0]).name
+            )
+    return found
 
 
 if __name__ == "__main__":

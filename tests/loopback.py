@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.models.loss import Batch
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.optim.sums import SummedPart
 from lsp_ray.schedule.ops import GradientReady
 
 
@@ -36,6 +37,7 @@ class Loopback:
         judge: Judge | None = None,
         codec: Codec | None = None,
         backend: Backend | None = None,
+        sums: Mapping[int, Sequence[SummedPart]] | None = None,
     ) -> None:
         codec = codec or Codec()
         sizes = {unit.index: unit.numel for unit in units}
@@ -43,7 +45,7 @@ class Loopback:
         self.gradients: dict[int, torch.Tensor] = {}
         self.deltas: dict[int, torch.Tensor] = {}
         self._learning_rates = learning_rates
-        self._shard = OptimizerShard(sizes, codec=codec)
+        self._shard = OptimizerShard(sizes, codec=codec, sums=sums, weight_decay=weight_decay)
         self._slots = {index: torch.empty(codec.wire_numel(numel), dtype=codec.dtype) for index, numel in sizes.items()}
         self.worker = DeviceWorker(
             model,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.checkpoint import STATE, TRAINED, checkpoints
 from lsp_ray.runtime.job import resumed
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
@@ -100,3 +101,11 @@ def test_a_run_ends_with_the_weights_of_its_best_step(tmp_path: Path) -> None:
     assert summary.best_step < 12, "before the refit"
     best = min(metrics.eval_loss for metrics in listener.steps if metrics.eval_loss is not None)
     assert summary.eval_loss_after == pytest.approx(best, rel=1e-5)
+
+
+def test_projectors_of_another_balance_are_refused(tmp_path: Path) -> None:
+    run_on_threads(tiny_job(tmp_path, max_steps=1, lsp={"balance": False}), tmp_path / "plain")
+    start = {"delta": "apart", "init_from": str(tmp_path / "plain")}
+    with pytest.raises(ConfigError, match=r"^lsp\.init_from must hold projectors of the same lsp\.balance"):
+        tiny_job(tmp_path, lsp=start)
+    run_on_threads(tiny_job(tmp_path, max_steps=2, lsp={**start, "balance": False}), tmp_path / "apart")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
+from ray._private.utils import validate_socket_filepath
 
 from lsp_ray.config import LspConfig, RunConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.inputs import check_inputs
+from lsp_ray.inputs import check_inputs, check_temp_folder
 from lsp_ray.run import parse
 
 
@@ -103,16 +106,43 @@ def test_folders_without_what_they_should_hold_are_named(tmp_path: Path) -> None
         check_inputs(RunConfig(model_name_or_path=str(tmp_path)))
 
 
-def test_a_missing_file_is_refused_before_anything_slow_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("pid", [1, 4_194_304])
+def test_a_temporary_folder_too_long_for_rays_sockets_is_named_at_the_byte_where_ray_refuses_it(
+    name: str, pid: int
+) -> None:
+    folder = "/tmp/" + "ü" * 8 + "f" * 10
+    while True:
+        session = f"{folder}/ray/session_{datetime.now(UTC):%Y-%m-%d_%H-%M-%S_%f}_{pid}"
+        try:
+            validate_socket_filepath(f"{session}/sockets/plasma_store")  # Ray's own
+        except OSError:
+            break
+        check_temp_folder({name: folder}, pid)
+        folder += "f"
+    bound = len(folder.encode()) - 1
+    with pytest.raises(ConfigError, match=rf"^{name} must be at most {bound} bytes long, as the sockets of Ray's .*"):
+        check_temp_folder({name: folder}, pid)
+    check_temp_folder({"TMPDIR": folder, "RAY_TMPDIR": "/tmp"}, pid)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment"), [(["--dataset", "/nowhere/rows.jsonl"], {}), ([], {"TMPDIR": "/tmp/" + "f" * 60})]
+)
+def test_what_is_missing_or_too_long_is_refused_before_anything_slow_is_imported(
+    tmp_path: Path, options: list[str], environment: dict[str, str]
+) -> None:
     code = (
         "import sys\n"
         "from lsp_ray.run import main\n"
-        f"assert main(['--dataset', '/nowhere/rows.jsonl', '--output_dir', {str(tmp_path / 'out')!r}]) == 2\n"
+        f"assert main({[*options, '--output_dir', str(tmp_path / 'out')]!r}) == 2\n"
         "heavy = {'torch', 'ray', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "import time; print(time.process_time())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    command, environment = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1
     assert float(done.stdout) < 1.0  # of the processor, however busy the machine is
     assert not (tmp_path / "out").exists()

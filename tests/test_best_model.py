@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from lsp_ray.device.evaluate import mean_loss
 from lsp_ray.models.load import load_model
-from lsp_ray.runtime.best_step import best_step, num_without_gain
 from lsp_ray.runtime.checkpoint import checkpoints
 from lsp_ray.runtime.job import resumed
 from lsp_ray.runtime.loss_watch import LossWatch
+from lsp_ray.runtime.step_totals import StepTotals
 from tests.test_progress import STEP
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
 
@@ -71,15 +71,17 @@ def test_a_run_without_gain_ends_early_and_is_finished_and_so_does_one_that_goes
 def test_the_best_step_has_the_lowest_measured_loss_and_those_after_it_are_without_gain(
     losses: list[float | None],
 ) -> None:
-    steps = [replace(STEP, step=number + 1, eval_loss=loss) for number, loss in enumerate(losses)]
+    totals = StepTotals(measured=2)
+    for number, loss in enumerate(losses):
+        totals.add(replace(STEP, step=number + 1, eval_loss=loss))
     numbers = [loss for loss in losses if loss is not None and loss == loss]
-    best = best_step(steps)
-    if best is None:
+    if totals.best is None:
         assert not numbers
-        assert num_without_gain(steps) == sum(loss is not None for loss in losses)
+        assert totals.num_without_gain == sum(loss is not None for loss in losses)
         return
-    assert best.eval_loss == min(numbers)
-    assert num_without_gain(steps) == sum(loss is not None for loss in losses[best.step :])
+    assert totals.best.eval_loss == min(numbers)
+    assert totals.best.step == losses.index(min(numbers)) + 1
+    assert totals.num_without_gain == sum(loss is not None for loss in losses[totals.best.step :])
 
 
 def warnings(losses: list[float]) -> list[str]:

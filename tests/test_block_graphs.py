@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lsp_ray.config import LspConfig
+from lsp_ray.config import Delta, LspConfig
 from lsp_ray.device import projected_linear
 from lsp_ray.device.block_graphs import BlockGraphs
 from lsp_ray.device.fits import ClosedFormFit
@@ -16,7 +16,7 @@ from lsp_ray.device.projected_linear import ProjectedLinear
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.unit import Unit
 from lsp_ray.errors import ConfigError
-from lsp_ray.methods.lsp import lsp_units
+from lsp_ray.methods.lsp import lsp_payload_parts, lsp_units, merged_state
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch
@@ -44,6 +44,7 @@ class Run:
         checkpointed: bool = False,
         renews: bool = False,
         attention_dropout: float = 0.0,
+        delta: Delta = "merged",
         **options: Any,
     ) -> None:
         torch.manual_seed(0)
@@ -59,11 +60,13 @@ class Run:
         self.model: PreTrainedModel = LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
         self.model.train()
         self.before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        layers = find_layers(self.model)
+        self.layers = layers = find_layers(self.model)
         if checkpointed:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         if method == "lsp":
-            lsp = LspConfig(subspace_dim=16, nnz_per_row=2, fit="random")
+            lsp = LspConfig(subspace_dim=16, nnz_per_row=2, fit="random", delta=delta)
+            if lsp.is_apart:
+                options["sums"] = dict(enumerate(lsp_payload_parts(layers, lsp)))
             units = lsp_units(layers, lsp, seed=0, shared=shared_inputs(self.model))[0]
         else:
             units = full_units(layers)
@@ -93,7 +96,7 @@ class Run:
 
     def weights(self) -> dict[str, torch.Tensor]:
         self.loop.worker.flush()
-        return self.model.state_dict()
+        return merged_state(self.model)
 
 
 def batch(seed: int, length: int) -> Batch:
@@ -114,6 +117,7 @@ def assert_same_bits(ours: Run, theirs: Run) -> None:
         (3, {"dtype": torch.bfloat16, "codec": Codec("bfloat16"), "checkpointed": True}),
         (1, {"codec": Codec("int8"), "staleness": 1}),
         (1, {"checkpointed": True, "renews": True}),
+        (2, {"delta": "apart", "renews": True, "dtype": torch.bfloat16, "codec": Codec("int8")}),
         (2, {"method": "native", "dtype": torch.bfloat16}),
         (1, {"method": "zero_offload", "checkpointed": True}),
     ],

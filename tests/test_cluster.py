@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import platform
 import socket
 import subprocess
 import sys
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lsp_ray.runtime.cluster import environment_of_ray
 
 DASHBOARD_PORT = 8265
 
@@ -40,7 +44,8 @@ with ray_cluster(num_actors=1, store_bytes=96 << 20, dashboard=True) as cluster:
         if connection.pid in ours and connection.status == psutil.CONN_LISTEN
     ]
     # parts of the dashboard write their title over their environment, where nothing of it can be read any more
-    environments = filter(None, (child.environ() for child in psutil.Process().children(recursive=True)))
+    children = psutil.Process().children(recursive=True)
+    environments = [environment for environment in (child.environ() for child in children) if environment]
     policies = {environment.get("OMP_WAIT_POLICY") for environment in environments}
     token = Path(cluster.token_path)
     print(json.dumps({
@@ -49,6 +54,7 @@ with ray_cluster(num_actors=1, store_bytes=96 << 20, dashboard=True) as cluster:
         "ports": [address.port for address in listening],
         "metrics_port": metrics_port,
         "wait_policies": sorted(map(str, policies)),
+        "arenas": sorted({str(environment.get("MALLOC_ARENA_MAX")) for environment in environments}),
         "token_mode": token.stat().st_mode & 0o777,
         "folder_mode": token.parent.stat().st_mode & 0o777,
         "status_without_token": status(cluster.dashboard_url + "/api/version"),
@@ -86,5 +92,49 @@ def test_the_dashboard_asks_for_the_token_which_is_private(seen: dict[str, Any])
     assert (seen["token_mode"], seen["folder_mode"]) == (0o600, 0o700)
 
 
-def test_what_ray_starts_waits_passively(seen: dict[str, Any]) -> None:
+def test_what_ray_starts_waits_passively_and_has_few_arenas(seen: dict[str, Any]) -> None:
     assert seen["wait_policies"] == ["passive"]
+    assert seen["arenas"] == ["2"]
+
+
+ALLOCATE = """
+import ctypes, sys, threading
+from lsp_ray.runtime.malloc_arenas import limit_arenas
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+libc.malloc_info.argtypes, libc.fclose.argtypes = [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+if sys.argv[1] == "limited":
+    limit_arenas()
+together = threading.Barrier(8)
+
+def allocate():
+    together.wait()  # one that ends gives its arena to the next
+    libc.malloc(100)
+    together.wait()
+
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+file = libc.fopen(sys.argv[2].encode(), b"w")
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="arenas are glibc's")
+@pytest.mark.parametrize("kind", ["limited", "free"])
+def test_the_driver_gets_no_more_than_two_arenas_however_many_threads_allocate(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "malloc.xml"
+    subprocess.run([sys.executable, "-c", ALLOCATE, kind, str(out)], timeout=120, check=True)
+    num_arenas = out.read_text().count("<heap nr=")
+    assert num_arenas <= 2 if kind == "limited" else num_arenas > 2
+
+
+def test_ray_keeps_a_list_of_past_tasks_for_the_dashboard_alone(tmp_path: Path) -> None:
+    with_list, without = (environment_of_ray(tmp_path / "token", dashboard=shows) for shows in (True, False))
+    assert with_list["RAY_task_events_max_num_task_in_gcs"] == "1000"
+    assert "RAY_task_events_report_interval_ms" not in with_list
+    assert without["RAY_task_events_report_interval_ms"] == "0"

@@ -215,7 +215,7 @@ def test_another_row_is_held_out_where_the_drawn_one_is_too_long(
     split = tokenize_rows(rows, tokenizer, max_seq_length=128)
     assert len(split.train) + len(split.eval) == 9
     assert len(split.eval) == 1
-    assert "1 examples dropped as their prompt alone has 128 tokens" in split.notes
+    assert split.notes == ("1 examples dropped as their prompt alone has 128 tokens",)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -225,7 +225,7 @@ def test_another_row_is_held_out_where_the_drawn_one_has_no_label(
     made = [{"sentence": f"s{at}", "label": None if at == 5 else at % 2} for at in range(10)]
     rows = load_rows(str(jsonl(tmp_path / "rows.jsonl", made)), seed=seed, cache_dir=tmp_path / "cache")
     split = tokenize_rows(rows, tokenizer, max_seq_length=128)
-    assert (len(split.train), len(split.eval)) in {(8, 1), (8, 1)}
+    assert (len(split.train), len(split.eval)) == (8, 1)
     assert "1 examples dropped as they had no label" in split.notes
 
 
@@ -236,10 +236,29 @@ def test_labels_with_gaps_and_minus_one_are_told(tmp_path: Path, tokenizer: PreT
     assert gaps.label_names == ("0", "1")
     assert "column 'label' has whole numbers such as 1.0 beside gaps, which are taken for classes" in gaps.notes
     assert "1 examples dropped as they had no label" in gaps.notes
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_minus_one_is_a_class_whichever_rows_are_held_out(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> None:
     made = [{"sentence": f"s{at}", "label": label} for at, label in enumerate([0, 1, -1, 0, 1, 0])]
-    minus = tokenized(jsonl(tmp_path / "minus.jsonl", made), tokenizer)
+    rows = load_rows(str(jsonl(tmp_path / "minus.jsonl", made)), seed=seed, cache_dir=tmp_path / "cache")
+    minus = tokenize_rows(rows, tokenizer, max_seq_length=128)
     assert "3 classes: -1, 0, 1" in minus.notes
     assert any(note.startswith("-1 is a class") for note in minus.notes)
+
+
+def test_minus_one_in_a_split_of_its_own_is_no_label_and_it_is_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", [{"sentence": f"s{at}", "label": at % 2} for at in range(6)])
+    jsonl(folder / "validation.jsonl", [{"sentence": f"s{at}", "label": label} for at, label in enumerate([0, -1, 1])])
+    rows = tokenized(folder, tokenizer)
+    assert rows.label_names == ("0", "1")
+    assert "1 examples dropped as they had no label (-1 counts as none)" in rows.notes
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lsp_ray import export, generate
-from lsp_ray.models.load import load_model, load_tokenizer, save_model
+from lsp_ray.models.load import load_model, load_tokenizer
+from lsp_ray.models.save import save_model
 from lsp_ray.models.trained import load_trained
 from tests.tiny import assert_same_weights, write_tiny_model
 from tests.tiny_jobs import run_on_threads, tiny_job

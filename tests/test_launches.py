@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lsp_ray.device.unit import copy_parts
 from scripts.gpu_bench_parts.builds import CAPABILITIES, built, has_assembler, variant_of
 from scripts.launches import NUM_LAYERS, LaunchCount, counted, kernels, launches_of
 
 pytest.importorskip("triton")
 
 MOST = {  # launches a layer, launches outside of the layers, waits of the host: lower them as they fall
-    "lsp": (145, 49, 1),
-    "native": (117, 50, 1),
+    "lsp": (84, 40, 1),
+    "native": (75, 41, 1),
     "hf": (111, 42, 1),
 }
 
@@ -61,6 +62,17 @@ def test_operators_count_as_launches_but_for_views_and_allocations() -> None:
     count.stop()
     assert float(table.sum()) == 16.0
     assert (dict(count.launches), dict(count.syncs)) == ({"mm": 1}, {"_local_scalar_dense": 1})
+
+
+def test_joining_other_types_is_a_launch_for_each_and_copying_them_one_for_all() -> None:
+    count, parts = LaunchCount(), [torch.ones(3, dtype=torch.bfloat16) for _ in range(4)]
+    joined = torch.empty(12)
+    count.start()
+    torch.cat(parts, out=joined)
+    copy_parts(joined.split(3), parts)
+    torch.cat(parts)
+    count.stop()
+    assert dict(count.launches) == {"cat": 5, "_foreach_copy_": 1}
 
 
 def test_indexing_by_booleans_makes_the_host_wait() -> None:

@@ -22,15 +22,8 @@ from transformers import logging as transformers_logging
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import find_layers
-from lsp_ray.models.load import (
-    check_saving,
-    load_config,
-    load_model,
-    load_skeleton,
-    load_tokenizer,
-    save_model,
-    silenced,
-)
+from lsp_ray.models.load import load_config, load_model, load_skeleton, load_tokenizer, silenced
+from lsp_ray.models.save import check_saving, save_model
 from lsp_ray.output_folder import SAVING
 from tests.tiny import (
     CHAT_TEMPLATE,
@@ -43,6 +36,7 @@ from tests.tiny import (
     tiny_tokenizer,
     write_tiny_model,
 )
+from tests.tiny_jobs import tiny_job
 
 LABELS = ("no", "yes")
 
@@ -186,7 +180,16 @@ def test_one_label_means_regression_and_none_is_refused(tmp_path: Path) -> None:
         load_model(folder, dtype=torch.float32, task="sequence_classification")
 
 
-@pytest.mark.parametrize(("kind", "advice"), [("bert", "sentence and label"), ("roberta", "label"), ("t5", "")])
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("bert", "sentence and label"),
+        ("roberta", "label"),
+        ("t5", ""),
+        ("pegasus", "an encoder with a decoder"),
+        ("marian", "an encoder with a decoder"),
+    ],
+)
 def test_only_a_decoder_is_taken_for_text_and_an_encoder_told_its_columns(
     kind: str, advice: str, tmp_path: Path
 ) -> None:
@@ -238,6 +241,19 @@ def test_weights_of_another_size_are_refused(family: Family, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="model_name_or_path must hold") as caught:
         load(folder, family)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_fit_are_named_before_anything_starts(tmp_path: Path) -> None:
+    tiny_job(tmp_path)
+    path = tmp_path / "llama" / "model.safetensors"
+    weights = load_file(path)
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"hold all weights .*; without model\.layers\.1\.mlp\.up_proj\.weight"):
+        tiny_job(tmp_path)
+    save_file({**weights, "model.layers.1.mlp.up_proj.weight": lost[:-1].clone()}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="model_name_or_path must hold intact weights"):
+        tiny_job(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_one_line(tmp_path: Path) -> None:
@@ -316,6 +332,17 @@ def test_saving_keeps_other_files_and_removes_an_older_saves_shards(tmp_path: Pa
     assert sorted(path.name for path in end.iterdir() if "model" in path.name) == ["model.safetensors"]
     assert (end / "metrics.jsonl").read_text() == "{}\n"
     assert_same_weights(load_causal(end), model)
+
+
+def test_a_tokenizer_of_several_chat_templates_is_saved_and_saved_again(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    templates = {"default": str(tokenizer.chat_template), "tool_use": "{{ messages }}"}
+    tokenizer.chat_template = templates
+    for _ in range(2):
+        save_model(tiny_model("llama"), tokenizer, tmp_path)
+        assert load_tokenizer(tmp_path).chat_template == templates
+    assert all(path.stat().st_mode & 0o100 for path in tmp_path.iterdir() if path.is_dir())  # or nobody gets in
+    assert not list(tmp_path.glob(f"{SAVING}*"))
 
 
 def test_saved_files_are_as_readable_as_any_other(tmp_path: Path) -> None:

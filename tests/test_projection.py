@@ -22,6 +22,17 @@ EXACT = 1e-13  # float64 sums of at most some hundred terms
 # of the norms that are multiplied: float32 sums of at most some hundred terms, rounded once more to 8 bits in bfloat16
 ACCURACY = {torch.float64: EXACT, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
 DTYPES = st.sampled_from(list(ACCURACY))
+Product = Callable[[BlockFactor, torch.Tensor], torch.Tensor]
+
+
+def by_columns(factor: BlockFactor, table_TF: torch.Tensor) -> torch.Tensor:
+    """As a GPU has it."""
+    projected_DT = factor.project_by_columns(table_TF)
+    assert projected_DT.is_contiguous()
+    return projected_DT.t()
+
+
+PRODUCTS: list[Product] = [BlockFactor.project, by_columns, BlockFactor.spread]
 
 
 @st.composite
@@ -43,10 +54,11 @@ def gradients(product: torch.Tensor, by: torch.Tensor, *inputs: torch.Tensor) ->
 
 
 @settings(deadline=None, max_examples=100)
-@given(factor=factors(), width=st.integers(1, 9), dtype=DTYPES, spreads=st.booleans())
+@given(factor=factors(), width=st.integers(1, 9), dtype=DTYPES, product=st.sampled_from(PRODUCTS))
 def test_products_and_their_gradients_are_those_of_the_dense_matrix(
-    factor: BlockFactor, width: int, dtype: torch.dtype, spreads: bool
+    factor: BlockFactor, width: int, dtype: torch.dtype, product: Product
 ) -> None:
+    spreads = product is BlockFactor.spread
     rows, dim = factor.num_rows, factor.dim
     table = normal(*((dim, width) if spreads else (width, rows)), seed=1).to(dtype).requires_grad_()
     value_FR = factor.value_FR.to(dtype).requires_grad_()
@@ -54,7 +66,7 @@ def test_products_and_their_gradients_are_those_of_the_dense_matrix(
     exact, exact_value = (tensor.detach().double().requires_grad_() for tensor in (table, value_FR))
     dense_FD = dense(exact_value, factor.groups)
     by = normal(*((rows, width) if spreads else (width, dim)), seed=2).to(dtype)
-    ours = gradients(blocks.spread(table) if spreads else blocks.project(table), by, table, value_FR)
+    ours = gradients(product(blocks, table), by, table, value_FR)
     theirs = gradients(dense_FD @ exact if spreads else exact @ dense_FD, by.double(), exact, exact_value)
     table_size, factor_size, by_size = (float(tensor.detach().norm()) for tensor in (table, value_FR, by))
     sizes = (table_size * factor_size, by_size * factor_size, by_size * table_size)
@@ -80,14 +92,12 @@ def test_device_memory_is_a_value_for_each_non_zero_whatever_the_dim(dtype: torc
 
 
 @pytest.mark.parametrize("rows", [24, 26], ids=["equal groups", "long groups"])
-@pytest.mark.parametrize("product", [BlockFactor.project, BlockFactor.spread])
-def test_products_are_compiled_in_one_piece_with_their_gradients(
-    product: Callable[[BlockFactor, torch.Tensor], torch.Tensor], rows: int
-) -> None:
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_products_are_compiled_in_one_piece_with_their_gradients(product: Product, rows: int) -> None:
     torch.compiler.reset()
     factor = BlockFactor.random(rows, 4, 3, generator())
     factor.value_FR.requires_grad_()
-    table = normal(*((5, rows) if product is BlockFactor.project else (factor.dim, 5))).requires_grad_()
+    table = normal(*((5, rows) if product is not BlockFactor.spread else (factor.dim, 5))).requires_grad_()
     compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
     expected = product(factor, table)
     by = torch.ones_like(expected)

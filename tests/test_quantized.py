@@ -12,9 +12,11 @@ import yaml
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lsp_ray.errors import ConfigError
+from lsp_ray.export import export
+from lsp_ray.methods.adapter_rank import truncated
 from lsp_ray.methods.lora import ADAPTER_FOLDER
 from lsp_ray.models.load import load_model
 from lsp_ray.models.loss import num_targets, summed_loss
@@ -27,11 +29,12 @@ from tests.tiny_jobs import run_on_threads, tiny_config, tiny_job
 QUANTISED: dict[str, Any] = {"load_in_4bit": True, "bf16": True}
 
 
-def eval_loss(model: PreTrainedModel, job: Job) -> float:
+def eval_loss(model: PreTrainedModel | PeftModel, job: Job) -> float:
     batches = job.micro_batches.eval_batches()
     model.eval()
     with torch.no_grad():
-        return sum(float(summed_loss(model, batch)) for batch in batches) / sum(map(num_targets, batches))
+        losses = [float(summed_loss(model, batch)) for batch in batches]  # type: ignore[arg-type]
+    return sum(losses) / sum(map(num_targets, batches))
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -131,7 +134,8 @@ def test_the_weight_of_a_quantised_linear_is_what_it_computes_with(tmp_path: Pat
     for name, module in model.named_modules():
         if is_quantized_linear(module):
             found += 1
-            weight_MN, was_MN = dense_weight(module, torch.bfloat16), plain.get_parameter(f"{name}.weight")
+            weight_MN = dense_weight(module, torch.bfloat16)
+            was_MN: torch.Tensor = plain.get_parameter(f"{name}.weight")
             input_TN = torch.randn(8, weight_MN.shape[1]).bfloat16()
             expected = module(input_TN).float()
             bias = getattr(module, "bias", None)
@@ -143,8 +147,65 @@ def test_the_weight_of_a_quantised_linear_is_what_it_computes_with(tmp_path: Pat
     assert found == 14
 
 
-def test_a_trained_folder_is_loaded_with_its_base(tmp_path: Path) -> None:
-    job = tiny_job(tmp_path, max_steps=4, **QUANTISED)
-    summary, _ = run_on_threads(job, tmp_path / "out")
-    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(asdict(job.resolved_config)))
-    assert eval_loss(load_trained(tmp_path / "out"), job) == pytest.approx(summary.eval_loss_after, rel=5e-3)
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, Job]:
+    """A finished run on a quantised base, its eval loss, and its job."""
+    folder = tmp_path_factory.mktemp("quantised")
+    job = tiny_job(folder, "qwen2", max_steps=12, learning_rate=1e-2, **QUANTISED)
+    summary, _ = run_on_threads(job, folder / "out")
+    (folder / "out" / "config.yaml").write_text(yaml.safe_dump(asdict(job.resolved_config)))
+    return folder / "out", summary.eval_loss_after, job
+
+
+def test_a_trained_folder_is_loaded_with_its_base(run_dir: tuple[Path, float, Job]) -> None:
+    folder, loss, job = run_dir
+    assert eval_loss(load_trained(folder), job) == pytest.approx(loss, rel=5e-3)
+
+
+def test_an_adapter_is_exported_whole_or_with_its_leading_directions(
+    run_dir: tuple[Path, float, Job], tmp_path: Path
+) -> None:
+    folder, _, _ = run_dir
+    exported = [export(folder, tmp_path / str(rank), rank=rank) for rank in (None, 16, 8, 2)]
+    assert exported[0].relative_error == 0
+    assert exported[0].kept == 1
+    assert exported[1].kept == pytest.approx(1, abs=1e-5)  # all directions of every linear
+    assert [each.kept for each in exported] == sorted((each.kept for each in exported), reverse=True)
+    assert exported[3].kept < 0.99
+    assert exported[1].relative_error < 0.02
+    assert exported[1].relative_error < exported[3].relative_error
+    tensors = load_file(tmp_path / "2" / "adapter_model.safetensors")
+    assert {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name} == {2}
+    card = (tmp_path / "2" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "PeftModel.from_pretrained" in card
+
+
+def test_a_run_is_merged_into_a_whole_model(run_dir: tuple[Path, float, Job], tmp_path: Path) -> None:
+    folder, loss, job = run_dir
+    exported = export(folder, tmp_path / "merged", merge=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(model.config, "quantization_config")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert exported.relative_error < 0.03
+    assert eval_loss(model, job) == pytest.approx(loss, rel=0.02)
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(run_dir: tuple[Path, float, Job], tmp_path: Path) -> None:
+    folder, _, _ = run_dir
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="dtype must be left out for an adapter"):
+        export(folder, out, "float32")
+    with pytest.raises(ConfigError, match="export_rank must be at least 1"):
+        export(folder, out, rank=0)
+    with pytest.raises(ConfigError, match="export_rank must be left out beside merge"):
+        export(folder, out, rank=2, merge=True)
+    assert not out.exists()
+
+
+def test_truncation_is_the_best_of_its_rank() -> None:
+    up, down = torch.randn(24, 8), torch.randn(8, 40)
+    left, right, squares = truncated(up, down, 3)
+    u, s, v = torch.linalg.svd(up @ down, full_matrices=False)
+    assert (left @ right - (u[:, :3] * s[:3]) @ v[:3]).norm() < 1e-4 * s.norm()
+    assert torch.allclose(squares.float(), s[:8].square(), rtol=1e-3, atol=1e-3)

@@ -206,6 +206,7 @@ def test_a_checkpoint_is_one_of_hugging_faces_and_holds_no_pickle(tmp_path: Path
             {"runtime": {"payload_dtype": "int8"}},
             r"runtime\.payload_dtype must be 'bfloat16' as it was at checkpoint-\d, got 'int8'",
         ),
+        ({"torch_compile": True}, r"torch_compile must be False as it was at checkpoint-\d, got True"),
         ({"runtime": {"policy": "delayed"}}, r"runtime\.policy must be other than delayed as it was .*, got 'delayed'"),
     ],
 )

@@ -67,6 +67,11 @@ def test_a_run_that_goes_on_takes_what_was_chosen_where_it_leaves_that_open(save
     assert config.lsp.subspace_dim == 16
     assert (config.max_steps, config.max_seq_length) == (before["max_steps"], before["max_seq_length"])
     assert with_saved_choices(replace(open_run, num_train_epochs=2.0, max_seq_length=9), saved).max_steps is None
+    for chosen in (False, True):
+        other = re.sub(rb'"bf16": \w+', b'"bf16": ' + str(chosen).lower().encode(), (saved / FACTS).read_bytes())
+        with changed(saved / FACTS, other):
+            assert with_saved_choices(open_run, saved).bf16 is chosen
+            assert with_saved_choices(replace(open_run, bf16=not chosen), saved).bf16 is not chosen
     other = (saved / FACTS).read_bytes().replace(b'"subspace_dim": 16', b'"subspace_dim": []')
     with changed(saved / FACTS, other), pytest.raises(ConfigError, match=rf"^{LINE}$"):
         with_saved_choices(open_run, saved)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,73 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lsp_ray.run import parse
 from lsp_ray.runtime.checkpoint import checkpoints
-from lsp_ray.runtime.saved_run import read_saved_run
+from lsp_ray.runtime.job import prepare_job
 from lsp_ray.runtime.stop_signal import ECHO_S, StopSignal
-from tests.tiny import write_tiny_jsonl, write_tiny_model
-
-DEADLINE_S = 180.0
-
-
-def wait_until(happened: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not happened():
-        assert time.monotonic() < deadline_s, f"within {DEADLINE_S:.0f} s: {what}"
-        time.sleep(0.002)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A run in a process group of its own, as a terminal would start it; what it prints goes into a file."""
-
-    process: subprocess.Popen[bytes]
-    out: Path
-    log: Path
-
-    @classmethod
-    def start(cls, folder: Path, *options: str, sigint: str = "default", terminal: int | None = None) -> Run:
-        """With a terminal, a descriptor, the run is in a session that this controls, and prints there alone."""
-        # whatever this suite was started with: where signals are ignored, children have them ignored too
-        signals = ["--default-signal=HUP", f"--{sigint}-signal=INT"]
-        command = ["env", *signals, sys.executable, "-P", "-m", "lsp_ray.run", *options]
-        if terminal is not None:
-            command = ["setsid", "--ctty", *command]
-        folder.mkdir()
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [*command, "--output_dir", str(folder / "out")],
-                stdin=terminal,
-                stdout=log if terminal is None else terminal,
-                stderr=subprocess.STDOUT,
-                start_new_session=terminal is None,
-            )
-        return cls(process=process, out=folder / "out", log=folder / "log")
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def num_lines(self) -> int:
-        """Of metrics: steps made."""
-        metrics = self.out / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    def wait_for_step(self) -> None:
-        start = self.num_lines()
-        wait_until(lambda: self.num_lines() > start or self.process.poll() is not None, "a step")
-        assert self.process.poll() is None, self.said()
-
-    def send(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)  # as a terminal does
-
-    def send_to_all(self, number: signal.Signals) -> None:
-        """As systemd's KillMode=control-group does: to Ray's processes too, and these first."""
-        driver = psutil.Process(self.process.pid)
-        for process in (*driver.children(recursive=True), driver):
-            with suppress(psutil.NoSuchProcess):  # an idle process of Ray's may just have ended
-                process.send_signal(number)
-
-    def ends(self) -> int:
-        return self.process.wait(DEADLINE_S)
+from tests.signalled import Run, To, assert_same_end, assert_saved, tiny_options, wait_until
+from tests.tiny_jobs import run_on_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,12 +72,8 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder / "model", "llama")
-    write_tiny_jsonl(folder / "data.jsonl", "prompt_completion", 400)
-    options = ["--model_name_or_path", str(folder / "model"), "--dataset", str(folder / "data.jsonl")]
-    options += ["--runtime.num_shards", "1", "--lsp.subspace_dim", "16", "--lsp.nnz_per_row", "2"]
-    options += ["--max_steps", "100000", "--max_eval_samples", "8"]
+    folder = tmp_path_factory.mktemp("runs")
+    options = tiny_options(folder / "tiny", "--max_steps", "100000", "--save_steps", "0", "--save_minutes", "0")
     long = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "300"]
     master, terminal = pty.openpty()
     started = Runs(
@@ -155,22 +88,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         yield started
     finally:
         for run in (started.once, started.twice, started.killed, started.closed):
-            run.process.kill()
-            run.process.wait()
+            run.end_at_once()
 
 
-def assert_saved(run: Run) -> None:
-    """All that was done is in the run's only checkpoint, and that is whole: the run can go on."""
-    [(done, folder)] = checkpoints(run.out).items()
-    assert read_saved_run(folder).step == done == run.num_lines()
+def assert_saved_once(run: Run) -> None:
+    assert len(checkpoints(run.out)) == 1
+    assert_saved(run)
 
 
 def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(runs: Runs) -> None:
     run = runs.closed
-    run.wait_for_step()
+    os.set_blocking(runs.master, False)
+
+    def has_stepped() -> bool:
+        with suppress(BlockingIOError):
+            os.read(runs.master, 1 << 16)  # a terminal that nobody reads fills up, and whoever prints there waits
+        return run.num_lines() > 0
+
+    wait_until(has_stepped, "a step")
     os.close(runs.master)
     assert run.ends() == 128 + signal.SIGHUP
-    assert_saved(run)
+    assert_saved_once(run)
 
 
 def test_ctrl_c_finishes_the_step_saves_and_leaves_nothing_behind(runs: Runs) -> None:
@@ -181,7 +119,7 @@ def test_ctrl_c_finishes_the_step_saves_and_leaves_nothing_behind(runs: Runs) ->
     assert run.ends() == 130
     assert "stopping once all that is done is saved; a second time stops at once" in run.said()
     assert "to go on: python -m lsp_ray.run --config " in run.said().splitlines()[-1]
-    assert_saved(run)
+    assert_saved_once(run)
     assert f"stopped after {run.num_lines()} of 100000 steps" in run.said()
     assert "Traceback" not in run.said()
     wait_until(belongings.are_gone, "nothing is left")
@@ -221,6 +159,35 @@ def test_a_driver_that_is_killed_leaves_no_actor_and_no_shared_memory(runs: Runs
     wait_until(lambda: belongings.are_gone(but="Agent"), "nothing is left")
 
 
+# the driver's signals are in other tests and all six ways in scripts/stop_ways.py: each costs a start
+IN_TURN: list[tuple[To, signal.Signals]] = [
+    ("group", signal.SIGTERM),
+    ("group", signal.SIGHUP),
+    ("tree", signal.SIGHUP),
+]
+
+
+@pytest.mark.timeout(600)  # it starts four times
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_bits_of_one_left_alone(tmp_path: Path) -> None:
+    options = tiny_options(tmp_path / "tiny", "--gradient_accumulation_steps", "8", "--max_steps", "40")
+    reference = parse([*options, "--output_dir", str(tmp_path / "reference")])
+    run_on_threads(prepare_job(reference, lambda _line: None), tmp_path / "reference")
+    going_on: list[str] = []
+    for to, number in IN_TURN:
+        run = Run.start(tmp_path / "stopped", *options, *going_on)
+        try:
+            run.wait_for_step()
+            run.send(number, to)
+            assert run.ends() == 128 + number, (to, number, run.said())
+        finally:
+            run.end_at_once()
+        assert_saved(run)
+        going_on = ["--resume_from_checkpoint", "last"]
+    run = Run.start(tmp_path / "stopped", *options, *going_on)
+    assert run.ends() == 0, run.said()
+    assert_same_end(run.out, tmp_path / "reference")
+
+
 def loads(run: Run) -> bool:
     """Whether the program has begun to import what it needs: PyYAML's library is among the first that it maps."""
     return "_yaml" in Path(f"/proc/{run.process.pid}/maps").read_text()
@@ -237,8 +204,7 @@ def test_ctrl_c_while_the_program_still_loads_shows_no_traceback(tmp_path: Path,
         assert "Traceback" not in run.said()
         assert not run.out.exists()
     finally:
-        run.process.kill()
-        run.process.wait()
+        run.end_at_once()
 
 
 def test_where_sigint_was_ignored_it_stays_so() -> None:

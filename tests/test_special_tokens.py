@@ -15,7 +15,8 @@ from lsp_ray.data.tokenize import IGNORED, tokenize_rows
 from lsp_ray.device.evaluate import generate
 from lsp_ray.errors import ConfigError
 from lsp_ray.generate import Sampling, Speaker
-from lsp_ray.models.load import load_config, load_model, load_tokenizer, save_model, tokens_of
+from lsp_ray.models.load import load_config, load_model, load_tokenizer, tokens_of
+from lsp_ray.models.save import save_model
 from lsp_ray.models.trained import load_trained
 from lsp_ray.special_tokens import SpecialTokens, prompt_ids, special_tokens
 from tests.tiny import character_tokenizer, tiny_model, tiny_tokenizer, write_tiny_jsonl, write_tiny_model

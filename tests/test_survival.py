@@ -39,12 +39,15 @@ def assert_like_undisturbed(job: Job, tmp_path: Path, killer: Killer) -> None:
 
 
 # updates are made once; some of them twice
-@pytest.mark.parametrize(("max_grad_norm", "payload_dtype"), [(0.0, "bfloat16"), (1.8, "int8")])
+@pytest.mark.parametrize(
+    ("max_grad_norm", "payload_dtype", "delta"), [(0.0, "bfloat16", "apart"), (1.8, "int8", "merged")]
+)
 def test_killed_shards_are_replaced_and_the_run_goes_on_to_the_same_bits(
-    tmp_path: Path, max_grad_norm: float, payload_dtype: str
+    tmp_path: Path, max_grad_norm: float, payload_dtype: str, delta: str
 ) -> None:
     runtime = {"num_shards": 2, "payload_dtype": payload_dtype}
-    job = tiny_job(tmp_path, max_steps=60, bf16=True, lsp=REFITS, max_grad_norm=max_grad_norm, runtime=runtime)
+    lsp = {**REFITS, "delta": delta}
+    job = tiny_job(tmp_path, max_steps=60, bf16=True, lsp=lsp, max_grad_norm=max_grad_norm, runtime=runtime)
     killer = Killer(dict.fromkeys((2, 9, 16, 21), "ShardActor"))
     assert_like_undisturbed(job, tmp_path, killer)
     assert killer.killed == ["ShardActor"] * 4
@@ -53,7 +56,7 @@ def test_killed_shards_are_replaced_and_the_run_goes_on_to_the_same_bits(
 
 
 def test_a_killed_gpu_actor_starts_again_from_the_last_checkpoint(tmp_path: Path) -> None:
-    job = tiny_job(tmp_path, max_steps=50, save_steps=4, lsp=REFITS)
+    job = tiny_job(tmp_path, max_steps=50, save_steps=4, lsp={**REFITS, "delta": "apart"})
     killer = Killer({10: "GpuActor"})
     assert_like_undisturbed(job, tmp_path, killer)
     [note] = [note for note in killer.notes if note.startswith("going on from")]

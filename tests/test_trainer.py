@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -344,23 +345,58 @@ def test_some_rows_that_teach_nothing_are_left_out_and_named(capsys: pytest.Capt
     assert "train_dataset: 2 rows are left out, as nothing is learned from" in capsys.readouterr().err
 
 
-def test_a_collator_without_labels_is_named() -> None:
-    rows = TokenizedRows(
-        train=token_rows(4),
-        eval=token_rows(4),
-        task="causal_lm",
-        label_names=(),
-        collate=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+def test_rows_to_evaluate_that_have_nothing_to_predict_are_no_loss_of_zero(tmp_path: Path) -> None:
+    trainer = LSPTrainer(
+        tiny_model("llama"),
+        arguments(tmp_path),
+        train_dataset=token_rows(8),
+        processing_class=tiny_tokenizer(),
+        verbose=False,
     )
-    batches = MicroBatches(
+    masked = [{"input_ids": [5, 6], "labels": [-100, -100]}]
+    with pytest.raises(ConfigError, match=r"eval_dataset must have a row of 2 tokens or more"):
+        trainer.evaluate(masked)
+    assert trainer.evaluate([*masked, *token_rows(3)]) == trainer.evaluate(token_rows(3))
+
+
+def collated(collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> MicroBatches:
+    rows = TokenizedRows(train=token_rows(4), eval=token_rows(4), task="causal_lm", label_names=(), collate=collate)
+    return MicroBatches(
         rows,
         tiny_tokenizer(),
         batch_size=1,
-        accumulation=1,
+        accumulation=2,
         seed=0,
         max_steps=1,
         num_train_epochs=1.0,
         max_eval_samples=1,
     )
+
+
+def ids(rows: list[Any]) -> torch.Tensor:
+    return torch.tensor([row["input_ids"] for row in rows])
+
+
+def test_a_collator_without_labels_is_named() -> None:
+    batches = collated(lambda rows: {"input_ids": ids(rows)})
     with pytest.raises(ConfigError, match=r"data_collator must return a tensor labels, got \['input_ids'\]"):
         batches.step(0)
+
+
+@pytest.mark.parametrize("has_first", [False, True])
+def test_a_step_without_a_target_is_named_and_no_loss_of_zero(has_first: bool) -> None:
+    """The label of a row's first token is none: nothing is before it to predict it from."""
+    made = iter(range(100))
+
+    def masking(rows: list[Any], *, all_but: int) -> dict[str, torch.Tensor]:
+        labels = torch.full_like(ids(rows), -100)
+        if has_first:
+            labels[:, 0] = 5
+        if next(made) == all_but:
+            labels[:, 1] = 5
+        return {"input_ids": ids(rows), "labels": labels}
+
+    with pytest.raises(ConfigError, match=r"train_dataset must leave a label .* in every step, got 'none in step 8'"):
+        collated(lambda rows: masking(rows, all_but=-1)).step(7)
+    made = iter(range(100))
+    assert len(collated(lambda rows: masking(rows, all_but=1)).step(7)) == 2  # one micro-batch of a step is enough

@@ -26,6 +26,8 @@ class Classes:
     names: tuple[str, ...]
     index_of: dict[str, int] = field(repr=False)
     """Class index by a label's text; 1 and "1" are the same label, as one file may be CSV and the other JSON."""
+    minus_is_none: bool = False
+    """Whether rows have the label -1, which is no class."""
 
     def target(self, label: object) -> int | None:
         """Return the class index of `label`, or None where the row is unlabelled."""
@@ -50,8 +52,8 @@ def read_labels(rows: Rows) -> Classes | Numbers:
     """Find the classes of both splits; labels that are floats in train, as STS-B has them, are no classes but numbers.
 
     A ClassLabel column brings its own names and order; other labels, whole numbers or words, are numbered in their
-    sorted order. Null and the empty string mean unlabelled, and so does -1 where train has no -1 (as in public test
-    splits).
+    sorted order. Null and the empty string mean unlabelled, and so does -1 in a split of its own where train has no -1
+    (as in public test splits).
 
     Raises:
         ConfigError: Labels are neither (lists), there are fewer than two different ones, or one is no finite number.
@@ -63,12 +65,13 @@ def read_labels(rows: Rows) -> Classes | Numbers:
         return _named_classes(rows, tuple(feature.names))
     if isinstance(feature, Value) and feature.dtype.startswith("float"):
         return _numbers(rows)
-    known = _labels(rows.name, rows.train)
-    known |= _labels(rows.name, rows.eval) - {"-1"}
-    names = _in_order(known)
+    known, held_out = _labels(rows.name, rows.train), _labels(rows.name, rows.eval)
+    minus_is_none = rows.split_seed is None and "-1" in held_out - known  # which rows were drawn decides nothing
+    names = _in_order(known | (held_out - {"-1"} if minus_is_none else held_out))
     if len(names) < 2:
         raise ConfigError("dataset", "have at least 2 classes in column 'label'", names, hint=f"in {rows.name}")
-    return Classes(names=names, index_of={name: index for index, name in enumerate(names)})
+    indices = {name: index for index, name in enumerate(names)}
+    return Classes(names=names, index_of=indices, minus_is_none=minus_is_none)
 
 
 def _numbers(rows: Rows) -> Numbers:
@@ -92,12 +95,13 @@ def _numbers(rows: Rows) -> Numbers:
 def _named_classes(rows: Rows, names: tuple[str, ...]) -> Classes:
     # a cast of the other split may have spelled its labels out
     by_name = {name: index for index, name in enumerate(names)}
-    classes = Classes(names=names, index_of=by_name | {str(index): index for index in range(len(names))})
-    unknown = (_labels(rows.name, rows.train) | _labels(rows.name, rows.eval)) - {*classes.index_of, "-1"}
+    indices = by_name | {str(index): index for index in range(len(names))}
+    found = _labels(rows.name, rows.train) | _labels(rows.name, rows.eval)
+    unknown = found - {*indices, "-1"}
     if unknown:
         bound = f"hold labels from 0 to {len(names) - 1} in column 'label'"
         raise ConfigError("dataset", bound, ", ".join(sorted(unknown)[:3]), hint=f"in {rows.name}")
-    return classes
+    return Classes(names=names, index_of=indices, minus_is_none="-1" in found - {*indices})
 
 
 def _labels(name: str, rows: Dataset) -> set[str]:

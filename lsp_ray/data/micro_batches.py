@@ -111,8 +111,16 @@ class MicroBatches:
         return len(self._train) / (self._batch_size * self._accumulation)
 
     def step(self, k: int) -> list[Batch]:
-        """Return the micro-batches of optimizer update k, counted from 0; equal at every call."""
-        return self._drawn(_TRAIN_ORDER, k * self._accumulation, self._accumulation)
+        """Return the micro-batches of optimizer update k, counted from 0; equal at every call.
+
+        Raises:
+            ConfigError: Nothing in them has a label: a person's own rows or collator, as others are looked at before.
+        """
+        batches = self._drawn(_TRAIN_ORDER, k * self._accumulation, self._accumulation)
+        if not any(_has_target(batch) for batch in batches):
+            bound = "leave a label that is not -100, after a row's first, in every step"
+            raise ConfigError("train_dataset", bound, f"none in step {k + 1}")
+        return batches
 
     def calibration(self, num: int) -> list[Batch]:
         """Return `num` micro-batches of train rows in an order of their own, not that of the first updates."""
@@ -238,6 +246,11 @@ def _with_positions(batch: Batch) -> Batch:
     if not is_language or mask_BS.ndim != 2 or (mask_BS[:, 1:] > mask_BS[:, :-1]).any():
         return batch
     return batch | {"positions": _target_positions(labels)}
+
+
+def _has_target(batch: Batch) -> bool:
+    labels = batch["labels"]
+    return labels.ndim != 2 or labels.is_floating_point() or bool((labels[:, 1:] != IGNORED).any())
 
 
 def _target_positions(labels_BS: torch.Tensor) -> torch.Tensor:

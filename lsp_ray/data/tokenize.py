@@ -16,6 +16,7 @@ from lsp_ray.data.chat import EncodedConversation, encode_conversation
 from lsp_ray.data.classes import Classes, Numbers, read_labels
 from lsp_ray.data.dataset import Rows, Shape, split_indices
 from lsp_ray.data.quiet import quiet
+from lsp_ray.data.row_notes import row_notes
 from lsp_ray.errors import ConfigError
 from lsp_ray.special_tokens import end_of, prompt_ids
 
@@ -111,7 +112,7 @@ def tokenize_rows(
         num_truncated=counts[0],
         num_dropped=counts[1],
         max_seq_length=max_seq_length,
-        notes=(*rows.notes, *_notes(rows, given, tokenizer, counts, max_seq_length)),
+        notes=(*rows.notes, *row_notes(given, counts, max_seq_length)),
     )
 
 
@@ -137,36 +138,6 @@ def _with_held_out(rows: Rows, train: Dataset, held_out: Dataset, max_seq_length
         raise _nothing_left(rows, max_seq_length, num_usable=len(usable))
     kept, drawn = split_indices(len(usable), rows.split_seed or 0)
     return usable.select(kept), usable.select(drawn)
-
-
-def _notes(
-    rows: Rows,
-    given: Classes | Numbers | None,
-    tokenizer: PreTrainedTokenizerBase,
-    counts: Sequence[int],
-    max_seq_length: int,
-) -> list[str]:
-    num_truncated, num_dropped, num_too_long, num_rewritten = counts
-    notes = []
-    if num_truncated:
-        notes.append(f"{num_truncated} examples cut to {max_seq_length} tokens (--max_seq_length)")
-    if given is not None and num_dropped:
-        notes.append(f"{num_dropped} examples dropped as they had no label")
-    elif num_dropped:
-        reasons = [(num_too_long, f"their prompt alone has {max_seq_length} tokens")]
-        reasons.append((num_dropped - num_too_long, "they had no answer to learn"))
-        notes += [f"{count} examples dropped as {why}" for count, why in reasons if count]
-    if isinstance(given, Classes):
-        names = ", ".join(given.names[:8]) + (", …" if len(given.names) > 8 else "")
-        notes.append(f"{len(given.names)} classes: {names}")
-        if "-1" in given.names:
-            notes.append("-1 is a class, as rows to train on have it; leave the label of unlabelled rows empty")
-    if num_rewritten:
-        notes.append(
-            f"{num_rewritten} of the assistant's turns carry no loss: the chat template writes them differently once "
-            "others follow, as templates do that leave out what was thought"
-        )
-    return notes
 
 
 def check_token_ids(rows: TokenizedRows, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lsp_ray.device.backend import Backend
 from lsp_ray.device.projected_linear import InSubspace
-from lsp_ray.device.unit import Unit
+from lsp_ray.device.unit import Unit, copy_parts
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.loss import NOT_THE_MODELS, Batch
 
@@ -367,12 +367,13 @@ class _Graph:
         sources = [*self._wanted, *self._aliases]
         gradients = torch.autograd.grad(output, sources, self._grad_output, allow_unused=True)
         parts = self._flat.split([alias.numel() for alias in self._aliases])
+        left = gradients[len(self._wanted) :]
         with torch.no_grad():
-            for part, gradient in zip(parts, gradients[len(self._wanted) :], strict=True):
+            for part, gradient in zip(parts, left, strict=True):
                 if gradient is None:
                     part.zero_()
-                else:
-                    part.view(gradient.shape).copy_(gradient)
+            used = [part for part, gradient in zip(parts, left, strict=True) if gradient is not None]
+            copy_parts(used, [gradient.reshape(-1) for gradient in left if gradient is not None])
             if self._wanted:
                 self._grad_output.copy_(gradients[0])
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lsp_ray.device.projected_linear import InSubspace, Observers
 from lsp_ray.models.quantized import dense_weight
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.sparse_projector import SparseProjector, product_float32
 
 
 class DeltaLinear(InSubspace):
@@ -54,7 +54,7 @@ class DeltaLinear(InSubspace):
         """Return base(X) + X (P D Qᵀ)ᵀ for (..., N)."""
         # of a table: what linears make of more dimensions is a view, which autograd copies where it is changed
         output_TM: torch.Tensor = self.base(input_TN.reshape(-1, input_TN.shape[-1]))
-        if output_TM._is_view():
+        if not torch.compiler.is_compiling() and output_TM._is_view():
             output_TM = output_TM.clone()
         projected_TE = self.input_projection.of(input_TN, self.projector.right, differentiable=True)
         if not torch.is_grad_enabled():
@@ -117,7 +117,10 @@ class _WithDelta(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.projector, ctx.observers = module.projector, Observers.of(module)
         ctx.save_for_backward(projected_TE, delta_DE, observed_TN)
-        module.projector.left.add_expanded_(output_TM, projected_TE @ delta_DE.t())
+        inner_TD = projected_TE @ delta_DE.t()
+        if torch.compiler.is_compiling():  # what is in place the compiler decides
+            return output_TM + module.projector.left.expand(inner_TD)
+        module.projector.left.add_expanded_(output_TM, inner_TD)
         ctx.mark_dirty(output_TM)
         return output_TM
 
@@ -125,7 +128,7 @@ class _WithDelta(torch.autograd.Function):
     def backward(ctx: Any, grad_output_TM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         projected_TE, delta_DE, observed_TN = ctx.saved_tensors
         grad_TD = ctx.projector.left.project(grad_output_TM)
-        grad_DE = (grad_TD.t() @ projected_TE).float()
+        grad_DE = product_float32(grad_TD.t(), projected_TE)
         if observed_TN is not None:
             ctx.observers.see(ctx.projector, grad_DE, grad_output_TM, observed_TN)
         return grad_output_TM, grad_TD @ delta_DE, grad_DE, None, None, None

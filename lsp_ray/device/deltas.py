@@ -73,7 +73,7 @@ class Deltas:
 
     def void(self, step: int) -> None:
         """Say that nothing that comes of `step` is to be added: neither deltas nor what weights lose to decay."""
-        self._void.add(step)
+        self._void = {made for made in self._void if made >= step - 1 - self._staleness} | {step}
 
     def prefetch(self, step: int, unit: int, slot: torch.Tensor, watch: Callable[[torch.Tensor], None] | None) -> Span:
         """Copy the unit's delta of `step` from the host slot to the device; called on the h2d thread.

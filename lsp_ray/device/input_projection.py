@@ -31,13 +31,15 @@ class InputProjection:
 
         Where it is differentiable, its gradient is brought back to X once for all readers; else it has no graph.
         """
+        if torch.compiler.is_compiling():  # the compiler finds what is computed twice, and keeps no tensor here
+            seen_TN = input_TN if differentiable else input_TN.detach()
+            return right.project(seen_TN.reshape(-1, input_TN.shape[-1]))
         held = self._held
         if held is None or held[0] is not input_TN or held[1] != input_TN._version or held[2] is not right:
             if differentiable and torch.is_grad_enabled():
                 projected_TE: torch.Tensor = _Project.apply(input_TN, right)  # type: ignore[no-untyped-call]
-            else:
-                with torch.no_grad():
-                    projected_TE = right.project(input_TN.detach().reshape(-1, input_TN.shape[-1]))
+            else:  # no graph comes of it: neither X, detached, nor Q wants a gradient
+                projected_TE = right.project(input_TN.detach().reshape(-1, input_TN.shape[-1]))
             held = input_TN, input_TN._version, right, projected_TE
             self._num_uses = 0
         self._num_uses += 1

@@ -49,8 +49,10 @@ class Judge:
         return torch.where(torch.isfinite(loss), 1.0, math.nan)
 
     def see(self, unit: Unit, gradients: Sequence[torch.Tensor]) -> None:
-        """Note the norms of a unit's complete gradients, one a target."""
-        if gradients:
+        """Note the norms of a unit's complete gradients, in as many parts as they come."""
+        if len(gradients) == 1:
+            self._norms[unit.index] = [torch.linalg.vector_norm(gradients[0], dtype=torch.float32)]
+        elif gradients:
             # on a GPU three kernels for all of them
             self._norms[unit.index] = torch._foreach_norm(list(gradients), 2, torch.float32)
 

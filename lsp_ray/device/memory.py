@@ -6,7 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ class LiveStorage:
             # what torch.compile leaves behind is of its own kinds, without memory
             kind = type(candidate)
             if (kind is torch.Tensor or issubclass(kind, nn.Parameter)) and candidate.layout is torch.strided:
-                self.watch(candidate)
+                with suppress(RuntimeError):  # nor has one that it made of a real one
+                    self.watch(candidate)
 
     def _forget(self, key: int) -> None:
         with self._lock:

@@ -19,6 +19,7 @@ from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection
+from lsp_ray.projection.block_factor import is_launched
 from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.trace import Span, WorkStream
 
@@ -115,7 +116,8 @@ class Payloads:
                     unit.take_gradient(gradient)
                 else:
                     gradient.copy_(flat)
-                self._see(unit, unit.split(gradient))
+                # where launches count, the norm of all of it: one, where those of its parts take three
+                self._see(unit, [gradient] if is_launched(gradient) else unit.split(gradient))
         fence = self._backend.record(WorkStream.GPU)
         with self._lock:
             self._payloads[step, unit.index] = _Payload(gradient=gradient, fence=fence, reprojections=reprojections)

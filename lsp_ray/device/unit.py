@@ -136,7 +136,11 @@ class Unit:
         Args:
             payload: float32 or bfloat16; default: a new one, in the gradients' own type.
         """
-        return torch.cat([_taken_gradient(target) for target in self.targets], out=payload)
+        gradients = [_taken_gradient(target) for target in self.targets]
+        if payload is None or all(gradient.dtype == payload.dtype for gradient in gradients):
+            return torch.cat(gradients, out=payload)
+        copy_parts(self.split(payload), gradients)
+        return payload
 
     def add_gradient(self, flat: torch.Tensor) -> None:
         """Add flat gradients to those at the leaves, each in its leaf's type, as autograd does; `flat` is copied."""
@@ -184,6 +188,16 @@ class SummedUnit(Unit):
         """Let the sum of all updates, flat, take the place of the one before; `update` is in it already."""
         for target, part in zip(self.targets, self.split(delta), strict=True):
             cast("SummedTarget", target).put(part)
+
+
+def copy_parts(parts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each source into its part, of its shape and any type: on a GPU in one launch for each type of the sources.
+
+    `torch.cat` into another type is a launch for each.
+    """
+    for dtype in {source.dtype: None for source in sources}:
+        pairs = [pair for pair in zip(parts, sources, strict=True) if pair[1].dtype == dtype]
+        torch._foreach_copy_([part for part, _ in pairs], [source for _, source in pairs])
 
 
 def _taken_gradient(target: Target) -> torch.Tensor:

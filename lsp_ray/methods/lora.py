@@ -16,6 +16,7 @@ from lsp_ray.device.unit import RawTarget, Target, Unit
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.units import as_units
 from lsp_ray.models.layers import Layer
+from lsp_ray.models.quantized import dense_weight, is_quantized_linear
 
 if TYPE_CHECKING:  # peft takes a second to import, and only this method needs it
     from peft import PeftModel
@@ -59,24 +60,36 @@ def add_adapters(
 
 
 def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state of the model without adapters that computes the same: W + (α/r) B A, added in float32."""
-    from peft.tuners.lora import Linear as AdaptedLinear
+    """The state of the model without adapters that computes the same: W + (α/r) B A, added in float32.
+
+    What is quantised is dense then.
+    """
+    from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
     state = dict(model.state_dict())
     for name, module in model.named_modules():
-        if not isinstance(module, AdaptedLinear | ModulesToSaveWrapper):
+        is_adapted = isinstance(module, LoraLayer | ModulesToSaveWrapper)
+        if not is_adapted and (name.endswith(".base_layer") or not is_quantized_linear(module)):
             continue
-        inside = [key for key in state if key.startswith(f"{name}.")]
-        inner = module.modules_to_save["default"] if isinstance(module, ModulesToSaveWrapper) else module.base_layer
-        for key in inside:
+        for key in [key for key in state if key.startswith(f"{name}.")]:
             del state[key]
-        for key, tensor in inner.state_dict().items():
-            state[f"{name}.{key}"] = tensor
-        if isinstance(module, AdaptedLinear):
+        inner = module.base_layer if isinstance(module, LoraLayer) else module
+        if isinstance(module, ModulesToSaveWrapper):
+            inner = module.modules_to_save["default"]
+        state |= {f"{name}.{key}": tensor for key, tensor in _dense_state(inner, model.dtype).items()}
+        if isinstance(module, LoraLayer):
             weight = state[f"{name}.weight"]
-            state[f"{name}.weight"] = (weight.float() + module.get_delta_weight("default").float()).to(weight.dtype)
+            delta: torch.Tensor = module.get_delta_weight("default")  # type: ignore[attr-defined]
+            state[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
     return state
+
+
+def _dense_state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    if not is_quantized_linear(module):
+        return module.state_dict()
+    bias = getattr(module, "bias", None)
+    return {"weight": dense_weight(module, dtype)} | ({} if bias is None else {"bias": bias.detach()})
 
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:

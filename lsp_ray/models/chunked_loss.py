@@ -49,7 +49,7 @@ def _gives_logits(head: nn.Linear, model: PreTrainedModel) -> bool:
     seen: list[tuple[torch.Tensor, int]] = []  # with its version: what is changed in place is another tensor
     handle = head.register_forward_hook(lambda _module, _args, output: seen.append((output, output._version)))
     training = [(module, module.training) for module in model.modules()]
-    token = int(model.config.pad_token_id == 0)  # of padding alone some models warn
+    token = int(model.config.get_text_config().pad_token_id == 0)  # of padding alone some models warn
     try:
         with torch.no_grad(), silenced():
             model.train(False)  # no random number is drawn

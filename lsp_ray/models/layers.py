@@ -6,7 +6,7 @@ before the blocks) and the head (after them). Embeddings and the output embeddin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -66,17 +66,22 @@ class Layer:
     parameters: list[ParameterSite] = field(default_factory=list)
 
 
-def find_layers(model: PreTrainedModel) -> list[Layer]:
+def find_layers(model: PreTrainedModel, unreached: Collection[str] = ()) -> list[Layer]:
     """Return the layers in forward order and freeze every parameter that none of them trains.
+
+    Args:
+        model: Without replaced modules.
+        unreached: Names of parameters that no gradient reaches (`unreached_by_text`); they are frozen.
 
     Raises:
         ConfigError: The model has no list of blocks.
     """
-    prefix, blocks = _block_list(model)
+    beyond = {id(parameter) for name, parameter in model.named_parameters() if name in unreached}
+    prefix, blocks = _block_list(model, beyond)
     stem = Layer(name="stem", block=None)
     head = Layer(name="head", block=None)
     inner = [Layer(name=f"{prefix}.{index}", block=block) for index, block in enumerate(blocks)]
-    frozen = {id(parameter) for parameter in embedding_parameters(model)}
+    frozen = beyond | {id(parameter) for parameter in embedding_parameters(model)}
     output = model.get_output_embeddings()
     seen_blocks = False
     for name, module in model.named_modules():
@@ -94,8 +99,8 @@ def find_layers(model: PreTrainedModel) -> list[Layer]:
     return [layer for layer in (stem, *inner, head) if layer.linears or layer.parameters]
 
 
-def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The largest outermost ModuleList: lists inside blocks (experts) are parts of a block."""
+def _block_list(model: PreTrainedModel, beyond: set[int]) -> tuple[str, nn.ModuleList]:
+    """The outermost ModuleList with most to reach: lists inside blocks (experts) are parts of a block."""
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outermost = {
         name: module
@@ -104,7 +109,9 @@ def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     }
     if not outermost:
         raise ConfigError("model_name_or_path", "be a transformer with a list of blocks", type(model).__name__)
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in outermost.items()}
+    sizes = {
+        name: sum(p.numel() for p in module.parameters() if id(p) not in beyond) for name, module in outermost.items()
+    }
     largest = max(sizes, key=lambda name: sizes[name])
     return largest, outermost[largest]
 

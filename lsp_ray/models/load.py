@@ -1,21 +1,17 @@
-"""Load a model and its tokenizer from a Hugging Face folder, and save them as one again.
+"""Load a model and its tokenizer from a Hugging Face folder.
 
 Everything is read from the local folder (see `resolve_model`) and no code from it is ever run.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,21 +30,18 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from lsp_ray.config import Bits, Task
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.aliases import FIELD
 from lsp_ray.models.quantized import keep_weights, loading_options, quantization_of
-from lsp_ray.output_folder import SAVING
 from lsp_ray.special_tokens import SpecialTokens, special_tokens
 
 _CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
-_SHARD_OR_INDEX = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -132,6 +125,7 @@ def load_model(
     new_head: bool = True,
     bits: Bits | None = None,
     device: torch.device | None = None,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
     """Return the model with the folder's weights, ready to train: on the CPU, a quantised one on its device.
 
@@ -147,6 +141,7 @@ def load_model(
         new_head: Whether a classifier may get one.
         bits: To which the blocks' linears are quantised, see `quantized`; default: they are as in the folder.
         device: Of a quantised model; default: the CPU.
+        on_meta: Read only the heads of the files and return a model without weights, for what is raised besides.
 
     Raises:
         ConfigError: The architecture cannot do the task, a classifier has no label, or the weights are damaged or
@@ -157,7 +152,8 @@ def load_model(
     classifier = task == "sequence_classification"
     if classifier:
         _set_labels(config, label_names)
-        config.pad_token_id = load_tokenizer(folder).pad_token_id  # decoders classify at the last token before it
+        pad = load_tokenizer(folder).pad_token_id
+        config.get_text_config().pad_token_id = pad  # decoders classify at the last token before it
     with silenced(), _loading(folder, "hold intact weights"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model: PreTrainedModel
@@ -170,7 +166,11 @@ def load_model(
             use_safetensors=True,  # the other format is a pickle, which may run anything
             output_loading_info=True,
             ignore_mismatched_sizes=classifier and new_head,
-            **loading_options(config, bits, dtype, device or torch.device("cpu")),
+            **(
+                {"device_map": "meta"}
+                if on_meta
+                else loading_options(config, bits, dtype, device or torch.device("cpu"))
+            ),
         )
     _check_complete(report, folder, classifier=classifier and new_head)
     _make_trainable(model)
@@ -226,92 +226,6 @@ def num_positions(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     return min(known, tokenizer.model_max_length)
 
 
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    *,
-    state: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Write safetensors, configuration and tokenizer into the folder, so that `from_pretrained` loads it.
-
-    Linears may have been replaced by modules with the same parameter names; where other names came with them, `state`
-    is what the plain model would hold. Files are written aside and moved into
-    place one by one: a reader sees each old or new, never half of it. The folder's other files stay. The weights are in
-    their place before anything else is tried.
-
-    Raises:
-        OSError: The folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f"{SAVING}{uuid4().hex}"
-    staging.mkdir()
-    try:
-        _name_ends(model, tokenizer)
-        with silenced(), _without_generation_config(model):
-            model.save_pretrained(staging, state_dict=dict(state or model.state_dict()))
-        weights = _move(staging, folder)
-        for path in folder.iterdir():  # an older save's shards would be loaded instead of this one's
-            if _SHARD_OR_INDEX.fullmatch(path.name) and path.name not in weights:
-                path.unlink()
-        save_description(model, tokenizer, staging)
-        _move(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Try to save all but weights, so that nothing of it can fail once a model is trained.
-
-    Args:
-        model: A skeleton will do.
-        tokenizer: Its own.
-        folder: Where both are from.
-
-    Raises:
-        ConfigError: It cannot be saved.
-    """
-    with tempfile.TemporaryDirectory(prefix="lsp_ray-trial-") as trial:
-        try:
-            save_description(model, tokenizer, Path(trial))
-        except Exception as error:  # whatever it is would be raised again after training
-            raise ConfigError(FIELD, "be a model that can be saved", str(folder), hint=one_line(error)) from error
-
-
-def save_description(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write all that a folder of a model has beside its weights: configurations, tokenizer and chat template."""
-    with silenced():
-        _saved_config(model).save_pretrained(folder)
-        generation = getattr(model, "generation_config", None)  # a classifier has none
-        if generation is not None:  # as it is: its own save_pretrained refuses many that people publish
-            generation.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
-        tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context the model has a default one, which can always be saved."""
-    generation = getattr(model, "generation_config", None)
-    if generation is None:
-        yield
-        return
-    model.generation_config = type(generation)()
-    try:
-        yield
-    finally:
-        model.generation_config = generation
-
-
-def _move(staging: Path, folder: Path) -> set[str]:
-    """Move all files, readable to whom the configuration is; returns their names."""
-    names = {path.name for path in staging.iterdir()}
-    mode = (staging / "config.json").stat().st_mode  # safetensors' own files are closed to others, umask or not
-    for name in sorted(names):
-        (staging / name).chmod(mode)
-        (staging / name).replace(folder / name)
-    return names
-
-
 @contextmanager
 def silenced() -> Iterator[None]:
     """Within the context transformers shows neither progress bars nor loading reports; errors still raise."""
@@ -355,6 +269,9 @@ def _auto_class(config: PreTrainedConfig, task: Task) -> Any:
     if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         columns = f"{kind} models train on datasets with {_CLASSIFIER_COLUMNS}" if encoder else ""
         raise ConfigError(FIELD, "be a causal language model for a dataset of text", kind, hint=columns)
+    if config.is_encoder_decoder:  # of whose halves transformers would take one
+        hint = "it is an encoder with a decoder"
+        raise ConfigError(FIELD, "be a causal language model for a dataset of text", kind, hint=hint)
     return AutoModelForCausalLM
 
 
@@ -377,26 +294,6 @@ def _check_complete(report: Mapping[str, Any], folder: Path, *, classifier: bool
 
 
 def _make_trainable(model: PreTrainedModel) -> None:
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # keys and values of past tokens serve generation only
-
-
-def _name_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let whoever generates with the saved model stop at every end, and pad with a token that it has."""
-    generation = getattr(model, "generation_config", None)
-    if generation is None or tokenizer.eos_token_id is None:
-        return
-    tokens = tokens_of(model, tokenizer)
-    known = generation.eos_token_id
-    if set(known if isinstance(known, list) else [known]) != set(tokens.ends):
-        generation.eos_token_id = tokens.ends[0] if len(tokens.ends) == 1 else list(tokens.ends)
-    if generation.pad_token_id is not None and not 0 <= generation.pad_token_id < num_token_rows(model):
-        generation.pad_token_id = tokens.pad
-
-
-def _saved_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The model's configuration with generation's cache on again."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "use_cache"):
-        config.use_cache = True
-    return config
+    text = model.config.get_text_config()
+    if hasattr(text, "use_cache"):
+        text.use_cache = False  # keys and values of past tokens serve generation only

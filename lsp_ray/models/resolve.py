@@ -41,8 +41,9 @@ from transformers import (
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.aliases import ALIASES, FIELD, Alias, unpack_wheel
-from lsp_ray.models.load import one_line, save_model, shard_names, silenced
+from lsp_ray.models.load import one_line, shard_names, silenced
 from lsp_ray.models.names import is_hub_id, local_model
+from lsp_ray.models.save import save_model
 
 _log_info = logging.getLogger(__name__).info
 

@@ -35,7 +35,7 @@ def shared_inputs(model: PreTrainedModel) -> list[list[str]]:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     handles = [note(name) for name in linears]
     training = [(module, module.training) for module in model.modules()]
-    token = int(model.config.pad_token_id == 0)  # of padding alone some models warn
+    token = int(model.config.get_text_config().pad_token_id == 0)  # of padding alone some models warn
     ids_BT = torch.full((1, _TOKENS), token, device=next(model.parameters()).device)
     try:
         with torch.no_grad(), silenced():

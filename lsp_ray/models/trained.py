@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -29,7 +30,7 @@ def load_trained(folder: Path) -> PreTrainedModel:
         ConfigError: The folder holds no model, or a damaged one.
     """
     if is_beside_base(folder):
-        return _with_adapter(folder)
+        return with_adapter(folder, folder / "adapter")
     if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
         raise ConfigError("model", "be the folder of a finished run or of an export", str(folder))
     check_weights(folder)
@@ -46,7 +47,25 @@ def is_beside_base(folder: Path) -> bool:
     return (folder / "adapter" / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
 
 
-def _with_adapter(folder: Path) -> PreTrainedModel:
+def plain_model(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """A model of the same kind with nothing in it but these weights, neither adapters nor what quantises."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(dict(state), assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def with_adapter(folder: Path, adapter: Path) -> PreTrainedModel:
+    """Return the base that a run began with, quantised as it was, and an adapter of it.
+
+    Args:
+        folder: The run's.
+        adapter: PEFT's files.
+    """
     from peft import PeftModel
 
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -63,7 +82,7 @@ def _with_adapter(folder: Path) -> PreTrainedModel:
     )
     with silenced(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        PeftModel.from_pretrained(model, str(folder / "adapter"), autocast_adapter_dtype=False)
+        PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     return model
 
 

@@ -35,7 +35,7 @@ def activation_bytes_per_s(folder: Path, workload: Workload, hardware: HardwareP
         hardware: Rates of `device`.
         device: Where blocks run.
     """
-    config = copy.deepcopy(load_config(folder))
+    config = copy.deepcopy(load_config(folder).get_text_config())
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = _NUM_BLOCKS, _VOCABULARY, None
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:_NUM_BLOCKS]

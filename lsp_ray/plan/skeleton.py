@@ -14,6 +14,7 @@ from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_config, load_skeleton
 from lsp_ray.models.quantized import quantization_of
 from lsp_ray.models.shared_inputs import shared_inputs
+from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 
 
@@ -37,7 +38,7 @@ def quantized_bits(folder: Path) -> Bits | None:
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:
     """Return a model's shape and freeze what is not trained; a model on the meta device will do."""
-    layers, config = find_layers(model), model.config
+    layers, config = find_layers(model, unreached_by_text(model)), model.config.get_text_config()
     first_reader = {name: names[0] for names in shared_inputs(model) for name in names}
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     head_width = int(getattr(config, "head_dim", None) or hidden // heads)

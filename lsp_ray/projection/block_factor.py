@@ -16,6 +16,11 @@ from collections.abc import Iterator
 import torch
 
 
+def is_launched(table: torch.Tensor) -> bool:
+    """Whether operators on this table are launches, each with its price whatever its size."""
+    return table.is_cuda
+
+
 class BlockFactor:
     """A (F, D) matrix diag(scale) · blockdiag(U_1 … U_G), every U_g an orthonormal (S, R) basis.
 
@@ -79,11 +84,27 @@ class BlockFactor:
         return self.split(self.value_FR, 0)
 
     def project(self, table_TF: torch.Tensor) -> torch.Tensor:
-        """Return the (T, D) product of a (T, F) table with this factor, in the table's dtype."""
+        """Return the (T, D) product of a (T, F) table with this factor, in the table's dtype.
+
+        Where launches count, column by column in memory, as the products come.
+        """
+        if is_launched(table_TF):
+            return self.project_by_columns(table_TF).t()
         pairs = zip(self.split(table_TF, 1), self.blocks(), strict=True)
         parts = [torch.bmm(part_TGS.transpose(0, 1), block.to(part_TGS.dtype)) for part_TGS, block in pairs]
         projected_GTR = parts[0] if len(parts) == 1 else torch.cat(parts)
         return projected_GTR.transpose(0, 1).reshape(table_TF.shape[0], self.dim)
+
+    def project_by_columns(self, table_TF: torch.Tensor) -> torch.Tensor:
+        """Return the same as (D, T), contiguous: one launch where G divides F."""
+        if not self.long_groups:  # with few views: on a GPU the host's calls are what a product costs
+            block_GSR = self.value_FR.to(table_TF.dtype).view(self.groups, -1, self.nnz_per_row)
+            table_GST = table_TF.t().reshape(self.groups, -1, table_TF.shape[0])
+            return torch.bmm(block_GSR.transpose(1, 2), table_GST).view(self.dim, -1)
+        pairs = zip(self.split(table_TF, 1), self.blocks(), strict=True)
+        parts = [torch.bmm(block.to(part.dtype).transpose(1, 2), part.permute(1, 2, 0)) for part, block in pairs]
+        projected_GRT = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return projected_GRT.flatten(0, 1)
 
     def spread(self, table_DK: torch.Tensor) -> torch.Tensor:
         """Return the (F, K) product of this factor with a (D, K) table, in the table's dtype."""
@@ -97,18 +118,25 @@ class BlockFactor:
 
     def expand(self, table_TD: torch.Tensor) -> torch.Tensor:
         """Return the (T, F) product of a (T, D) table with this factor's transpose, in the table's dtype."""
+        if torch.compiler.is_compiling():  # what is in place the compiler decides, and it knows no product into a view
+            pairs = self._expanding(table_TD)
+            return torch.cat([torch.bmm(*pair).transpose(0, 1).flatten(1, 2) for pair in pairs], dim=1)
         output_TF = table_TD.new_empty(table_TD.shape[0], self.num_rows)
         self.add_expanded_(output_TF, table_TD, keep=0)
         return output_TF
 
     def add_expanded_(self, output_TF: torch.Tensor, table_TD: torch.Tensor, *, keep: int = 1) -> None:
         """output ← keep · output + what `expand` returns, without a table of that size; keep 0 reads no old value."""
+        for part_TGS, pair in zip(self.split(output_TF, 1), self._expanding(table_TD), strict=True):
+            part_TGS.transpose(0, 1).baddbmm_(*pair, beta=keep)
+
+    def _expanding(self, table_TD: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (G, T, R) of the table and (G, R, S) of the bases for both numbers of rows."""
         first = 0
-        for part_TGS, block_GSR in zip(self.split(output_TF, 1), self.blocks(), strict=True):
+        for block_GSR in self.blocks():
             num_columns = block_GSR.shape[0] * self.nnz_per_row
             table_TGR = table_TD.narrow(1, first, num_columns).unflatten(1, (-1, self.nnz_per_row))
-            block_GRS = block_GSR.to(table_TD.dtype).mT
-            part_TGS.transpose(0, 1).baddbmm_(table_TGR.transpose(0, 1), block_GRS, beta=keep)
+            yield table_TGR.transpose(0, 1), block_GSR.to(table_TD.dtype).mT
             first += num_columns
 
     def dense(self) -> torch.Tensor:

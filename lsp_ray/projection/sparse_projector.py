@@ -16,6 +16,14 @@ from lsp_ray.projection.block_factor import BlockFactor
 # fine-tuning, balanced projectors train best with updates three times as large, but no entry above the learning rate:
 # of noise, whose entries are small, three times as much would be left, and of what is sure no more (docs/log.md)
 BALANCED_GAIN = 3.0
+_HAS_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None  # torch 2.8 on, by CUDA
+
+
+def product_float32(left_DT: torch.Tensor, right_TE: torch.Tensor) -> torch.Tensor:
+    """Return the (D, E) product in float32; where a product can, it is rounded to nothing less on the way."""
+    if left_DT.is_cuda and left_DT.dtype.itemsize == 2 and _HAS_WIDE_PRODUCTS:
+        return torch.mm(left_DT, right_TE, out_dtype=torch.float32)
+    return (left_DT @ right_TE).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +145,7 @@ class SparseProjector:
 
         `input_projected_TE` is X Q, `right.project`'s answer, kept from the forward.
         """
-        return (self.left.project(grad_output_TM).t() @ input_projected_TE).float()
+        return product_float32(self.left.project(grad_output_TM).t(), input_projected_TE)
 
     def decompress(self, delta_DE: torch.Tensor) -> torch.Tensor:
         """Return P δ Qᵀ (M, N), in δ's dtype. Training never calls this: `device.deltas` adds it tile by tile."""

@@ -97,14 +97,18 @@ class Checkpoints:
             self._thread.shutdown()
 
     def save(
-        self, step: int, write: Callable[[Path], None], trainer: Mapping[str, Any], facts: Mapping[str, Any]
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        write_beside: Callable[[Path], None],
+        facts: Mapping[str, Any],
     ) -> None:
         """Let `write` fill a folder; return when it has, and finish the rest beside what follows.
 
         Args:
             step: Updates done.
             write: Writes model and state into the folder that it is given.
-            trainer: For Hugging Face's trainer_state.json.
+            write_beside: Writes into it what the next steps do not change, beside them.
             facts: For state.json.
 
         Raises:
@@ -115,9 +119,9 @@ class Checkpoints:
         with self._cleaning(staging), writing(staging):
             (staging / STATE).mkdir(parents=True)
             write(staging)
-            content = json.dumps(trainer, indent=1, allow_nan=False) + "\n"
-            (staging / "trainer_state.json").write_text(content, encoding="utf-8")
-        self._underway = self._thread.submit(self._finish, staging, {"format": FORMAT, "step": step, **facts})
+        self._underway = self._thread.submit(
+            self._finish, staging, write_beside, {"format": FORMAT, "step": step, **facts}
+        )
 
     def wait(self) -> None:
         """Return when nothing is being written any more.
@@ -129,8 +133,9 @@ class Checkpoints:
         if underway is not None:
             underway.result()
 
-    def _finish(self, staging: Path, facts: dict[str, Any]) -> None:
+    def _finish(self, staging: Path, write_beside: Callable[[Path], None], facts: dict[str, Any]) -> None:
         with self._cleaning(staging), writing(staging):
+            write_beside(staging)
             files = {path.relative_to(staging).as_posix(): self._sealed(path) for path in _files(staging)}
             state = staging / FACTS
             state.write_text(json.dumps({**facts, "files": files}, indent=1) + "\n")

@@ -20,6 +20,8 @@ from ray.exceptions import RayError
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
 from lsp_ray.runtime.leftovers import note_session, own_folder
+from lsp_ray.runtime.malloc_arenas import SETTINGS as FEW_ARENAS
+from lsp_ray.runtime.malloc_arenas import limit_arenas
 from lsp_ray.runtime.ray_process import starting_apart
 
 END_TIMEOUT_S = 10.0  # a killed process is gone at once, unless the kernel is busy with what it held
@@ -51,9 +53,10 @@ def ray_cluster(
     others = set(psutil.Process().children())
     before = _environment()
     reaches_others = ray_constants.ENABLE_RAY_CLUSTER
+    limit_arenas()  # before Ray's threads come
     with own_folder() as private:
         try:
-            _set_environment(private)
+            _set_environment(private, dashboard=dashboard)
             context = _started(
                 address="local",
                 num_cpus=num_actors,  # a unit of Ray's, not a core: Ray starts that many processes, torch in each
@@ -99,32 +102,36 @@ def _end_ray(before: Set[psutil.Process]) -> None:
     psutil.wait_procs(started, timeout=END_TIMEOUT_S)
 
 
-def _wanted(token_path: Path) -> dict[str, str]:
-    """What Ray, and its workers' OpenMP, read from the environment when they start."""
+def environment_of_ray(token_path: Path, *, dashboard: bool) -> dict[str, str]:
+    """Return what Ray, its workers' OpenMP and C library read from the environment when they start."""
+    # the dashboard's list of tasks: Ray's 100,000 take hundreds of MB, and nobody else reads it
+    events = {"max_num_task_in_gcs": "1000"} if dashboard else {"report_interval_ms": "0"}
     return {
         **PASSIVE_WAITING,
+        **FEW_ARENAS,
         "RAY_AUTH_TOKEN_PATH": str(token_path),  # Ray asks for a token by default; this one is this cluster's alone
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the name is history: it keeps Ray's processes on the loopback
         "RAY_worker_niceness": "0",  # Ray's default of 15 starves the actors beside other programs
         "RAY_preallocate_plasma_memory": "1",  # no page faults in the first steps
         "RAY_preload_python_modules": "torch",  # workers have it imported before an actor asks for one
-        "RAY_task_events_max_num_task_in_gcs": "1000",  # the dashboard's list; Ray's 100,000 take hundreds of MB
+        **{f"RAY_task_events_{name}": value for name, value in events.items()},
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; silences its warning
     }
 
 
 def _environment() -> dict[str, str | None]:
-    names = (*_wanted(Path()), "RAY_AUTH_MODE")  # Ray sets that one itself
+    either = {**environment_of_ray(Path(), dashboard=False), **environment_of_ray(Path(), dashboard=True)}
+    names = (*either, "RAY_AUTH_MODE")  # Ray sets that one itself
     return {name: os.environ.get(name) for name in names}
 
 
-def _set_environment(private: Path) -> None:
+def _set_environment(private: Path, *, dashboard: bool) -> None:
     """Set what is wanted; a person's own value of a variable wins."""
     token_path = private / "token"
     token_path.touch(mode=0o600)
     token_path.write_text(secrets.token_hex(32), encoding="utf-8")
-    for name, value in _wanted(token_path).items():
+    for name, value in environment_of_ray(token_path, dashboard=dashboard).items():
         os.environ.setdefault(name, value)
     AuthenticationTokenLoader.instance().reset_cache()  # it would keep the token of an earlier cluster
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from lsp_ray.config import LspConfig
 from lsp_ray.data.final_numbers import share_right
 from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
+from lsp_ray.device.compiled_blocks import CompiledBlocks
 from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
-from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
 from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
+from lsp_ray.device.fused_norms import fuse_norms
 from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
@@ -30,20 +30,20 @@ from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import LspRayError
 from lsp_ray.hardware import MACHINES
-from lsp_ray.methods import lora, lsp_adapter
-from lsp_ray.methods import lsp as lsp_method
+from lsp_ray.methods import lora
 from lsp_ray.methods.galore import GaloreShard
 from lsp_ray.methods.lsp import lsp_units, projector_sizes, take_projectors
 from lsp_ray.methods.units import full_payload_sizes, full_units
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import load_model, load_tokenizer, save_description, save_model, tokens_of
+from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.output_folder import INTERNALS
-from lsp_ray.projection.projector_file import FILE_NAME, load_projectors, save_projectors
+from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
 from lsp_ray.runtime.checkpoint import STATE, TRAINED, writing
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
+from lsp_ray.runtime.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.throttle import Throttle, emulating
 from lsp_ray.schedule.ops import DeltaDue, GradientReady
@@ -81,10 +81,12 @@ class DeviceSide:
         self._job = job
         self._tell = tell
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
+        self._files = ModelFiles(job, self.backend.device)
         self.progress = ""
         self._is_set_up = False
         self._linears: list[tuple[str, InSubspace]] = []
         self._adapters: PeftModel | None = None
+        self._compiled: CompiledBlocks | None = None
 
     def setup(self, host_slots: Sequence[torch.Tensor] = ()) -> SetupReport:
         """Load, wrap and fit; lock the pages of the slots if a GPU copies from and to them."""
@@ -93,12 +95,13 @@ class DeviceSide:
         self.progress = "loading the model"
         self._tokenizer = load_tokenizer(job.model_folder)
         base = job.model_folder if job.saved is None or config.keeps_base else job.saved.folder
-        self._model = self._loaded(base)
+        self._model = self._files.load(base)
         if not job.quantized:  # else it is there
             self._model.to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
+        fuse_norms(self._model)
         self._tokens = tokens_of(self._model, self._tokenizer)
-        layers = find_layers(self._model)
+        layers = find_layers(self._model, job.unreached)
         if config.gradient_checkpointing:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
         throttle = self._throttle(layers)
@@ -122,8 +125,10 @@ class DeviceSide:
             measured_step=job.measured_step,
             staleness=job.staleness,
             codec=job.codec,
-            graphs=self.backend.has_graphs and config.runtime.cuda_graphs,
+            graphs=self.backend.has_graphs and config.uses_graphs,
         )
+        if config.torch_compile:
+            self._compiled = CompiledBlocks(layers, self.backend.device)
         self.keep_to(throttle)
         if job.saved is not None:
             self._restore(job.saved)
@@ -187,12 +192,12 @@ class DeviceSide:
         job = self._job
         self.worker.flush()
         with reading(checkpoint), torch.no_grad():
-            merged = {name: linear for name, linear in self._apart.items() if linear.is_merged}
+            merged = {name: linear for name, linear in apart(self._linears) if linear.is_merged}
             if not job.config.keeps_base:
-                self._model.load_state_dict(self._loaded(checkpoint).state_dict())
+                self._model.load_state_dict(self._files.load(checkpoint).state_dict())
             else:
                 if merged:
-                    base = self._loaded(job.model_folder)
+                    base = self._files.load(job.model_folder)
                     for name, linear in merged.items():
                         linear.weight.copy_(base.get_parameter(f"{name}.weight"))
                 load_trained(self.worker.units, checkpoint / TRAINED)
@@ -209,6 +214,8 @@ class DeviceSide:
         """See `DeviceWorker.close`."""
         if self._is_set_up:
             self.worker.close()
+        if self._compiled is not None:
+            self._compiled.close()
 
     def save(self, folder: Path) -> None:
         """Write the model with every delta added, and the projectors or adapters beside it.
@@ -218,8 +225,9 @@ class DeviceSide:
         """
         self.worker.flush()
         with writing(folder):
-            self._save_model(folder)
-            self._save_projectors(folder / INTERNALS)
+            self._files.save(folder, self._model, self._tokenizer, self._adapters, self._linears)
+            self._files.save_delta(folder, self._model, self.worker.units, self._linears)
+            save_linears(folder / INTERNALS, self._linears)
 
     def save_state(self, folder: Path) -> None:
         """Between two steps: write this side's part of a checkpoint, see `runtime.checkpoint`.
@@ -230,11 +238,8 @@ class DeviceSide:
         kept_back = self.worker.settle()
         state = folder / STATE
         with writing(folder):
-            if self._job.sums is None and not self._job.quantized:
-                self._save_model(folder)
-            else:  # the base is where it was
-                save_description(self._model, self._tokenizer, folder)
-            self._save_projectors(state)
+            self._files.save(folder, self._model, self._tokenizer, self._adapters, self._linears, is_checkpoint=True)
+            save_linears(state, self._linears)
             if self._refitter is not None:
                 save_refits(state, self._refitter.state())
             if self._local_shard is not None:
@@ -245,42 +250,6 @@ class DeviceSide:
                 save_trained(self.worker.units, folder / TRAINED)
             if kept_back:
                 save_file({f"{step}.{unit}": delta for (step, unit), delta in kept_back.items()}, state / _DELTAS)
-
-    @property
-    def _apart(self) -> dict[str, DeltaLinear]:
-        return {name: linear for name, linear in self._linears if isinstance(linear, DeltaLinear)}
-
-    def _loaded(self, folder: Path) -> PreTrainedModel:
-        job = self._job
-        return load_model(
-            folder,
-            dtype=job.dtype,
-            task=job.task,
-            label_names=job.label_names,
-            seed=job.config.seed,
-            new_head=folder == job.model_folder,
-            bits=job.config.bits,
-            device=self.backend.device,
-        )
-
-    def _save_model(self, folder: Path) -> None:
-        config, state = self._job.config, None
-        if self._job.quantized:
-            save_description(self._model, self._tokenizer, folder)
-        else:
-            if config.keeps_base:
-                state = (lsp_method if self._adapters is None else lora).merged_state(self._model)
-            save_model(self._model, self._tokenizer, folder, state=state)
-        if self._adapters is not None:
-            lora.save_adapter(self._adapters, folder)
-        elif self._apart and not any(linear.is_merged for linear in self._apart.values()):
-            base = config.model_name_or_path
-            lsp_adapter.save_adapter(self._model, self.worker.units, folder, base=base, task=self._job.task)
-
-    def _save_projectors(self, folder: Path) -> None:
-        if self._linears:
-            folder.mkdir(exist_ok=True)
-            save_projectors(folder / FILE_NAME, {name: module.projector for name, module in self._linears})
 
     def _restore(self, saved: SavedRun) -> None:
         kept_back: dict[tuple[int, int], torch.Tensor] = {}

@@ -7,15 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 from lsp_ray.output_folder import INTERNALS
-from lsp_ray.runtime.best_step import best_step
 from lsp_ray.runtime.checkpoint import checkpoints
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.step_totals import StepTotals
 from lsp_ray.runtime.training import FineTuneWorkers, Listener, NeverStop, Stop, Training
-from lsp_ray.trace import StepMetrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,9 +115,9 @@ def fine_tune(
         listener.note(f"going on from {job.saved.folder}, after {job.saved.step} steps")
     training = Training(job, workers, output_dir, listener, (before, sample_before))
     with stop.deferred(lambda: listener.note("stopping once all that is done is saved; a second time stops at once")):
-        steps, peak_bytes = training.run(setup.throttle, stop)
+        totals, peak_bytes = training.run(setup.throttle, stop)
         listener.phase("evaluating after training")
-        after, best = _evaluated(job, workers, steps, output_dir, listener)
+        after, best = _evaluated(job, workers, totals, output_dir, listener)
         change = (after["loss"] - before["loss"]) / before["loss"]
         listener.note(f"eval loss after: {_scores_line(after)} (loss {change:+.1%})")
         sample_after = decode(workers.sample())
@@ -129,7 +127,7 @@ def fine_tune(
         workers.save(output_dir)
         summary = _summary(
             job,
-            steps,
+            totals,
             (before, after),
             (sample_before, sample_after),
             peak_bytes=peak_bytes,
@@ -144,11 +142,11 @@ def fine_tune(
 
 
 def _evaluated(
-    job: Job, workers: FineTuneWorkers, steps: Sequence[StepMetrics], output_dir: Path, listener: Listener
+    job: Job, workers: FineTuneWorkers, totals: StepTotals, output_dir: Path, listener: Listener
 ) -> tuple[dict[str, float], Path | None]:
     """The scores of the weights that the run ends with, and the checkpoint that they are from, if they are."""
     after = workers.evaluate()
-    best = _best(job, steps, after["loss"], output_dir)
+    best = _best(job, totals, after["loss"], output_dir)
     if best is not None:
         listener.note(f"going back to {best.name}, whose eval loss is lower than the last one, {after['loss']:.4f}")
         workers.take_weights(best)
@@ -156,9 +154,9 @@ def _evaluated(
     return after, best
 
 
-def _best(job: Job, steps: Sequence[StepMetrics], last_loss: float, output_dir: Path) -> Path | None:
+def _best(job: Job, totals: StepTotals, last_loss: float, output_dir: Path) -> Path | None:
     """The checkpoint that a run is to end with, where that is not the last step."""
-    best = best_step(steps) if job.config.load_best_model_at_end else None
+    best = totals.best if job.config.load_best_model_at_end else None
     if best is None or best.eval_loss is None or best.eval_loss >= last_loss:
         return None
     folders = [output_dir] if job.saved is None else [output_dir, job.saved.folder.parent]
@@ -198,7 +196,7 @@ def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
 
 def _summary(
     job: Job,
-    steps: Sequence[StepMetrics],
+    totals: StepTotals,
     scores: tuple[dict[str, float], dict[str, float]],
     samples: tuple[str, str],
     *,
@@ -208,9 +206,6 @@ def _summary(
     duration_s: float,
 ) -> Summary:
     """Of a run whose eval scores and sample answers were these, before and after."""
-    # the step whose memory was measured is slower for it
-    timed = [metrics for metrics in steps if metrics.step != job.measured_step + 1] or steps
-    total_s = sum(metrics.step_time_s for metrics in timed)
     return Summary(
         model=job.config.model_name_or_path,
         dataset=job.config.dataset,
@@ -220,22 +215,22 @@ def _summary(
         policy=job.config.policy if job.payload_sizes else None,
         device=job.device,
         num_shards=job.layout.num_shards,
-        num_steps=steps[-1].step,
+        num_steps=totals.last,
         best_step=best_step,
         duration_s=duration_s,
         eval_loss_before=scores[0]["loss"],
         eval_loss_after=scores[1]["loss"],
         eval_before=scores[0],
         eval_after=scores[1],
-        step_time_s_median=median(metrics.step_time_s for metrics in timed),
-        tokens_per_second=sum(metrics.num_tokens for metrics in timed) / total_s,
-        overlap_fraction=1.0 - sum(metrics.exposed_s for metrics in timed) / total_s,
-        num_clipped=sum(0.0 < metrics.grad_scale < 1.0 for metrics in steps),
-        num_skipped=sum(metrics.grad_scale == 0.0 for metrics in steps),
+        step_time_s_median=totals.step_time_s_median,
+        tokens_per_second=totals.tokens_per_second,
+        overlap_fraction=totals.overlap_fraction,
+        num_clipped=totals.num_clipped,
+        num_skipped=totals.num_skipped,
         emulated_compute_s=emulated_compute_s,
         peak_device_bytes=peak_bytes,
-        bytes_d2h_per_step=round(median(metrics.bytes_d2h for metrics in steps)),
-        bytes_h2d_per_step=round(median(metrics.bytes_h2d for metrics in steps)),
+        bytes_d2h_per_step=totals.bytes_d2h_per_step,
+        bytes_h2d_per_step=totals.bytes_h2d_per_step,
         sample_before=samples[0],
         sample_after=samples[1],
         sample_expected=job.sample_expected,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsp_ray.config import BUILT_IN_LENGTH, RunConfig, Task
 from lsp_ray.data.chat import template_columns
@@ -20,30 +19,21 @@ from lsp_ray.data.dataset import load_rows
 from lsp_ray.data.final_numbers import Question, find_questions
 from lsp_ray.data.micro_batches import MicroBatches
 from lsp_ray.data.paths import absolute_path
-from lsp_ray.data.tokenize import LONGEST, TokenizedRows, check_token_ids, tokenize_rows
+from lsp_ray.data.tokenize import LONGEST, TokenizedRows, tokenize_rows
+from lsp_ray.device.compiled_blocks import check_compiler
 from lsp_ray.errors import ConfigError
-from lsp_ray.methods.galore import check_rank
-from lsp_ray.methods.lora import check_lora
 from lsp_ray.methods.lsp import lsp_payload_parts, lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
-from lsp_ray.models.attention import check_packing
 from lsp_ray.models.layers import Layer, find_layers
-from lsp_ray.models.load import (
-    check_saving,
-    check_weights,
-    load_config,
-    load_skeleton,
-    load_tokenizer,
-    num_positions,
-    num_token_rows,
-)
-from lsp_ray.models.quantized import check_quantizer, quantization_of
+from lsp_ray.models.load import load_config, load_skeleton, load_tokenizer, num_positions
 from lsp_ray.models.resolve import resolve_model
+from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.projection.projector_file import load_projectors
-from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
+from lsp_ray.runtime.job_checks import check_balance, check_method, check_model, check_sizes, with_delta
+from lsp_ray.runtime.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
 from lsp_ray.runtime.metrics_file import METRICS, read_metrics
@@ -64,7 +54,8 @@ class Job:
     up all updates, None where the device does; `quantized` says that linears of the base are; `delta_room` is for what
     comes up, None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a
     classifier's: a whole example's) model inputs, shown with the answer before and after; `questions` are answered in
-    evaluations. `saved` is the checkpoint to go on from, see `resumed`.
+    evaluations. `unreached` are names of parameters that stay as they are. `saved` is the checkpoint to go on from, see
+    `resumed`.
     """
 
     config: RunConfig
@@ -72,6 +63,7 @@ class Job:
     task: Task
     label_names: tuple[str, ...]
     num_weights: int
+    unreached: frozenset[str]
     device: Device
     dtype: torch.dtype
     micro_batches: MicroBatches
@@ -159,6 +151,7 @@ class Job:
             device=self.device,
             device_threads=self.layout.device_threads,
             shard_threads=self.layout.shard_threads,
+            cuda_graphs=self.config.uses_graphs,
         )
         return replace(
             self.config,
@@ -184,27 +177,22 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     """
     if config.lsp.init_from is not None:  # an actor's working directory need not be this process's
         config = replace(config, lsp=replace(config.lsp, init_from=str(Path(config.lsp.init_from).absolute())))
-    device = choose_device(config)
+    device = _device(config)
     dtype = torch.bfloat16 if choose_bf16(config, device, note) else torch.float32
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
-    config, quantized = _with_delta(config, load_config(model_folder), device, note)
+    config, quantized = with_delta(config, load_config(model_folder), device, note)
     tokenizer = load_tokenizer(model_folder)
     tokenized = rows or _tokenized(config, tokenizer, num_positions(load_config(model_folder), tokenizer))
     config = _with_length(config, tokenized)
     label_names = tuple(tokenized.label_names)
     skeleton = load_skeleton(model_folder, task=tokenized.task, num_labels=len(label_names))
-    _check_positions(skeleton, tokenizer, config)
-    if config.packing:
-        check_packing(skeleton.config, tokenized.task, config.seq_length)
-    check_token_ids(tokenized, tokenizer, num_token_rows(skeleton))
-    check_weights(model_folder)
-    check_saving(skeleton, tokenizer, model_folder)
-    layers = find_layers(skeleton)
-    _check_method(layers, config)
+    check_model(skeleton, model_folder, tokenizer, tokenized, config, dtype)
+    unreached = unreached_by_text(skeleton)
+    layers = find_layers(skeleton, unreached)
+    check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
     if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
-        load_projectors(Path(config.lsp.init_from), sizes)  # complains before any actor
-    _note_cut(sizes, config, note)
+        check_balance(load_projectors(Path(config.lsp.init_from), sizes), config.lsp)  # complains before any actor
     payload_sizes = _payload_sizes(layers, config, quantized=quantized)
     micro_batches = MicroBatches(
         tokenized,
@@ -218,8 +206,13 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         length_multiple=_length_multiple(skeleton, config, device),
         pack_to=config.seq_length if config.packing else None,
     )
-    _check_sizes(config, micro_batches.num_steps, micro_batches.num_rows)
-    _note_data(tokenized, config, micro_batches.num_steps, note)
+    check_sizes(config, micro_batches.num_steps, micro_batches.num_rows)
+    for line in (
+        *model_notes(skeleton, load_config(model_folder), unreached),
+        *method_notes(config, layers, sizes),
+        *data_notes(tokenized, config, micro_batches.num_steps),
+    ):
+        note(line)
     sample_inputs, sample_expected = _sample(_first_held_out(tokenized), tokenized, tokenizer)
     cores = len(os.sched_getaffinity(0))
     return Job(
@@ -228,6 +221,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         task=tokenized.task,
         label_names=label_names,
         num_weights=sum(parameter.numel() for parameter in skeleton.parameters()),
+        unreached=unreached,
         device=device,
         dtype=dtype,
         micro_batches=micro_batches,
@@ -242,6 +236,13 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         sample_expected=sample_expected,
         questions=tuple(find_questions(tokenized, tokenizer, config.max_eval_answers)),
     )
+
+
+def _device(config: RunConfig) -> Device:
+    device = choose_device(config)
+    if config.torch_compile:
+        check_compiler(device)
+    return device
 
 
 def _tokenized(config: RunConfig, tokenizer: PreTrainedTokenizerBase, positions: int) -> TokenizedRows:
@@ -273,46 +274,6 @@ def resumed(job: Job, folder: Path) -> Job:
     return replace(job, saved=saved)
 
 
-def _check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    kind = "packed training" if config.packing else "training"
-    if batch_size > num_examples:
-        raise ConfigError(
-            "per_device_train_batch_size",
-            f"make, times gradient_accumulation_steps, at most the {num_examples} {kind} examples",
-            config.per_device_train_batch_size,
-            hint=f"{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} = {batch_size} examples "
-            f"a step, there are {num_examples}",
-        )
-    if config.warmup_steps >= num_steps:
-        raise ConfigError("warmup_steps", f"be below the {num_steps} steps of this run", config.warmup_steps)
-
-
-def _check_method(layers: Sequence[Layer], config: RunConfig) -> None:
-    if config.method == "lora":
-        check_lora(layers, config.lora)
-    if config.method == "galore":
-        check_rank(layers, config.galore)
-
-
-def _with_delta(
-    config: RunConfig, model_config: PreTrainedConfig, device: Device, note: Callable[[str], None]
-) -> tuple[RunConfig, bool]:
-    """The run with `lsp.delta` decided, and whether the base is quantised."""
-    check_quantizer(model_config, config.bits, on_gpu=device == "cuda")
-    found = quantization_of(model_config)
-    if config.bits is None and found is None:
-        return replace(config, lsp=replace(config.lsp, delta=config.lsp.delta or "merged")), False
-    if found is not None:
-        if config.method not in ("lsp", "lora"):
-            raise ConfigError("method", "be lsp or lora, as the model's weights are quantised", config.method)
-        if config.lsp.delta == "merged":
-            raise ConfigError("lsp.delta", "be apart, as the model's weights are quantised", "merged")
-    if config.method == "lsp" and config.lsp.check_every:
-        note("projectors stay to the end (lsp.check_every is 0), as a quantised base cannot take in what others did")
-    return replace(config, lsp=replace(config.lsp, delta="apart", check_every=0)), True
-
-
 def _payload_sizes(layers: Sequence[Layer], config: RunConfig, *, quantized: bool) -> list[int]:
     if config.method == "lsp":
         return lsp_payload_sizes(layers, config.lsp, quantized=quantized)
@@ -329,57 +290,11 @@ def _wire_sizes(sizes: Sequence[int], config: RunConfig) -> list[int]:
     return [payload_bytes(size, config.runtime.payload_dtype) for size in sizes]
 
 
-def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
-    bound = num_positions(skeleton.config, tokenizer)
-    if config.seq_length > bound:
-        raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", config.seq_length)
-
-
 def _length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: str) -> int | None:
     """A graph is recorded for every length of a batch: with few lengths there are few."""
     longest = -(-config.seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
-    fits = longest <= getattr(skeleton.config, "max_position_embeddings", longest)
-    return GRAPH_LENGTHS if device == "cuda" and config.runtime.cuda_graphs and fits else None
-
-
-def _note_data(tokenized: TokenizedRows, config: RunConfig, num_steps: int, note: Callable[[str], None]) -> None:
-    num_train, num_eval = len(tokenized.train), len(tokenized.eval)
-    note(f"data: {num_train} train and {num_eval} eval examples of {config.dataset}")
-    note(f"data: {_length_line(tokenized, config, num_steps)}")
-    if tokenized.task == "sequence_classification" and len(tokenized.label_names) == 1:
-        note("data: labels are floats, so the model learns the number (regression)")
-    for line in tokenized.notes:
-        note(f"data: {line}")
-    if config.num_train_epochs is not None and config.steps != -1:
-        note(f"num_train_epochs {config.num_train_epochs:g} is not used, as max_steps {config.steps} decides")
-
-
-def _note_cut(sizes: Mapping[str, ProjectorSizes], config: RunConfig, note: Callable[[str], None]) -> None:
-    cut = [size for size in sizes.values() if min(size.shape) // 2 < config.lsp.dim]
-    if cut:
-        smallest = min(cut, key=lambda size: size.dims[0] * size.dims[1])
-        dims, shape = (f"{rows} × {columns}" for rows, columns in (smallest.dims, smallest.shape))
-        note(
-            f"lsp.subspace_dim {config.lsp.dim} is cut to half a side in {len(cut)} of {len(sizes)} matrices, "
-            f"such as to {dims} for one of {shape}"
-        )
-
-
-def _length_line(tokenized: TokenizedRows, config: RunConfig, num_steps: int) -> str:
-    """How long a run is, and how long its examples."""
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    num_train = len(tokenized.train)
-    epochs = num_steps * size / num_train if config.steps != -1 else config.epochs
-    parts = [f"{num_train:,} examples, {_rounded(epochs)}, {num_steps:,} steps of {size}"]
-    if tokenized.max_seq_length:
-        num_rows = num_train + len(tokenized.eval) + tokenized.num_dropped
-        held = math.floor(100 * (1 - tokenized.num_truncated / num_rows))
-        parts.append(f"{tokenized.max_seq_length} tokens hold {held} % of them")
-    return "; ".join(parts)
-
-
-def _rounded(epochs: float) -> str:
-    return f"{epochs:.3g} {'epoch' if epochs == 1 else 'epochs'}"
+    fits = longest <= getattr(skeleton.config.get_text_config(), "max_position_embeddings", longest)
+    return GRAPH_LENGTHS if device == "cuda" and config.uses_graphs and fits else None
 
 
 def _first_held_out(tokenized: TokenizedRows) -> Mapping[str, Any]:

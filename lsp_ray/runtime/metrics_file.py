@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,10 +16,11 @@ Sink = Callable[[StepMetrics], None]
 
 
 @contextmanager
-def metrics_file(path: Path, earlier: Sequence[StepMetrics]) -> Iterator[Sink]:
+def metrics_file(path: Path, earlier: Iterable[StepMetrics]) -> Iterator[Sink]:
     """Open a run's metrics for the steps to come; afterwards it holds those and `earlier`, and nothing else."""
     aside = path.with_name(f".{path.name}.new")
-    aside.write_text("".join(map(_line, earlier)), encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, earlier))
     aside.replace(path)
     with path.open("a", encoding="utf-8", buffering=1) as file:
 
@@ -29,21 +30,19 @@ def metrics_file(path: Path, earlier: Sequence[StepMetrics]) -> Iterator[Sink]:
         yield write
 
 
-def read_metrics(path: Path, num_steps: int) -> list[StepMetrics]:
-    """Return the first steps up to the number `num_steps`; what is missing or damaged ends them."""
-    found: list[StepMetrics] = []
+def read_metrics(path: Path, num_steps: int) -> Iterator[StepMetrics]:
+    """Yield the first steps up to the number `num_steps`; what is missing or damaged ends them."""
     if not path.is_file():
-        return found
+        return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 metrics = StepMetrics.from_json(json.loads(line))
             except (ValueError, RecursionError):  # cut off, or of another version
-                break
+                return
             if metrics.step > num_steps:
-                break
-            found.append(metrics)
-    return found
+                return
+            yield metrics
 
 
 def _line(metrics: StepMetrics) -> str:

@@ -108,6 +108,8 @@ def with_saved_choices(config: RunConfig, folder: Path) -> RunConfig:
     with reading(folder):
         if config.lsp.subspace_dim == "auto":
             config = replace(config, lsp=replace(config.lsp, subspace_dim=int(saved["lsp"]["subspace_dim"])))
+        if config.bf16 is None:  # is measured, and may come out either way
+            config = replace(config, bf16=bool(saved["bf16"]))
         if config.max_seq_length is None:
             config = replace(config, max_seq_length=int(saved["max_seq_length"]))
         if config.max_steps is None and config.num_train_epochs is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,18 +14,21 @@ from lsp_ray.trace import StepMetrics
 
 
 @contextmanager
-def open_sinks(config: RunConfig, folder: Path, earlier: Sequence[StepMetrics]) -> Iterator[Sequence[Sink]]:
+def open_sinks(
+    config: RunConfig, folder: Path, earlier: Iterable[StepMetrics], *, first_step: int
+) -> Iterator[Sequence[Sink]]:
     """Open all that a run asks for; a step that is made again is in each file once.
 
     Args:
         config: Of the run.
         folder: Its output folder.
-        earlier: The steps until the checkpoint that it goes on from.
+        earlier: The steps until the checkpoint that it goes on from, as far as they are known.
+        first_step: Their number.
     """
     with ExitStack() as stack:
         sinks = [stack.enter_context(metrics_file(folder / METRICS, earlier))]
         if config.runtime.dashboard:
             sinks.append(LiveMetrics().step)
         if config.report_to != "none":
-            sinks.append(stack.enter_context(TRACKERS[config.report_to](config, folder, earlier)))
+            sinks.append(stack.enter_context(TRACKERS[config.report_to](config, folder, first_step)))
         yield sinks

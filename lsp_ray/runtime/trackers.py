@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lsp_ray.config import ReportTo, RunConfig
 from lsp_ray.errors import ConfigError, TrackerError
-from lsp_ray.runtime.metrics_file import Sink
+from lsp_ray.runtime.metrics_file import METRICS, Sink, read_metrics
 from lsp_ray.trace import StepMetrics
 
 _WANDB_ID = Path("wandb") / "run_id"
@@ -33,27 +33,26 @@ def check_tracker(report_to: ReportTo) -> None:
 
 
 @contextmanager
-def _tensorboard(_config: RunConfig, folder: Path, earlier: Sequence[StepMetrics]) -> Iterator[Sink]:
+def _tensorboard(_config: RunConfig, folder: Path, num_before: int) -> Iterator[Sink]:
     """Write event files into `folder`/tensorboard, scalars named as in metrics.jsonl."""
     from torch.utils.tensorboard import SummaryWriter
 
     target = folder / "tensorboard"
     is_new = not target.exists()
-    first_step = earlier[-1].step + 1 if earlier and not is_new else 1
     # readers drop what an earlier writer left of purge_step and later ones
-    with SummaryWriter(str(target), purge_step=first_step, flush_secs=5) as writer:
+    with SummaryWriter(str(target), purge_step=1 if is_new else num_before + 1, flush_secs=5) as writer:
 
         def write(metrics: StepMetrics) -> None:
             for name, value in scalars(metrics).items():
                 writer.add_scalar(name, value, metrics.step)
 
-        for metrics in earlier if is_new else ():
+        for metrics in read_metrics(folder / METRICS, num_before) if is_new else ():
             write(metrics)
         yield write
 
 
 @contextmanager
-def _wandb(config: RunConfig, folder: Path, earlier: Sequence[StepMetrics]) -> Iterator[Sink]:
+def _wandb(config: RunConfig, folder: Path, num_before: int) -> Iterator[Sink]:
     """Log to a run of project lsp_ray (or WANDB_PROJECT), which goes on where the training goes on in its folder.
 
     Raises:
@@ -84,12 +83,13 @@ def _wandb(config: RunConfig, folder: Path, earlier: Sequence[StepMetrics]) -> I
             if metrics.step >= first_step:
                 run.log(scalars(metrics), step=metrics.step)
 
-        for metrics in earlier if is_new else ():
+        for metrics in read_metrics(folder / METRICS, num_before) if is_new else ():
             write(metrics)
         yield write
 
 
-TRACKERS: Mapping[str, Callable[[RunConfig, Path, Sequence[StepMetrics]], AbstractContextManager[Sink]]] = {
+# of a run, its folder, and the number of steps before those to come, which metrics.jsonl there has
+TRACKERS: Mapping[str, Callable[[RunConfig, Path, int], AbstractContextManager[Sink]]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
 }

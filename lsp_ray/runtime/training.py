@@ -11,7 +11,6 @@ from typing import Protocol
 
 from lsp_ray.errors import StoppedError
 from lsp_ray.output_folder import INTERNALS
-from lsp_ray.runtime.best_step import best_step, num_without_gain
 from lsp_ray.runtime.checkpoint import Checkpoints, way_on
 from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Driver, Workers
@@ -22,7 +21,9 @@ from lsp_ray.runtime.loss_watch import LossWatch
 from lsp_ray.runtime.metrics_file import METRICS, Sink, read_metrics
 from lsp_ray.runtime.saved_run import SavedRun
 from lsp_ray.runtime.sinks import open_sinks
+from lsp_ray.runtime.step_totals import StepTotals
 from lsp_ray.runtime.throttle import Throttle, slower_by_themselves
+from lsp_ray.runtime.trainer_state import write_trainer_state
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace import StepMetrics
 from lsp_ray.trace_file import TraceFile, trace_file
@@ -115,18 +116,18 @@ class StepLog:
         sinks: Where metrics go.
         trace: trace.json, open.
         listener: Told of every step.
-        steps: Grows by every step.
+        totals: Given every step.
     """
 
-    def __init__(self, sinks: Sequence[Sink], trace: TraceFile, listener: Listener, steps: list[StepMetrics]) -> None:
+    def __init__(self, sinks: Sequence[Sink], trace: TraceFile, listener: Listener, totals: StepTotals) -> None:
         self._sinks, self._trace, self._listener = sinks, trace, listener
-        self.steps = steps
+        self.totals = totals
         self._watch = LossWatch()
 
     def write(self, closed: ClosedStep, eval_loss: float | None = None) -> None:
         """Write one, with the eval loss that was measured after it."""
         metrics = replace(closed.metrics, eval_loss=eval_loss)
-        self.steps.append(metrics)
+        self.totals.add(metrics)
         for sink in self._sinks:
             sink(metrics)
         self._trace.write(closed.timeline)
@@ -164,8 +165,8 @@ class Training:
         self._held: ClosedStep | None = None  # is written with the eval loss after it
         self._num_saved, self._saved_s = job.first_step, 0.0
 
-    def run(self, throttle: Throttle, stop: Stop) -> tuple[list[StepMetrics], int | None]:
-        """Return all steps' metrics and the peak of device memory."""
+    def run(self, throttle: Throttle, stop: Stop) -> tuple[StepTotals, int | None]:
+        """Return what all steps add up to and the peak of device memory."""
         job, listener = self._job, self._listener
         listener.phase(f"training: {job.num_steps - job.first_step} steps")
         keep = job.config.save_total_limit
@@ -181,15 +182,15 @@ class Training:
                 done, is_stopped = driver.ledger.num_closed, stop.requested()
                 if self._held is not None:
                     self._evaluate(self._held, log)
-                is_due = self._is_best(log.steps, checkpoints) or _is_due(job.config.save_steps, done)
+                is_due = self._is_best(log.totals, checkpoints) or _is_due(job.config.save_steps, done)
                 if done > job.first_step and (is_stopped or is_due or self._is_overdue(done)):
-                    self._save(checkpoints, log.steps, self._peak_bytes(driver))
+                    self._save(checkpoints, done, self._peak_bytes(driver))
                     self._saved(done)
                 if is_stopped:
                     checkpoints.wait()
                     raise StoppedError(f"after {done} of {job.num_steps} steps; {way_on(self._output_dir)}")
                 driver.ledger.add_pause(start_s, time.monotonic())
-                if self._ends_early(log.steps):
+                if self._ends_early(log.totals):
                     break
             if job.payload_sizes and done > job.first_step:
                 slower = slower_by_themselves(
@@ -201,38 +202,40 @@ class Training:
                 )
                 for line in slower:
                     listener.note(line)
-            return log.steps, self._peak_bytes(driver)
+            return log.totals, self._peak_bytes(driver)
 
-    def _is_best(self, steps: Sequence[StepMetrics], checkpoints: Checkpoints) -> bool:
+    def _is_best(self, totals: StepTotals, checkpoints: Checkpoints) -> bool:
         """Whether the weights of this moment are those to end with, as far as is known; their checkpoint is kept."""
-        best = best_step(steps)
-        if not self._job.config.load_best_model_at_end or best is None:
+        if not self._job.config.load_best_model_at_end or totals.best is None:
             return False
-        checkpoints.protected = best.step
-        return best is steps[-1]
+        checkpoints.protected = totals.best.step
+        return totals.best.step == totals.last
 
-    def _ends_early(self, steps: Sequence[StepMetrics]) -> bool:
+    def _ends_early(self, totals: StepTotals) -> bool:
         patience = self._job.config.early_stopping_patience
         why = "a callback asked for it" if self._listener.has_enough() else ""
-        if patience is not None and num_without_gain(steps) >= patience:
+        if patience is not None and totals.num_without_gain >= patience:
             why = "eval loss has stopped falling"
         if why:
-            self._listener.note(f"stopping early after {steps[-1].step} steps: {why}")
+            self._listener.note(f"stopping early after {totals.last} steps: {why}")
         return bool(why)
 
     @contextmanager
     def _driver(self) -> Iterator[tuple[Driver, StepLog]]:
         job, folder = self._job, self._output_dir
         shard_of_unit = job.layout.shard_of_unit
-        earlier = read_metrics(job.saved.folder.parent / METRICS, job.first_step) if job.saved else []
+        earlier = read_metrics(job.saved.folder.parent / METRICS, job.first_step) if job.saved else ()
         internals = folder / INTERNALS
         internals.mkdir(exist_ok=True)
         with (
-            open_sinks(job.config, folder, earlier) as sinks,
+            open_sinks(job.config, folder, earlier, first_step=job.first_step) as sinks,
             (internals / "events.jsonl").open("w", encoding="utf-8") as events,
             trace_file(internals / "trace.json", shard_of_unit, num_steps=job.num_steps) as trace,
         ):
-            log = StepLog(sinks, trace, self._listener, earlier)
+            totals = StepTotals(measured=job.measured_step + 1)
+            for metrics in read_metrics(folder / METRICS, job.first_step):
+                totals.add(metrics)
+            log = StepLog(sinks, trace, self._listener, totals)
 
             def on_step(closed: ClosedStep) -> None:
                 if closed.metrics.step < job.num_steps and _is_due(job.config.eval_steps, closed.metrics.step):
@@ -272,9 +275,8 @@ class Training:
         log.write(closed, loss)
         self._listener.note(f"eval loss after {step} steps: {loss:.4f}")
 
-    def _save(self, checkpoints: Checkpoints, steps: Sequence[StepMetrics], peak_bytes: int | None) -> None:
-        job, done = self._job, steps[-1].step
-        start_s = time.monotonic()
+    def _save(self, checkpoints: Checkpoints, done: int, peak_bytes: int | None) -> None:
+        job, start_s = self._job, time.monotonic()
         saved = SavedRun(
             folder=self._output_dir / f"checkpoint-{done}",
             step=done,
@@ -286,18 +288,17 @@ class Training:
             sample_before=self._sample_before,
             peak_device_bytes=peak_bytes,
         )
-        logged = ("step", "loss", "grad_norm", "learning_rate")
-        history = [{name: entry[name] for name in logged} for entry in (step.as_json() for step in steps)]
-        history += [{"step": s.step, "eval_loss": s.eval_loss} for s in steps if s.eval_loss is not None]
-        history.sort(key=lambda entry: entry["step"])
         trainer = {  # fields of transformers.TrainerState
             "global_step": done,
             "max_steps": job.num_steps,
             "save_steps": job.config.save_steps,
             "train_batch_size": job.config.per_device_train_batch_size,
-            "log_history": history,
         }
-        checkpoints.save(done, self._workers.save_state, trainer, saved.facts())
+
+        def write_log(staging: Path) -> None:
+            write_trainer_state(staging, trainer, read_metrics(self._output_dir / METRICS, done))
+
+        checkpoints.save(done, self._workers.save_state, write_log, saved.facts())
         self._listener.note(f"{saved.folder.name}: training paused for {time.monotonic() - start_s:.2f} s")
         self._listener.saved(saved.folder)
 

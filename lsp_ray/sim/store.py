@@ -23,6 +23,11 @@ def payload_bytes(numel: int, payload_dtype: PayloadDtype) -> int:
     return {"bfloat16": 2, "float32": 4}[payload_dtype] * numel
 
 
+def size_text(num_bytes: int) -> str:
+    """The same for people: "1.2 MB", "798.0 kB"."""
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} kB"
+
+
 def slot_bytes(num_bytes: int) -> int:
     """Bytes of the object behind a slot for so many bytes: header, payload and room to align them."""
     return 2 * PAGE_BYTES + -(-num_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -136,7 +136,8 @@ def lead(names: Mapping[str, Sequence[Outcome]], task: Task, other: str) -> floa
 
 def weak_points(bars: Sequence[Bar], groups: Groups, found: Mapping[str, Task]) -> list[str]:
     """Where something else is better than LSP, a sentence each."""
-    lines = [f"Missed: {bar.what}: {shown(bar.value)}, wanted {limit(bar)}." for bar in bars if bar.verdict == "missed"]
+    ratios = [bar for bar in bars if not bar.is_floor and bar.value is not None]
+    lines = [f"{bar.what}: {shown(bar.value)}." for bar in ratios if bar.value is not None and bar.value > 1]
     for name, task in found.items():
         names = groups.get(name, {})
         for other in ("native", *RIVALS) if "lsp" in names else ():
@@ -151,8 +152,3 @@ def shown(value: float | None) -> str:
     if value is None:
         return "–"
     return "never" if value == float("inf") else f"{value:.3g}"
-
-
-def limit(bar: Bar) -> str:
-    """A bar's bound as text."""
-    return f"at {'least' if bar.is_floor else 'most'} {bar.bound:g}"

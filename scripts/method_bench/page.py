@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from scripts.method_bench.bars import Bar, Groups, all_bars, chosen, grouped, limit, mean_score, shown, weak_points
+from scripts.method_bench.bars import Bar, Groups, all_bars, chosen, grouped, mean_score, shown, weak_points
 from scripts.method_bench.memory import PARTS, bytes_by_part, kept_bytes
 from scripts.method_bench.ours import Outcome, Setting
 from scripts.method_bench.peers import PEERS
@@ -96,7 +96,7 @@ def write_page(readings: Readings, found: Mapping[str, Task], path: Path) -> Non
     weak = weak_points(bars, groups, found) or ["Nothing among these figures."]
     sections = {
         "In short": markdown(short_table(groups, found)) if groups else "",
-        "Bars": markdown(_bars_table(bars)),
+        "Ratios": markdown([["", "measured"], *([bar.what, shown(bar.value)] for bar in bars)]),
         "What does not work as well": "\n".join(f"- {line}" for line in weak),
         "Seconds a step": "\n\n".join([_STEPS, *_steps_tables(readings.timed)]) if readings.timed else "",
     }
@@ -179,10 +179,6 @@ def markdown(table: Table) -> str:
 def _bars(readings: Readings, found: Mapping[str, Task]) -> list[Bar]:
     step_s = {bench: medians(runs) for bench, runs in benches(readings.timed).items()}
     return all_bars(step_s, tuple(PEERS), grouped(readings.scored), found)
-
-
-def _bars_table(bars: Sequence[Bar]) -> Table:
-    return [["", "measured", "wanted", ""], *([bar.what, shown(bar.value), limit(bar), bar.verdict] for bar in bars)]
 
 
 def _head(readings: Readings) -> str:

@@ -1,0 +1,99 @@
+"""What a run is refused for before anything slow starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lsp_ray.config import LspConfig, RunConfig
+from lsp_ray.data.tokenize import TokenizedRows, check_token_ids
+from lsp_ray.errors import ConfigError
+from lsp_ray.methods.galore import check_rank
+from lsp_ray.methods.lora import check_lora
+from lsp_ray.models.attention import check_packing
+from lsp_ray.models.layers import Layer
+from lsp_ray.models.load import check_weights, load_config, load_model, num_positions, num_token_rows
+from lsp_ray.models.quantized import check_quantizer, quantization_of
+from lsp_ray.models.save import check_saving
+from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.runtime.device_choice import Device
+
+
+def check_model(
+    skeleton: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: TokenizedRows,
+    config: RunConfig,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse a model that cannot read these rows, or can be neither loaded nor saved."""
+    _check_positions(skeleton, tokenizer, config)
+    if config.packing:
+        check_packing(skeleton.config, tokenized.task, config.seq_length)
+    check_token_ids(tokenized, tokenizer, num_token_rows(skeleton))
+    check_weights(folder)
+    if quantization_of(load_config(folder)) is None:  # else its quantiser would have to be there
+        load_model(folder, dtype=dtype, task=tokenized.task, label_names=tokenized.label_names, on_meta=True)
+    check_saving(skeleton, tokenizer, folder)
+
+
+def check_balance(projectors: Mapping[str, SparseProjector], lsp: LspConfig) -> None:
+    """Refuse projectors that shards, who know of a run's options alone, would take for others."""
+    expected = lsp.fit == "closed_form" and lsp.balance
+    if lsp.is_apart and any((each.left.scale_F is not None) != expected for each in projectors.values()):
+        raise ConfigError(
+            "lsp.init_from", "hold projectors of the same lsp.balance with lsp.delta apart", lsp.init_from
+        )
+
+
+def check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
+    """Refuse a batch that is larger than the data, and a warm-up that is longer than the run."""
+    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    kind = "packed training" if config.packing else "training"
+    if batch_size > num_examples:
+        raise ConfigError(
+            "per_device_train_batch_size",
+            f"make, times gradient_accumulation_steps, at most the {num_examples} {kind} examples",
+            config.per_device_train_batch_size,
+            hint=f"{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} = {batch_size} examples "
+            f"a step, there are {num_examples}",
+        )
+    if config.warmup_steps >= num_steps:
+        raise ConfigError("warmup_steps", f"be below the {num_steps} steps of this run", config.warmup_steps)
+
+
+def check_method(layers: Sequence[Layer], config: RunConfig) -> None:
+    """Refuse ranks that no linear of the model has room for."""
+    if config.method == "lora":
+        check_lora(layers, config.lora)
+    if config.method == "galore":
+        check_rank(layers, config.galore)
+
+
+def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    bound = num_positions(skeleton.config, tokenizer)
+    if config.seq_length > bound:
+        raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", config.seq_length)
+
+
+def with_delta(
+    config: RunConfig, model_config: PreTrainedConfig, device: Device, note: Callable[[str], None]
+) -> tuple[RunConfig, bool]:
+    """The run with `lsp.delta` decided, and whether the base is quantised."""
+    check_quantizer(model_config, config.bits, on_gpu=device == "cuda")
+    found = quantization_of(model_config)
+    if config.bits is None and found is None:
+        return replace(config, lsp=replace(config.lsp, delta=config.lsp.delta or "merged")), False
+    if found is not None:
+        if config.method not in ("lsp", "lora"):
+            raise ConfigError("method", "be lsp or lora, as the model's weights are quantised", config.method)
+        if config.lsp.delta == "merged":
+            raise ConfigError("lsp.delta", "be apart, as the model's weights are quantised", "merged")
+    if config.method == "lsp" and config.lsp.check_every:
+        note("projectors stay to the end (lsp.check_every is 0), as a quantised base cannot take in what others did")
+    return replace(config, lsp=replace(config.lsp, delta="apart", check_every=0)), True
