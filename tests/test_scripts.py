@@ -201,6 +201,7 @@ def test_commands_in_the_readme_exist() -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "log"], ids=lambda page: page.name)
 def test_options_that_a_page_names_exist(page: Path) -> None:
     known = {name for name, _ in options(RunConfig)} | {"--config", "--help"}
+    known |= {"--merge", "--export_rank"}  # of export
     known |= {"--output", "--dtype", "--help_all"} | {"--hardware", "--json", "--measure"}  # of report, export and plan
     known |= {"--base", "--raw", "--prompt", "--temperature", "--top_p"}  # of chat
     known |= {"--strict", "--shm-size", "--no-build-isolation"}  # of mypy, docker and pip

@@ -26,7 +26,8 @@ def run_ours(
     setting: Setting, size: Size, folder: Path, device: torch.device, phases: Sequence[Phase], **options: Any
 ) -> Ran:
     """Run the phases one after the other; the first only warms up. Options are a RunConfig's."""
-    job = prepare_job(_config(setting, size, folder, device, options), _ignore, random_rows(size))
+    with made_on(device):
+        job = prepare_job(_config(setting, size, folder, device, options), _ignore, random_rows(size))
     workers = ThreadWorkers(job)
     closed: list[ClosedStep] = []
     try:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.models.load import load_config, silenced
-from lsp_ray.runtime import device_side
+from lsp_ray.runtime import job_checks, model_files
 from scripts.gpu_bench_parts.settings import Size
 
 NUM_ROWS = 64
@@ -51,15 +51,18 @@ def random_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreT
 def made_on(device: torch.device) -> Iterator[None]:
     """Within the context a run of lsp_ray that loads its model gets one of random weights on the device."""
 
-    def made(folder: Path, *, dtype: torch.dtype, **_options: object) -> PreTrainedModel:
-        return random_model(folder, dtype, device)
+    def made(folder: Path, *, dtype: torch.dtype, on_meta: bool = False, **_options: object) -> PreTrainedModel:
+        return random_model(folder, dtype, torch.device("meta") if on_meta else device)
 
-    names = vars(device_side)
-    loads, names["load_model"] = names["load_model"], made
+    homes = [vars(module) for module in (job_checks, model_files)]
+    loads = homes[0]["load_model"]
+    for names in homes:
+        names["load_model"] = made
     try:
         yield
     finally:
-        names["load_model"] = loads
+        for names in homes:
+            names["load_model"] = loads
 
 
 def random_rows(size: Size) -> TokenizedRows:
