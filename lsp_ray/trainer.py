@@ -90,6 +90,8 @@ class LSPTrainer:
     ) -> None:
         if processing_class is None:
             raise ConfigError("processing_class", "be the model's tokenizer", None)
+        if not isinstance(model, str) and getattr(model, "is_quantized", False):
+            raise ConfigError("model", "be given by name where its weights are quantised", type(model).__name__)
         self.args = args
         self._processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
         tokenizer: Any = processing_class if self._processor is None else self._processor.tokenizer

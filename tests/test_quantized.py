@@ -12,18 +12,19 @@ import yaml
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.export import export
 from lsp_ray.methods.adapter_rank import truncated
 from lsp_ray.methods.lora import ADAPTER_FOLDER
-from lsp_ray.models.load import load_model
+from lsp_ray.models.load import load_model, load_tokenizer
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.models.quantized import dense_weight, is_quantized_linear
 from lsp_ray.models.trained import load_trained
 from lsp_ray.runtime.checkpoint import TRAINED, checkpoints
 from lsp_ray.runtime.job import Job, prepare_job, resumed
+from lsp_ray.trainer import LSPTrainer
 from tests.tiny_jobs import run_on_threads, tiny_config, tiny_job
 
 QUANTISED: dict[str, Any] = {"load_in_4bit": True, "bf16": True}
@@ -209,3 +210,11 @@ def test_truncation_is_the_best_of_its_rank() -> None:
     u, s, v = torch.linalg.svd(up @ down, full_matrices=False)
     assert (left @ right - (u[:, :3] * s[:3]) @ v[:3]).norm() < 1e-4 * s.norm()
     assert torch.allclose(squares.float(), s[:8].square(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_trainer_takes_a_quantised_model_by_name_alone(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, **QUANTISED)
+    model = load_model(job.model_folder, dtype=torch.bfloat16, task="causal_lm", bits=4)
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), report_to="none")
+    with pytest.raises(ConfigError, match="^model must be given by name where its weights are quantised"):
+        LSPTrainer(model, args, train_dataset=[], processing_class=load_tokenizer(job.model_folder))
