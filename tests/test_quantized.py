@@ -216,5 +216,5 @@ def test_a_trainer_takes_a_quantised_model_by_name_alone(tmp_path: Path) -> None
     job = tiny_job(tmp_path, **QUANTISED)
     model = load_model(job.model_folder, dtype=torch.bfloat16, task="causal_lm", bits=4)
     args = TrainingArguments(output_dir=str(tmp_path / "out"), report_to="none")
-    with pytest.raises(ConfigError, match="^model must be given by name where its weights are quantised"):
+    with pytest.raises(ConfigError, match=r"^model must be given by name where its weights are quantised"):
         LSPTrainer(model, args, train_dataset=[], processing_class=load_tokenizer(job.model_folder))
