@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ COMPLETION_TIMEOUT_S = 900.0  # only a hang lasts so long: a dead actor shows at
 POLL_S = 1.0  # of the long poll for news, and of the progress of long calls
 
 
+@cache
+def _actor_class() -> Any:
+    """Made once, as `shard_pool`'s is."""
+    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
+
+
 class RayWorkers:
     """See `Workers`. Ray must be running; leave by `close`.
 
@@ -49,9 +56,7 @@ class RayWorkers:
             for unit, (numel, parts) in enumerate(zip(job.payload_sizes, sums, strict=True))
         ]
         self._gpu: Any = (
-            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
-            .options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0)
-            .remote(job, pairs)
+            _actor_class().options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0).remote(job, pairs)
         )
         try:
             self._shards = ShardPool(job, pairs) if pairs else None

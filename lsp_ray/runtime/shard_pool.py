@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import psutil
@@ -95,7 +96,7 @@ class ShardPool:
         self._pairs, self._undo = [], []
 
     def _new(self, index: int) -> Any:
-        actor = ray.remote(ShardActor).options(num_cpus=1, max_restarts=0)
+        actor = _actor_class().options(num_cpus=1, max_restarts=0)
         threads, decay = self._job.layout.shard_threads, self._job.config.weight_decay
         return actor.remote(self._pairs[index], self._undo[index], threads, index, decay)
 
@@ -110,6 +111,12 @@ class ShardPool:
     def _all(self, calls: Sequence[ray.ObjectRef[Any]], what: str) -> None:
         for index, call in enumerate(calls):
             answer(call, f"shard {index}: {what}")
+
+
+@cache
+def _actor_class() -> Any:
+    """Made once: what Ray makes of a class stays for as long as the process lives, and every lost shard is replaced."""
+    return ray.remote(ShardActor)
 
 
 def new_pair(unit: int, numel: int, codec: Codec, sums: Sequence[SummedPart] | None = None) -> SlotPair:
