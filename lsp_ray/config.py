@@ -245,7 +245,7 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     torch_compile: bool = False
-    """Compile each block for its sizes at the start: fewer and larger kernels; in place of runtime.cuda_graphs."""
+    """Compile each block when it first runs, which takes long: fewer, larger kernels; excludes runtime.cuda_graphs."""
     save_steps: int = 500
     """Steps between checkpoints (checkpoint-N in output_dir), from which a run can go on; Ctrl-C saves in any case."""
     save_minutes: float = 10.0

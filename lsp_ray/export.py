@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -124,10 +125,9 @@ def export(
     from lsp_ray.models.trained import is_beside_base, load_trained, plain_model
     from lsp_ray.report.run_folder import read_run
 
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ConfigError("output_dir", "be a new or empty folder", str(output_dir))
-    run = read_run(run_dir)
     is_apart = is_beside_base(run_dir)
+    _check_folder(output_dir)
+    run = read_run(run_dir)
     _check_asked(run_dir, dtype, merge=merge, rank=rank, is_apart=is_apart)
     if rank is not None or (is_apart and not merge):
         return _export_adapter(run_dir, output_dir, run, rank)
@@ -144,13 +144,20 @@ def export(
     except OSError as error:
         raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error
     relative_error = float((_logits(load_trained(output_dir)) - expected).norm() / expected.norm())
-    bound = 0.0 if dtype == own and not is_apart else MAX_ERROR_IN_EPS * torch.finfo(getattr(torch, dtype)).eps
+    # merged, what was computed in two parts is rounded in other places
+    eps = max(torch.finfo(getattr(torch, name)).eps for name in ({dtype, own} if is_apart else {dtype}))
+    bound = 0.0 if dtype == own and not is_apart else MAX_ERROR_IN_EPS * eps
     if not relative_error <= bound:  # also what is not a number
         shutil.rmtree(output_dir)
         raise LspRayError(
             f"logits in {dtype} differ by {relative_error:.2g} of the trained model's (at most {bound:.2g})"
         )
     return Exported(folder=output_dir, dtype=dtype, relative_error=relative_error)
+
+
+def _check_folder(output_dir: Path) -> None:
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ConfigError("output_dir", "be a new or empty folder", str(output_dir))
 
 
 def _check_asked(run_dir: Path, dtype: str | None, *, merge: bool, rank: int | None, is_apart: bool) -> None:
@@ -176,12 +183,15 @@ def _export_adapter(run_dir: Path, output_dir: Path, run: RunFolder, rank: int |
     expected = _logits(load_trained(run_dir))
     card = model_card(run, "as the base's", base=base_model(run_dir, run.config), is_adapter=True)
     try:
-        kept = export_adapter(run_dir / ADAPTER, output_dir, rank)
+        kept = export_adapter(run_dir / ADAPTER, output_dir, rank, base=base_model(run_dir, run.config))
         load_tokenizer(run_dir).save_pretrained(output_dir)
         (output_dir / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise ConfigError("output_dir", f"be writable ({error.strerror})", str(output_dir)) from error
     relative_error = float((_logits(with_adapter(run_dir, output_dir)) - expected).norm() / expected.norm())
+    if not math.isfinite(relative_error):
+        shutil.rmtree(output_dir)
+        raise LspRayError("the adapter's logits are not finite")
     return Exported(folder=output_dir, dtype="adapter", relative_error=relative_error, kept=kept)
 
 

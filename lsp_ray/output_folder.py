@@ -85,7 +85,9 @@ def _continued(config: RunConfig) -> Path | None:
     if asked != "last" and Path(asked).absolute().parent != folder.absolute():
         return None
     if (folder / "summary.json").exists():
-        hint = f"to train its model longer, start another run with --model_name_or_path {shlex.quote(str(folder))}"
+        is_whole = any(folder.glob("model*.safetensors"))
+        source = shlex.quote(str(folder)) if is_whole else "what lsp-ray export --merge makes of it"
+        hint = f"to train its model longer, start another run with --model_name_or_path {source}"
         raise ConfigError("output_dir", "be another folder, as this run is finished", str(folder), hint=hint)
     return folder
 

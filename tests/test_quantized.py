@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 import yaml
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from lsp_ray.errors import ConfigError
+from lsp_ray.errors import ConfigError, LspRayError
 from lsp_ray.export import export
 from lsp_ray.methods.adapter_rank import truncated
 from lsp_ray.methods.lora import ADAPTER_FOLDER
@@ -50,6 +51,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
         ("qwen2", "lsp", {"load_in_4bit": True, "gradient_checkpointing": True}),
         ("llama", "lsp", {"load_in_8bit": True}),
         ("llama", "lora", {"load_in_4bit": True}),
+        ("gpt2", "lsp", {"load_in_4bit": True}),
     ],
 )
 def test_a_run_learns_and_leaves_an_adapter_for_the_same_base(
@@ -218,3 +220,51 @@ def test_a_trainer_takes_a_quantised_model_by_name_alone(tmp_path: Path) -> None
     args = TrainingArguments(output_dir=str(tmp_path / "out"), report_to="none")
     with pytest.raises(ConfigError, match=r"^model must be given by name where its weights are quantised"):
         LSPTrainer(model, args, train_dataset=[], processing_class=load_tokenizer(job.model_folder))
+
+
+@pytest.mark.parametrize("method", ["lsp", "lora"])
+def test_a_classifiers_own_linears_are_not_quantised(tmp_path: Path, method: str) -> None:
+    job = tiny_job(tmp_path, "bert", method=method, max_steps=2, **QUANTISED)
+    summary, _ = run_on_threads(job, tmp_path / "out")
+    assert summary.eval_loss_after < 2 * summary.eval_loss_before
+
+
+def test_a_folders_quantiser_may_have_computed_in_another_type(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, bf16=False)
+    folder = tmp_path / "quantised"
+    load_model(job.model_folder, dtype=torch.float32, task="causal_lm", bits=4).save_pretrained(folder)
+    for path in job.model_folder.glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = replace(job.config, model_name_or_path=str(folder), bf16=True, lsp=replace(job.config.lsp, delta=None))
+    run_on_threads(prepare_job(config, lambda _line: None), tmp_path / "out")
+
+
+def test_a_merged_conv1d_is_kept_as_it_was(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, "gpt2", max_steps=2, **QUANTISED)
+    run_on_threads(job, tmp_path / "out")
+    (tmp_path / "out" / "config.yaml").write_text(yaml.safe_dump(asdict(job.resolved_config)))
+    assert export(tmp_path / "out", tmp_path / "merged", merge=True).relative_error < 0.03
+    assert export(tmp_path / "out", tmp_path / "exact", "float32", merge=True).dtype == "float32"
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "gone", "another", "config", "nan"])
+def test_a_damaged_adapter_is_named_in_one_line(run_dir: tuple[Path, float, Job], tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(run_dir[0], tmp_path / "run")
+    weights, config = (folder / ADAPTER_FOLDER / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = load_file(weights)
+    match damage:
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        case "text":
+            weights.write_text("none")
+        case "gone":
+            weights.unlink()
+        case "another":
+            save_file({name: tensor for name, tensor in tensors.items() if "norm" not in name}, weights)
+        case "config":
+            config.write_text("{")
+        case "nan":
+            save_file({name: tensor * torch.nan for name, tensor in tensors.items()}, weights)
+    with pytest.raises(LspRayError, match="adapter") as raised:
+        export(folder, tmp_path / "exported")
+    assert "\n" not in str(raised.value)

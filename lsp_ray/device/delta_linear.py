@@ -58,7 +58,7 @@ class DeltaLinear(InSubspace):
             output_TM = output_TM.clone()
         projected_TE = self.input_projection.of(input_TN, self.projector.right, differentiable=True)
         if not torch.is_grad_enabled():
-            self.projector.left.add_expanded_(output_TM, projected_TE @ self.delta_DE.t())
+            self.projector.left.add_expanded_(output_TM, projected_TE @ self.delta_DE.to(projected_TE.dtype).t())
             return output_TM.view(*input_TN.shape[:-1], -1)
         observed_TN = input_TN.detach() if self.is_observed else None
         changed: torch.Tensor = _WithDelta.apply(  # type: ignore[no-untyped-call]
@@ -117,7 +117,7 @@ class _WithDelta(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.projector, ctx.observers = module.projector, Observers.of(module)
         ctx.save_for_backward(projected_TE, delta_DE, observed_TN)
-        inner_TD = projected_TE @ delta_DE.t()
+        inner_TD = projected_TE @ delta_DE.to(projected_TE.dtype).t()
         if torch.compiler.is_compiling():  # what is in place the compiler decides
             return output_TM + module.projector.left.expand(inner_TD)
         module.projector.left.add_expanded_(output_TM, inner_TD)
@@ -131,4 +131,4 @@ class _WithDelta(torch.autograd.Function):
         grad_DE = product_float32(grad_TD.t(), projected_TE)
         if observed_TN is not None:
             ctx.observers.see(ctx.projector, grad_DE, grad_output_TM, observed_TN)
-        return grad_output_TM, grad_TD @ delta_DE, grad_DE, None, None, None
+        return grad_output_TM, grad_TD @ delta_DE.to(grad_TD.dtype), grad_DE, None, None, None

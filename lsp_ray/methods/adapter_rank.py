@@ -18,18 +18,21 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
-def export_adapter(source: Path, target: Path, rank: int | None) -> float:
+def export_adapter(source: Path, target: Path, rank: int | None, *, base: str | None) -> float:
     """Write PEFT's files of an adapter into another folder, with at most `rank` directions a linear.
+
+    `base` is what the adapter is for, by a name that others know.
 
     Returns:
         The share of the update's norm that is kept: ‖kept‖ / ‖all‖ over all linears.
     """
     target.mkdir(parents=True, exist_ok=True)
+    config = json.loads((source / CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     if rank is None:
-        for name in (WEIGHTS, CONFIG):
-            shutil.copyfile(source / name, target / name)
+        shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+        _write(config, target)
         return 1.0
-    tensors, config = load_file(source / WEIGHTS), json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    tensors = load_file(source / WEIGHTS)
     kept = whole = 0.0
     ranks: dict[str, int] = {}
     for key in [key for key in tensors if key.endswith(_DOWN)]:
@@ -45,8 +48,12 @@ def export_adapter(source: Path, target: Path, rank: int | None) -> float:
     others = {name: size for name, size in ranks.items() if size != most}
     config |= {"r": most, "lora_alpha": most, "rank_pattern": others, "alpha_pattern": others}
     (target / WEIGHTS).write_bytes(save(tensors))  # save_file would make it private (0600)
-    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write(config, target)
     return math.sqrt(kept / whole) if whole else 1.0
+
+
+def _write(config: dict[str, Any], target: Path) -> None:
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def truncated(up_ME: torch.Tensor, down_EN: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -116,6 +116,17 @@ def _block_list(model: PreTrainedModel, beyond: set[int]) -> tuple[str, nn.Modul
     return largest, outermost[largest]
 
 
+def linears_outside_blocks(model: PreTrainedModel) -> list[str]:
+    """Names of linears in no block, such as a classifier's head."""
+    prefix, _ = _block_list(model, set())
+    kinds = nn.Linear | Conv1D
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not name.startswith(f"{prefix}.")
+    ]
+
+
 def embedding_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
     """The input's and the output's embeddings, which no method trains."""
     for module in model.modules():

@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from lsp_ray.config import Bits, Task
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.aliases import FIELD
+from lsp_ray.models.layers import linears_outside_blocks
 from lsp_ray.models.quantized import keep_weights, loading_options, quantization_of
 from lsp_ray.special_tokens import SpecialTokens, special_tokens
 
@@ -75,9 +76,14 @@ def load_skeleton(folder: Path, *, task: Task, num_labels: int = 2) -> PreTraine
         config.num_labels = num_labels
     if quantization_of(config) is not None:
         del config.quantization_config
+    model = _on_meta(auto_class, config)
+    model.tie_weights()
+    return model
+
+
+def _on_meta(auto_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
     with silenced(), torch.device("meta"):
         model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=False)
-    model.tie_weights()
     return model
 
 
@@ -154,6 +160,7 @@ def load_model(
         _set_labels(config, label_names)
         pad = load_tokenizer(folder).pad_token_id
         config.get_text_config().pad_token_id = pad  # decoders classify at the last token before it
+    whole = () if bits is None else linears_outside_blocks(_on_meta(auto_class, config))
     with silenced(), _loading(folder, "hold intact weights"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model: PreTrainedModel
@@ -169,7 +176,7 @@ def load_model(
             **(
                 {"device_map": "meta"}
                 if on_meta
-                else loading_options(config, bits, dtype, device or torch.device("cpu"))
+                else loading_options(config, bits, dtype, device or torch.device("cpu"), whole)
             ),
         )
     _check_complete(report, folder, classifier=classifier and new_head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -27,14 +28,14 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def loading_options(
-    config: PreTrainedConfig, bits: Bits | None, dtype: torch.dtype, device: torch.device
+    config: PreTrainedConfig, bits: Bits | None, dtype: torch.dtype, device: torch.device, whole: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What `from_pretrained` is to be told besides; empty where nothing is quantised."""
+    """What `from_pretrained` is to be told besides; empty where nothing is quantised. `whole` linears are not."""
     if bits is None and quantization_of(config) is None:
         return {}
     options: dict[str, Any] = {"device_map": {"": str(device)}}
     if bits is not None:
-        options["quantization_config"] = _bitsandbytes(bits, dtype)
+        options["quantization_config"] = _bitsandbytes(bits, dtype, whole)
     return options
 
 
@@ -104,10 +105,12 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat(parts).t().contiguous()
 
 
-def _bitsandbytes(bits: Bits, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _bitsandbytes(bits: Bits, dtype: torch.dtype, whole: Sequence[str] = ()) -> BitsAndBytesConfig:
+    skipped = list(whole) or None
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=skipped,  # of 4 bits as well
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

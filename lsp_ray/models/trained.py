@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lsp_ray.config import Bits, Task
 from lsp_ray.errors import ConfigError
-from lsp_ray.models.load import check_weights, load_config, load_model, silenced
+from lsp_ray.models.load import check_weights, load_config, load_model, one_line, silenced
 from lsp_ray.models.resolve import resolve_model
 
 
@@ -32,7 +33,9 @@ def load_trained(folder: Path) -> PreTrainedModel:
     if is_beside_base(folder):
         return with_adapter(folder, folder / "adapter")
     if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
-        raise ConfigError("model", "be the folder of a finished run or of an export", str(folder))
+        is_adapter = (folder / "adapter_config.json").is_file()
+        hint = "an adapter alone is loaded by PEFT, beside its base" if is_adapter else ""
+        raise ConfigError("model", "be the folder of a finished run or of an export", str(folder), hint=hint)
     check_weights(folder)
     config = load_config(folder)
     task: Task = "causal_lm"
@@ -44,7 +47,8 @@ def load_trained(folder: Path) -> PreTrainedModel:
 
 def is_beside_base(folder: Path) -> bool:
     """Whether a finished run's folder has an adapter alone, as its base is quantised."""
-    return (folder / "adapter" / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
+    has_adapter = (folder / "adapter" / "adapter_config.json").is_file() and (folder / "config.yaml").is_file()
+    return has_adapter and not any(folder.glob("model*.safetensors"))
 
 
 def plain_model(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
@@ -54,7 +58,11 @@ def plain_model(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> Pr
         del config.quantization_config
     with torch.device("meta"):
         plain = type(model)(config)
-    plain.load_state_dict(dict(state), assign=True)
+    weights = dict(state)
+    for name, module in plain.named_modules():
+        if isinstance(module, Conv1D):  # dense weights are (out, in)
+            weights[f"{name}.weight"] = weights[f"{name}.weight"].t().contiguous()
+    plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     return plain
 
@@ -82,7 +90,10 @@ def with_adapter(folder: Path, adapter: Path) -> PreTrainedModel:
     )
     with silenced(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        try:
+            PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise ConfigError("model", "hold an intact adapter", str(adapter), hint=one_line(error)) from error
     return model
 
 
