@@ -8,13 +8,12 @@ Legend: T tokens, M rows (out), N columns (in), D × E what is sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from lsp_ray.device.projected_linear import InSubspace, Observers
+from lsp_ray.device.projected_linear import InSubspace, Observers, SubspaceTarget
 from lsp_ray.models.quantized import dense_weight
 from lsp_ray.projection.sparse_projector import SparseProjector, product_float32
 
@@ -81,20 +80,8 @@ class DeltaLinear(InSubspace):
         self.is_merged = True
 
 
-class DeltaTarget:
-    """Trains a DeltaLinear's D; see `Target`."""
-
-    def __init__(self, module: DeltaLinear) -> None:
-        self.owner = module
-
-    @property
-    def leaf(self) -> nn.Parameter:
-        """The (D, E) leaf."""
-        return self.owner.leaf
-
-    def stand_in(self, leaf: torch.Tensor) -> Callable[[], None]:
-        """See `Target`."""
-        return self.owner.stand_in(leaf)
+class DeltaTarget(SubspaceTarget[DeltaLinear]):
+    """What comes up is D."""
 
     def put(self, total: torch.Tensor) -> None:
         """Take a flat sum of all updates in the old one's place; D is `update_scale` times that."""

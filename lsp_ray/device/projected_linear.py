@@ -6,7 +6,7 @@ Legend: T tokens, M rows (out), N columns (in), D × E what is sent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -101,10 +101,13 @@ class ProjectedLinear(InSubspace):
         return output
 
 
-class ProjectedTarget:
-    """Trains a ProjectedLinear's weight in its projector's subspace (see `Target`)."""
+_Module = TypeVar("_Module", bound=InSubspace)
 
-    def __init__(self, module: ProjectedLinear) -> None:
+
+class SubspaceTarget(Generic[_Module]):
+    """Trains a linear in its projector's subspace (see `Target`)."""
+
+    def __init__(self, module: _Module) -> None:
         self.owner = module
 
     @property
@@ -115,6 +118,10 @@ class ProjectedTarget:
     def stand_in(self, leaf: torch.Tensor) -> Callable[[], None]:
         """See `Target`."""
         return self.owner.stand_in(leaf)
+
+
+class ProjectedTarget(SubspaceTarget[ProjectedLinear]):
+    """Deltas are added to the linear's weight."""
 
     @property
     def addition(self) -> Addition:

@@ -19,9 +19,9 @@ from statistics import fmean
 
 import torch
 
-from lsp_ray.device.delta_linear import DeltaLinear, DeltaTarget
+from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.fits import Fit
-from lsp_ray.device.projected_linear import BiasProbe, InSubspace, ProjectedTarget, on_device, set_projectors
+from lsp_ray.device.projected_linear import BiasProbe, InSubspace, SubspaceTarget, on_device, set_projectors
 from lsp_ray.device.rounding import mixed
 from lsp_ray.device.unit import Unit
 from lsp_ray.optim.reproject import Reprojection
@@ -240,7 +240,7 @@ def _groups(units: Sequence[Unit]) -> list[Group]:
     num_sites = 0
     for unit in units:
         for first, target in zip(unit.offsets, unit.targets, strict=True):
-            if isinstance(target, ProjectedTarget | DeltaTarget):
+            if isinstance(target, SubspaceTarget):
                 site = Site(target.owner, first, num_sites)
                 groups.setdefault((unit.index, id(target.owner.projector.right)), []).append(site)
                 num_sites += 1

@@ -59,8 +59,9 @@ def check_quantizer(config: PreTrainedConfig, bits: Bits | None, *, on_gpu: bool
         line = " ".join(str(error).split())[:200]
         hint = 'pip install "lsp-ray[quant]"' if "bitsandbytes" in line.lower() else line
         method = "bitsandbytes" if found is None else found.get("quant_method")
+        value = method if bits is None else True
         raise ConfigError(
-            field, f"be loaded by its quantiser, {method}, which is missing here", True, hint=hint
+            field, f"be loaded by its quantiser, {method}, which is missing here", value, hint=hint
         ) from error
 
 
