@@ -12,23 +12,11 @@ from safetensors.torch import load_file
 from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.checkpoint import STATE, TRAINED, checkpoints
 from lsp_ray.runtime.job import resumed
-from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
+from tests.tiny_jobs import assert_same_bits, run_on_threads, saved_weights, tiny_job, weights_after
 
 APART = {"delta": "apart"}
 REFITS: dict[str, Any] = {"check_every": 10, "max_bias": 0.0}
 EVERYTHING: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
-
-
-def weights_after(folder: Path, name: str, **changes: Any) -> dict[str, torch.Tensor]:
-    job = tiny_job(folder, **changes)
-    run_on_threads(job, folder / name)
-    return saved_weights(job, folder / name)
-
-
-def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
 
 
 def farness(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:

@@ -23,19 +23,7 @@ from lsp_ray.schedule.ops import DeltaDue, GradientReady
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace_file import read_trace
 from tests.tiny import CLASSIFIERS, Family
-from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
-
-
-def weights_after(folder: Path, name: str, **changes: Any) -> dict[str, torch.Tensor]:
-    job = tiny_job(folder, **changes)
-    run_on_threads(job, folder / name)
-    return saved_weights(job, folder / name)
-
-
-def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
+from tests.tiny_jobs import assert_same_bits, run_on_threads, saved_weights, tiny_job, weights_after
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma", "opt", "mistral", "bert", "roberta"])

@@ -93,3 +93,16 @@ def saved_weights(job: Job, output_dir: Path) -> dict[str, torch.Tensor]:
     """The checkpoint's tensors, by name."""
     model = load_model(output_dir, dtype=job.dtype, task=job.task, label_names=job.label_names)
     return dict(model.state_dict())
+
+
+def weights_after(folder: Path, name: str, **changes: Any) -> dict[str, torch.Tensor]:
+    """Those that a run of `tiny_job` on threads saves, in a folder of this name."""
+    job = tiny_job(folder, **changes)
+    run_on_threads(job, folder / name)
+    return saved_weights(job, folder / name)
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
