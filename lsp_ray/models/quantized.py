@@ -57,7 +57,7 @@ def check_quantizer(config: PreTrainedConfig, bits: Bits | None, *, on_gpu: bool
         quantizer.validate_environment(device_map={"": "cuda:0" if on_gpu else "cpu"})
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
         line = " ".join(str(error).split())[:200]
-        hint = 'pip install "lsp-ray[quant]"' if "bitsandbytes" in line.lower() else line
+        hint = "pip install bitsandbytes" if "bitsandbytes" in line.lower() else line
         method = "bitsandbytes" if found is None else found.get("quant_method")
         value = method if bits is None else True
         raise ConfigError(
