@@ -117,7 +117,7 @@ def test_what_cannot_be_is_refused_by_its_option(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(ConfigError, match=r'load_in_4bit must .* bitsandbytes.*pip install bitsandbytes'):
+    with pytest.raises(ConfigError, match=r"load_in_4bit must .* bitsandbytes.*pip install bitsandbytes"):
         tiny_job(tmp_path, **QUANTISED)
 
 
