@@ -85,9 +85,11 @@ def _continued(config: RunConfig) -> Path | None:
     if asked != "last" and Path(asked).absolute().parent != folder.absolute():
         return None
     if (folder / "summary.json").exists():
+        quoted = shlex.quote(str(folder))
         is_whole = any(folder.glob("model*.safetensors"))
-        source = shlex.quote(str(folder)) if is_whole else "what lsp-ray export --merge makes of it"
-        hint = f"to train its model longer, start another run with --model_name_or_path {source}"
+        before = "start another run with" if is_whole else f"run lsp-ray export {quoted} NEW --merge, then another with"
+        source = quoted if is_whole else "NEW"
+        hint = f"to train its model longer, {before} --model_name_or_path {source}"
         raise ConfigError("output_dir", "be another folder, as this run is finished", str(folder), hint=hint)
     return folder
 

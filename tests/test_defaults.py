@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,21 @@ def test_a_run_goes_on_without_its_options_and_from_any_folder(tmp_path: Path, m
         check_same_run(other, config_of_now, **same)
 
 
-def test_a_finished_run_says_how_to_train_longer(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("wrote", "how"),
+    [
+        ("model.safetensors", "start another run with --model_name_or_path {folder}"),
+        (
+            "adapter/adapter_config.json",
+            "run lsp-ray export {folder} NEW --merge, then another with --model_name_or_path NEW",
+        ),
+    ],
+)
+def test_a_finished_run_says_how_to_train_longer(wrote: str, how: str, tmp_path: Path) -> None:
+    (tmp_path / wrote).parent.mkdir(exist_ok=True)
+    for name in ("summary.json", wrote):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
     config = RunConfig(output_dir=str(tmp_path), resume_from_checkpoint="last")
-    with pytest.raises(ConfigError, match=r"to train its model longer, .* --model_name_or_path /"), claimed(config):
+    expected = re.escape(f"to train its model longer, {how.format(folder=tmp_path)}") + "$"
+    with pytest.raises(ConfigError, match=expected), claimed(config):
         pass
