@@ -179,6 +179,17 @@ def test_tools_and_calls_reach_the_template(
     assert all(text.startswith(("town=", "n=", "{", "left=")) for text in decoded(rows, tokenizer, learnt=True))
 
 
+def test_what_the_template_does_not_read_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    call = {"function": {"name": "f", "arguments": {"town": "Rome"}}}
+    talk = [turns("q", "")[0], {"role": "assistant", "content": "", "tool_calls": [call], "name": "bot"}]
+    talk += [{"role": "tool", "content": "mild"}, turns("", "It is mild.")[1]]
+    path = jsonl(tmp_path / "rows.jsonl", [{"messages": turns("q", "a")}] * 30 + [{"messages": talk, "tools": TOOLS}])
+    unread = "not read by the model's chat template, so not trained: "
+    assert f"{unread}name, tool_calls, tools" in tokenized(path, tokenizer).notes
+    tokenizer.chat_template = ITEMS
+    assert f"{unread}name" in tokenized(path, tokenizer).notes
+
+
 def test_every_column_that_the_template_reads_reaches_it(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{{ mood }}{% if shout %}!{% endif %}" + CHAT_TEMPLATE
     made = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ KWARGS = "chat_template_kwargs"
 """A column of mappings, as TRL has it, whose entries reach the template."""
 
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_TRIES = 20  # conversations with a key, of which one may show that the template reads it
 _FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
 
@@ -80,6 +83,38 @@ def encode_conversation(
         roles = "/".join(str(message["role"]) for message in messages)
         bound = "hold conversations that the model's chat template takes"
         raise ConfigError("dataset", bound, roles, hint=f"in {dataset}: {' '.join(str(error).split())}") from error
+
+
+def unread_names(
+    conversations: Iterable[tuple[Sequence[Message], Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Return the keys of messages, and the variables beside them, that change nothing of what the template writes.
+
+    Args:
+        conversations: Each with its variables, as `encode_conversation` takes them.
+        tokenizer: One with a chat template.
+    """
+    tries: Counter[str] = Counter()
+    is_read: set[str] = set()
+    for messages, variables in conversations:
+        keys = {key for message in messages for key in message} - {"role", "content"}
+        given = {name for name, value in variables.items() if value}
+        for name in sorted(keys | given):
+            if name in is_read or tries[name] == _TRIES:
+                continue
+            tries[name] += 1
+            without = [{key: value for key, value in message.items() if key != name} for message in messages]
+            others = {key: value for key, value in variables.items() if key != name}
+            if _written(messages, tokenizer, variables) != _written(without, tokenizer, others):
+                is_read.add(name)
+    return [name for name in tries if name not in is_read]
+
+
+def _written(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]) -> list[int]:
+    """What is trained of a conversation; nothing where the template refuses it."""
+    with suppress(ConfigError):
+        return encode_conversation(messages, tokenizer, dataset="", variables=given).input_ids
+    return []
 
 
 def _encoded(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lsp_ray.config import Task
-from lsp_ray.data.chat import EncodedConversation, encode_conversation
+from lsp_ray.data.chat import EncodedConversation, encode_conversation, unread_names
 from lsp_ray.data.classes import Classes, Numbers, read_labels
+from lsp_ray.data.conversation import Message
 from lsp_ray.data.dataset import Rows, Shape, split_indices
 from lsp_ray.data.quiet import quiet
 from lsp_ray.data.row_notes import row_notes
@@ -112,7 +114,7 @@ def tokenize_rows(
         num_truncated=counts[0],
         num_dropped=counts[1],
         max_seq_length=max_seq_length,
-        notes=(*rows.notes, *row_notes(given, counts, max_seq_length)),
+        notes=(*rows.notes, *_unread(rows, tokenizer), *row_notes(given, counts, max_seq_length)),
     )
 
 
@@ -274,12 +276,27 @@ def _encode_messages(
     rows: _Columns, numbers: list[int], *, name: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> _Encoded:
     encoded = []
-    others = {column: values for column, values in rows.items() if column != "messages"}
-    for at, (number, messages) in enumerate(zip(numbers, rows["messages"], strict=True)):
-        variables = {column: json.loads(values[at]) for column, values in others.items() if values[at] is not None}
+    for number, (messages, variables) in zip(numbers, _conversations(rows), strict=True):
         where = f"row {number} of {name}"
-        encoded.append(encode_conversation(json.loads(messages), tokenizer, dataset=where, variables=variables))
+        encoded.append(encode_conversation(messages, tokenizer, dataset=where, variables=variables))
     return _cut(encoded, max_seq_length)
+
+
+def _conversations(rows: _Columns) -> Iterator[tuple[list[Message], dict[str, Any]]]:
+    """Yield messages, and what their row has for the template beside them."""
+    others = {column: values for column, values in rows.items() if column != "messages"}
+    for at, messages in enumerate(rows["messages"]):
+        variables = {column: json.loads(values[at]) for column, values in others.items() if values[at] is not None}
+        yield json.loads(messages), variables
+
+
+def _unread(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A line where conversations have what the template does not read."""
+    if rows.shape is not Shape.MESSAGES:
+        return []
+    batches = chain(rows.train.iter(1000), rows.eval.iter(1000))
+    names = unread_names(chain.from_iterable(map(_conversations, batches)), tokenizer)
+    return [f"not read by the model's chat template, so not trained: {', '.join(names)}"] if names else []
 
 
 def _cut(encoded: Sequence[EncodedConversation], max_seq_length: int) -> _Encoded:
