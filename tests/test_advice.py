@@ -248,6 +248,7 @@ def test_a_base_in_4_bits_is_advised_only_where_nothing_fits_in_bfloat16_and_oth
     assert re.match(
         r"  --method lora --load_in_4bit true: .* adapters only \(QLoRA\), weights rounded to 4 bits", qlora
     )
+    assert recommendation(low.rows, low.recommended, found_bits=4)[1].startswith("  --method lora: ")
 
 
 def test_the_others_that_fit_are_compared_in_words() -> None:

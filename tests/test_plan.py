@@ -79,6 +79,17 @@ def test_a_plan_has_a_row_for_every_method_in_80_columns(
     assert "…" not in long
 
 
+def test_a_row_has_room_for_what_does_not_fit_and_for_what_fits_in_4_bits(
+    wide_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model_name_or_path", str(wide_folder), "--gradient_accumulation_steps", "64"]
+    assert main([*model, "--hardware", "rtx3060", "--max_seq_length", "1024"]) == 0
+    said = capsys.readouterr().out
+    assert "no: both" in said
+    assert " 4-bit d " in said
+    assert "…" not in said
+
+
 def test_a_plan_as_json_has_bytes_and_seconds_for_every_method_and_policy(
     llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

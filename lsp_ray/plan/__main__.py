@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -11,9 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, set_parsing_settings
-
-from lsp_ray.errors import ConfigError, LspRayError
+from lsp_ray.arguments import parse_options
+from lsp_ray.errors import LspRayError
 from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.plan.command import command_of
 from lsp_ray.plan.options import PlanConfig
@@ -24,17 +22,6 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch is impo
     from lsp_ray.sim.hardware_profile import HardwareProfile
     from lsp_ray.sim.model_shape import ModelShape
     from lsp_ray.sim.workload import Workload
-
-_SWITCHES = (
-    "--measure",
-    "--bf16",
-    "--load_in_4bit",
-    "--load_in_8bit",
-    "--gradient_checkpointing",
-    "--json",
-    "--verbose",
-    "--runtime.pinned",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,29 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> PlanConfig:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under each field is its help
-    parser = ArgumentParser(
+    return parse_options(
+        PlanConfig,
+        argv,
         prog="python -m lsp_ray.plan",
         description="Say which methods fit a machine, how fast they are and which to take; nothing is trained.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
-    parser.add_class_arguments(PlanConfig)
-    try:
-        values = dict(parser.instantiate(parser.parse_args(_with_switch_values(argv))))
-    except argparse.ArgumentError as error:
-        raise ConfigError("options", "be those that --help lists", " ".join(str(error).split())) from error
-    return PlanConfig(**values)
-
-
-def _with_switch_values(argv: Sequence[str]) -> list[str]:
-    """Let `--measure` alone mean `--measure true`."""
-    completed: list[str] = []
-    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
-        completed.append(argument)
-        if argument in _SWITCHES and following.startswith("--"):
-            completed.append("true")
-    return completed
 
 
 def _plan(config: PlanConfig) -> int:

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lsp_ray.config import Bits
 from lsp_ray.plan.command import command_of, trade_of
 from lsp_ray.plan.options import PlanConfig
 from lsp_ray.plan.plan import Plan
@@ -16,8 +17,8 @@ _AS_FAST = 0.05  # of a step within which two methods are called as fast
 _LEGEND = (
     "batch: examples of a micro-batch × micro-batches of a step",
     "ckpt: --gradient_checkpointing; tokens/s: padding counted",
-    "device: its peak with the longest batch; host: main memory, with the weights on",
-    f"their way to a GPU; GB: 10⁹ bytes, {RESERVE_BYTES / 1e9:g} GB of each memory stays free",
+    "device: GB at its peak with the longest batch; host: GB of main memory, with the",
+    f"weights on their way to a GPU; GB: 10⁹ bytes, {RESERVE_BYTES / 1e9:g} GB of each memory stays free",
 )
 
 
@@ -43,7 +44,7 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
             console.print(table)
     best = plan.advice.recommended
     if best is not None:
-        head, *others = recommendation(rows, best)
+        head, *others = recommendation(rows, best, plan.found_bits)
         say(console, "", head, command_of(config, best, plan.found_bits), *others)
 
 
@@ -53,12 +54,18 @@ def say(console: Console, *lines: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def recommendation(rows: tuple[Forecast, ...], best: Forecast) -> list[str]:
-    """Return a line for the method to take and one for each other one that fits."""
+def recommendation(rows: tuple[Forecast, ...], best: Forecast, found_bits: Bits | None = None) -> list[str]:
+    """Return a line for the method to take and one for each other one that fits.
+
+    Args:
+        rows: A forecast a method.
+        best: The one of them to take.
+        found_bits: Of a model that is quantised already: no option asks for them.
+    """
     others = [row for row in rows if not row.misfits and row is not best]
     return [
         f"recommended: {best.workload.method}{_in_bits(best)}, {trade_of(best)}",
-        *(f"  --method {_option(row)}: {_pace(row, best)} here, {trade_of(row)}" for row in others),
+        *(f"  --method {_option(row, found_bits)}: {_pace(row, best)} here, {trade_of(row)}" for row in others),
     ]
 
 
@@ -77,7 +84,7 @@ def _pace(row: Forecast, best: Forecast) -> str:
 
 
 def _methods(rows: tuple[Forecast, ...]) -> Table:
-    table = _table("method", "batch", "ckpt", "device GB", "host GB", "step", "tokens/s")
+    table = _table("method", "batch", "ckpt", "device", "host", "step", "tokens/s")
     table.add_column("fits", no_wrap=True)
     for row in rows:
         work = row.workload
@@ -149,7 +156,7 @@ def _fits(row: Forecast) -> str:
 def _method(row: Forecast) -> str:
     work = row.workload
     options = {
-        "lsp": f" d {work.subspace_dim}, r {work.nnz_per_row}",
+        "lsp": f" d {work.subspace_dim} r {work.nnz_per_row}",
         "lora": f" r {work.lora_rank}",
         "galore": f" rank {work.galore_rank}",
     }
@@ -161,9 +168,9 @@ def _in_bits(row: Forecast) -> str:
     return f" in {row.workload.bits} bits" if row.workload.bits else ""
 
 
-def _option(row: Forecast) -> str:
+def _option(row: Forecast, found_bits: Bits | None) -> str:
     bits = row.workload.bits
-    return row.workload.method + (f" --load_in_{bits}bit true" if bits else "")
+    return row.workload.method + (f" --load_in_{bits}bit true" if bits and not found_bits else "")
 
 
 def _seconds(value_s: float) -> str:
