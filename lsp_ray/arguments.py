@@ -9,7 +9,7 @@ from dataclasses import is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -18,6 +18,8 @@ from lsp_ray.errors import ConfigError
 T = TypeVar("T")
 
 _PARSER_KEY = re.compile(r'Parser key "(?P<field>[^"]+)":.*?(?:Got|Given) value:\s*(?P<value>.*?)\s*(?:Subtypes.*|$)')
+_OF_TYPE = re.compile(r"argument --(?P<field>\w+): invalid (?P<kind>int|float) value: '(?P<value>.*)'")
+_OF_CHOICE = re.compile(r"argument --(?P<field>\w+): invalid choice: '(?P<value>.*)' \(choose from (?P<choices>.*)\)")
 _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan")
 
@@ -48,6 +50,24 @@ def parse_options(kind: type[T], argv: Sequence[str], *, prog: str, description:
         raise _config_error(kind, " ".join(str(error).split()), argv) from error
     made: T = _made(kind, namespace.as_dict())
     return made
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are of one line, as those of every other command are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError of what was typed."""
+        required, unknown = (message.partition(text)[2] for text in ("are required: ", "unrecognized arguments: "))
+        if unknown:
+            raise unknown_option(unknown, [option.lstrip("-") for option in self._option_string_actions])
+        if required:
+            raise ConfigError("options", f"have {required}, as --help says", None)
+        if (of_type := _OF_TYPE.fullmatch(message)) is not None:
+            raise ConfigError(of_type["field"], f"be {_WORDS[of_type['kind']]}", of_type["value"])
+        if (of_choice := _OF_CHOICE.fullmatch(message)) is not None:
+            choices = of_choice["choices"].replace("'", "")
+            raise ConfigError(of_choice["field"], f"be one of {choices}", of_choice["value"])
+        raise ConfigError("options", "be those that --help lists", message)
 
 
 def spelled_out(argv: Sequence[str], switches: Collection[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsp_ray.arguments import Parser
 from lsp_ray.errors import ConfigError, LspRayError
 from lsp_ray.output_folder import BASE_MODEL, INTERNALS
 from lsp_ray.passive_waiting import wait_passively
@@ -61,9 +61,9 @@ class Exported:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.export") -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for a failed check."""
-    options = _parser(prog).parse_args(argv)
     wait_passively()
     try:
+        options = _parser(prog).parse_args(argv)
         exported = export(
             options.run_dir, options.output_dir, options.dtype, merge=options.merge, rank=options.export_rank
         )
@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.ex
     return 0
 
 
-def _parser(prog: str = "python -m lsp_ray.export") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str = "python -m lsp_ray.export") -> Parser:
+    parser = Parser(
         prog=prog,
         description="Write a trained model in another dtype, with a model card, and check that its logits stay.",
         allow_abbrev=False,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lsp_ray.arguments import Parser
 from lsp_ray.errors import ConfigError
 from lsp_ray.passive_waiting import wait_passively
 
@@ -55,10 +56,9 @@ class Sampling:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.generate") -> int:
     """Run the command line; returns the exit code: 0, or 2 for what a person can mend."""
-    options = _parser(prog).parse_args(argv)
     wait_passively()
     try:
-        _talk(options)
+        _talk(_parser(prog).parse_args(argv))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.ge
     return 0
 
 
-def _parser(prog: str = "python -m lsp_ray.generate") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str = "python -m lsp_ray.generate") -> Parser:
+    parser = Parser(
         prog=prog,
         description="Talk to a trained model, on the GPU if there is one. Needs no network.",
         epilog=f"Without --prompt every line is a turn of one conversation; an empty line or {_GOODBYE[0]} ends it.",

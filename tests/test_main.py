@@ -84,3 +84,24 @@ def test_an_unknown_command_is_answered_with_those_there_are(capsys: pytest.Capt
 def test_the_console_script_is_this_command() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["scripts"] == {"lsp-ray": "lsp_ray.__main__:main"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "run"], "options must have output_dir, as --help says, got None"),
+        (["export", "run", "out", "--rank", "3"], "options must be those that --help lists, got '--rank 3'"),
+        (["export", "run", "out", "--export_rank", "x"], "export_rank must be a whole number, got 'x'"),
+        (["export", "run", "out", "--dtype", "x"], "dtype must be one of float32, bfloat16, float16, got 'x'"),
+        (["chat", "--temprature", "1"], "got '--temprature'; did you mean --temperature?"),
+        (["chat", "--temperature", "hot"], "temperature must be a number, got 'hot'"),
+        (["report"], "options must have run_dir, as --help says, got None"),
+    ],
+)
+def test_a_wrong_option_is_answered_in_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(said)

@@ -165,6 +165,20 @@ def test_a_trained_folder_is_loaded_with_its_base(run_dir: tuple[Path, float, Jo
     assert eval_loss(load_trained(folder), job) == pytest.approx(loss, rel=5e-3)
 
 
+def test_a_base_that_has_moved_and_a_run_that_was_stopped_are_told(
+    run_dir: tuple[Path, float, Job], tmp_path: Path
+) -> None:
+    config = yaml.safe_load((run_dir[0] / "config.yaml").read_text())
+    folder = shutil.copytree(run_dir[0], tmp_path / "moved")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"model_name_or_path": "/gone"}))
+    with pytest.raises(ConfigError, match=r"have its base where it was, .* got '/gone'; .*config\.yaml says where"):
+        load_trained(folder)
+    shutil.rmtree(folder / ADAPTER_FOLDER)
+    (folder / "summary.json").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=r"has not come to its end; to go on: .* --resume_from_checkpoint last$"):
+        load_trained(folder)
+
+
 def test_an_adapter_is_exported_whole_or_with_its_leading_directions(
     run_dir: tuple[Path, float, Job], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping
@@ -33,8 +34,13 @@ def load_trained(folder: Path) -> PreTrainedModel:
     if is_beside_base(folder):
         return with_adapter(folder, folder / "adapter")
     if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
-        is_adapter = (folder / "adapter_config.json").is_file()
-        hint = "an adapter alone is loaded by PEFT, beside its base" if is_adapter else ""
+        hint = ""
+        if (folder / "adapter_config.json").is_file():
+            hint = "an adapter alone is loaded by PEFT, beside its base"
+        elif (folder / "config.yaml").is_file() and not (folder / "summary.json").is_file():
+            run = shlex.quote(str(folder))
+            go_on = f"--config {run}/config.yaml --output_dir {run} --resume_from_checkpoint last"
+            hint = f"its run has not come to its end; to go on: python -m lsp_ray.run {go_on}"
         raise ConfigError("model", "be the folder of a finished run or of an export", str(folder), hint=hint)
     check_weights(folder)
     config = load_config(folder)
@@ -80,8 +86,16 @@ def with_adapter(folder: Path, adapter: Path) -> PreTrainedModel:
     bits: Bits | None = 4 if config.get("load_in_4bit") else 8 if config.get("load_in_8bit") else None
     saved = load_config(folder)
     is_classifier = any("SequenceClassification" in name for name in saved.architectures or ())
+    base = config["model_name_or_path"]
+    try:
+        base_folder = resolve_model(base, log=lambda line: print(line, file=sys.stderr))
+    except ConfigError as error:
+        hint = f"{folder / 'config.yaml'} says where its run had it"
+        raise ConfigError(
+            "model", "have its base where it was, beside which the adapter works", base, hint=hint
+        ) from error
     model = load_model(
-        resolve_model(config["model_name_or_path"], log=lambda line: print(line, file=sys.stderr)),
+        base_folder,
         dtype=torch.bfloat16 if config.get("bf16") else torch.float32,
         task="sequence_classification" if is_classifier else "causal_lm",
         label_names=label_names(saved) if is_classifier else (),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lsp_ray.arguments import Parser
 from lsp_ray.errors import ConfigError
 from lsp_ray.report.page import report
 from lsp_ray.report.run_folder import REPORT, read_run
@@ -14,9 +14,9 @@ from lsp_ray.report.run_folder import REPORT, read_run
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.report") -> int:
     """Run the command line; returns the exit code: 0, or 2 for what a person can mend."""
-    options = _parser(prog).parse_args(argv)
-    output = options.output or (options.run_dir[0] if len(options.run_dir) == 1 else Path()) / REPORT
     try:
+        options = _parser(prog).parse_args(argv)
+        output = options.output or (options.run_dir[0] if len(options.run_dir) == 1 else Path()) / REPORT
         runs = [read_run(path) for path in options.run_dir]
         _write(output, report(runs))
     except ConfigError as error:
@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.re
     return 0
 
 
-def _parser(prog: str = "python -m lsp_ray.report") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str = "python -m lsp_ray.report") -> Parser:
+    parser = Parser(
         prog=prog,
         description="Write one HTML file about runs: loss, the four streams in a typical step, waiting, bias, memory.",
         allow_abbrev=False,
