@@ -16,6 +16,7 @@ from lsp_ray.data.tokenize import tokenize_rows
 from lsp_ray.errors import ConfigError
 from lsp_ray.output_folder import claimed
 from lsp_ray.runtime.job import Job, prepare_job, resumed
+from lsp_ray.runtime.job_notes import method_notes
 from lsp_ray.runtime.saved_run import check_same_run, with_saved_choices
 from tests.test_data_tokenize import FORGETFUL_TEMPLATE, assistant, rows_of, user
 from tests.tiny import tiny_tokenizer, write_tiny_jsonl
@@ -79,6 +80,11 @@ def test_a_cut_subspace_is_said(tmp_path: Path) -> None:
     [line] = [note for note in notes if "is cut" in note]
     assert line.startswith("lsp.subspace_dim 40 is cut to half a side in ")
     assert not any("is cut" in note for note in prepared(tmp_path)[1])
+
+
+def test_that_compiling_takes_its_time_is_said() -> None:
+    assert any("compiles" in note for note in method_notes(RunConfig(torch_compile=True), [], {}))
+    assert not any("compiles" in note for note in method_notes(RunConfig(), [], {}))
 
 
 def test_turns_that_a_template_rewrites_are_counted() -> None:

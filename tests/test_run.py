@@ -147,7 +147,10 @@ def test_a_run_that_cannot_start_leaves_no_folder(tiny: Path, tmp_path: Path) ->
 
 
 BAD = [
-    (["--lsp.subspace_dim", "500"], r"lsp\.subspace_dim must be at most 64 for .* \(.* × .*\), .*, got 500"),
+    (
+        ["--lsp.subspace_dim", "500"],
+        r"lsp\.subspace_dim must be at most 64, a side of .* \(.* × .*\), got 500; half a side",
+    ),
     (["--lsp.subspace_dim", "0"], r"lsp\.subspace_dim must be at least 1, got 0"),
     (["--lsp.subspace_dim", "many"], r"lsp\.subspace_dim must be a whole number or auto, got 'many'"),
     (

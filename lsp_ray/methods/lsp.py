@@ -31,10 +31,16 @@ def projector_sizes(layers: Sequence[Layer], lsp: LspConfig) -> dict[str, Projec
     sites = [site for layer in layers for site in layer.linears]
     largest = max(sites, key=lambda site: min(site.shape), default=None)
     bound = min(largest.shape) if largest else 0
-    if largest is None or lsp.dim > bound:
-        where = f" for {largest.name} ({largest.shape[0]} × {largest.shape[1]}), the largest linear" if largest else ""
-        where += "; above half a side it is cut to that" if largest else ""
-        raise ConfigError("lsp.subspace_dim", f"be at most {bound}{where}", lsp.dim)
+    if largest is None:
+        raise ConfigError("method", "be another one, as the model has no linear to project", "lsp")
+    if lsp.dim > bound:
+        shape = " × ".join(map(str, largest.shape))
+        raise ConfigError(
+            "lsp.subspace_dim",
+            f"be at most {bound}, a side of the largest linear ({largest.name}, {shape})",
+            lsp.dim,
+            hint="half a side is the most that is used of each",
+        )
     sizes = {
         site.name: ProjectorSizes.of(site.shape, lsp.dim, lsp.nnz_per_row) for site in sites if _is_projected(site, lsp)
     }
