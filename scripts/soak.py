@@ -200,7 +200,7 @@ def _growth(curves: Iterable[Curve]) -> dict[str, float | None]:
 
 
 def _held(curves: Iterable[Curve]) -> dict[str, list[float]]:
-    """Megabytes at a name's first settled and last reading, of the process that lived longest."""
+    """Megabytes at a name's first settled reading, each quarter and the last, of the process that lived longest."""
     longest: dict[str, Curve] = {}
     for curve in curves:
         if len(curve.mb) > len(longest.get(curve.name, Curve("")).mb):
@@ -209,7 +209,9 @@ def _held(curves: Iterable[Curve]) -> dict[str, list[float]]:
         name: [mb for at, mb in zip(c.steps, c.mb, strict=True) if at >= c.steps[0] + SETTLING_STEPS]
         for name, c in longest.items()
     }
-    return {name: [round(mb[0], 1), round(mb[-1], 1)] for name, mb in sorted(settled.items()) if mb}
+    return {
+        name: [round(mb[(len(mb) - 1) * at // 4], 1) for at in range(5)] for name, mb in sorted(settled.items()) if mb
+    }
 
 
 def _centred(values: Any) -> Any:
