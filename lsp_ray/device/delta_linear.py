@@ -88,6 +88,10 @@ class DeltaTarget(SubspaceTarget[DeltaLinear]):
         module = self.owner
         torch.mul(total.view(module.delta_DE.shape), module.update_scale, out=module.delta_DE)
 
+    def total(self) -> torch.Tensor:
+        """See `SummedTarget`."""
+        return self.owner.delta_DE.float() / self.owner.update_scale
+
 
 class _WithDelta(torch.autograd.Function):
     """Forward adds ((X Q) Dᵀ) Pᵀ to the base's output in place; backward returns g as the leaf's gradient."""
