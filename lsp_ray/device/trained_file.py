@@ -74,7 +74,7 @@ def check_trained(path: Path, sums: Sequence[Sequence[SummedPart]]) -> bool:
             if name in needed and tensor.numel() != needed[name]:
                 raise ValueError(f"{name} has {tensor.numel()} values, not {needed[name]}")
             if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} is not finite")
+                raise ValueError(f"{name} is no finite tensor")
     return bool(bases)
 
 
