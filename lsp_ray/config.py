@@ -77,7 +77,7 @@ class LspConfig:
     delta: Delta | None = None
     """Whether updates are merged into the weights or kept apart from them; default: merged, apart if quantised."""
     init_from: str | None = None
-    """Start with an earlier run's projectors (its folder or lsp_projectors.safetensors); apart, with its updates too."""
+    """Start with an earlier run's projectors (its folder or lsp_projectors.safetensors); apart, its updates too."""
     calibration_batches: int = 4
     """Micro-batches whose gradients the closed form learns from."""
     timeout_s: float = 2.0
