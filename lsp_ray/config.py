@@ -77,7 +77,7 @@ class LspConfig:
     delta: Delta | None = None
     """Whether updates are merged into the weights or kept apart from them; default: merged, apart if quantised."""
     init_from: str | None = None
-    """Start from the projectors of an earlier run (its folder, or its lsp_projectors.safetensors) instead of a fit."""
+    """Start with an earlier run's projectors (its folder or lsp_projectors.safetensors); apart, its updates too."""
     calibration_batches: int = 4
     """Micro-batches whose gradients the closed form learns from."""
     timeout_s: float = 2.0

@@ -47,6 +47,9 @@ def test_killed_shards_are_replaced_and_the_run_goes_on_to_the_same_bits(
 ) -> None:
     runtime = {"num_shards": 2, "payload_dtype": payload_dtype}
     lsp = {**REFITS, "delta": delta}
+    if delta == "apart":  # what it begins with is the shards' as well
+        run_on_threads(tiny_job(tmp_path, max_steps=6, bf16=True, lsp=lsp, runtime=runtime), tmp_path / "before")
+        lsp["init_from"] = str(tmp_path / "before")
     job = tiny_job(tmp_path, max_steps=60, bf16=True, lsp=lsp, max_grad_norm=max_grad_norm, runtime=runtime)
     killer = Killer(dict.fromkeys((2, 9, 16, 21), "ShardActor"))
     assert_like_undisturbed(job, tmp_path, killer)

@@ -51,11 +51,11 @@ class DeltaLinear(InSubspace):
 
     def forward(self, input_TN: torch.Tensor) -> torch.Tensor:
         """Return base(X) + X (P D Qᵀ)ᵀ for (..., N)."""
+        input_TN, projected_TE = self.input_projection.beside(input_TN, self.projector.right)
         # of a table: what linears make of more dimensions is a view, which autograd copies where it is changed
         output_TM: torch.Tensor = self.base(input_TN.reshape(-1, input_TN.shape[-1]))
         if not torch.compiler.is_compiling() and output_TM._is_view():
             output_TM = output_TM.clone()
-        projected_TE = self.input_projection.of(input_TN, self.projector.right, differentiable=True)
         if not torch.is_grad_enabled():
             self.projector.left.add_expanded_(output_TM, projected_TE @ self.delta_DE.to(projected_TE.dtype).t())
             return output_TM.view(*input_TN.shape[:-1], -1)
@@ -87,6 +87,10 @@ class DeltaTarget(SubspaceTarget[DeltaLinear]):
         """Take a flat sum of all updates in the old one's place; D is `update_scale` times that."""
         module = self.owner
         torch.mul(total.view(module.delta_DE.shape), module.update_scale, out=module.delta_DE)
+
+    def total(self) -> torch.Tensor:
+        """See `SummedTarget`."""
+        return self.owner.delta_DE.float() / self.owner.update_scale
 
 
 class _WithDelta(torch.autograd.Function):

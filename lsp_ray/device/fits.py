@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from lsp_ray.config import LspConfig
 from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.closed_form import fit_factor
 from lsp_ray.projection.paper_fit import fit_paper
@@ -203,3 +204,10 @@ class FullGradients:
         self.gradients = [state[str(position)] for position in range(len(state))]
         if any(grad_MN.shape != self._shape for grad_MN in self.gradients):
             raise ValueError(f"a gradient of another matrix than {self._shape}")
+
+
+def fit_of(lsp: LspConfig) -> Fit:
+    """How a run's projectors are learned."""
+    if lsp.fit == "paper":
+        return PaperFit(max_bias=lsp.max_bias, timeout_s=lsp.timeout_s)
+    return ClosedFormFit(balanced=lsp.balance)

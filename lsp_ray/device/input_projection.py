@@ -5,6 +5,7 @@ Legend: T tokens, N columns of the weights, E columns of Q.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,37 +25,51 @@ class InputProjection:
     def __init__(self, num_readers: int = 1) -> None:
         self.num_readers = num_readers
         self._num_uses = 0
-        self._held: tuple[torch.Tensor, int, BlockFactor, torch.Tensor] | None = None
+        self._held: tuple[torch.Tensor, int, BlockFactor, tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def of(self, input_TN: torch.Tensor, right: BlockFactor, *, differentiable: bool = False) -> torch.Tensor:
-        """Return X Q, (T, E), in X's dtype; X is (…, N).
-
-        Where it is differentiable, its gradient is brought back to X once for all readers; else it has no graph.
-        """
+    def of(self, input_TN: torch.Tensor, right: BlockFactor) -> torch.Tensor:
+        """Return X Q, (T, E), in X's dtype, without a graph; X is (…, N)."""
         if torch.compiler.is_compiling():  # the compiler finds what is computed twice, and keeps no tensor here
-            seen_TN = input_TN if differentiable else input_TN.detach()
-            return right.project(seen_TN.reshape(-1, input_TN.shape[-1]))
+            return right.project(_table(input_TN.detach()))
+        return self._found(input_TN, right, lambda: (input_TN, right.project(_table(input_TN.detach()))))[1]
+
+    def beside(self, input_TN: torch.Tensor, right: BlockFactor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return X, for what else reads it, and X Q with a graph: the gradients of both come back to X as one.
+
+        That of X Q is added into that of the X returned, which must be nobody else's.
+        """
+        if torch.compiler.is_compiling():
+            return input_TN, right.project(_table(input_TN))
+        if not torch.is_grad_enabled():
+            return input_TN, self.of(input_TN, right)
+        return self._found(input_TN, right, lambda: _Project.apply(input_TN, right))  # type: ignore[no-untyped-call]
+
+    def _found(
+        self, input_TN: torch.Tensor, right: BlockFactor, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         held = self._held
         if held is None or held[0] is not input_TN or held[1] != input_TN._version or held[2] is not right:
-            if differentiable and torch.is_grad_enabled():
-                projected_TE: torch.Tensor = _Project.apply(input_TN, right)  # type: ignore[no-untyped-call]
-            else:  # no graph comes of it: neither X, detached, nor Q wants a gradient
-                projected_TE = right.project(input_TN.detach().reshape(-1, input_TN.shape[-1]))
-            held = input_TN, input_TN._version, right, projected_TE
+            held = input_TN, input_TN._version, right, make()
             self._num_uses = 0
         self._num_uses += 1
         self._held = held if self._num_uses < self.num_readers else None
         return held[3]
 
 
+def _table(input_TN: torch.Tensor) -> torch.Tensor:
+    return input_TN.reshape(-1, input_TN.shape[-1])
+
+
 class _Project(torch.autograd.Function):
-    """X Q; keeps nothing but the factor."""
+    """X and X Q; keeps nothing but the factor."""
 
     @staticmethod
-    def forward(ctx: Any, input_TN: torch.Tensor, right: BlockFactor) -> torch.Tensor:
-        ctx.right, ctx.shape = right, input_TN.shape
-        return right.project(input_TN.reshape(-1, input_TN.shape[-1]))
+    def forward(ctx: Any, input_TN: torch.Tensor, right: BlockFactor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.right = right
+        return input_TN, right.project(_table(input_TN))
 
     @staticmethod
-    def backward(ctx: Any, grad_TE: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        return ctx.right.expand(grad_TE).view(ctx.shape), None
+    def backward(ctx: Any, grad_TN: torch.Tensor, grad_TE: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad_TN = grad_TN.contiguous()  # a linear's is its own, and contiguous
+        ctx.right.add_expanded_(_table(grad_TN), grad_TE)
+        return grad_TN, None

@@ -63,6 +63,10 @@ class SummedTarget(Target, Protocol):
         """Let it take the old one's place: flat, of the leaf's length, any floating type."""
         ...
 
+    def total(self) -> torch.Tensor:
+        """The sum that is there now: float32, of the leaf's length, any shape, a new tensor."""
+        ...
+
 
 class RawTarget:
     """A parameter trained as it is: its gradient goes down, its full delta comes up."""
@@ -98,6 +102,10 @@ class StartedTarget(RawTarget):
     def put(self, total: torch.Tensor) -> None:
         """See `SummedTarget`."""
         torch.add(self.start, total.view(self.start.shape), out=self.leaf.data)
+
+    def total(self) -> torch.Tensor:
+        """See `SummedTarget`."""
+        return self.leaf.detach().float() - self.start.float()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +196,11 @@ class SummedUnit(Unit):
         """Let the sum of all updates, flat, take the place of the one before; `update` is in it already."""
         for target, part in zip(self.targets, self.split(delta), strict=True):
             cast("SummedTarget", target).put(part)
+
+    def copy_totals(self, flat: torch.Tensor) -> None:
+        """Copy the sums that are there now into a flat float32 tensor of `numel` elements, on any device."""
+        for target, part in zip(self.targets, self.split(flat), strict=True):
+            part.copy_(cast("SummedTarget", target).total().view(-1))
 
 
 def copy_parts(parts: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from lsp_ray.config import LspConfig
 from lsp_ray.data.final_numbers import share_right
 from lsp_ray.device.backend import Backend, CpuBackend
 from lsp_ray.device.calibrate import fit_projectors
@@ -18,7 +16,7 @@ from lsp_ray.device.compiled_blocks import CompiledBlocks
 from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
-from lsp_ray.device.fits import ClosedFormFit, Fit, PaperFit
+from lsp_ray.device.fits import fit_of
 from lsp_ray.device.fused_norms import fuse_norms
 from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import InSubspace
@@ -26,7 +24,7 @@ from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_file import load_refits, save_refits
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.trained_file import load_trained, save_trained
-from lsp_ray.device.unit import Unit
+from lsp_ray.device.unit import SummedUnit, Unit
 from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import LspRayError
 from lsp_ray.hardware import MACHINES
@@ -39,10 +37,11 @@ from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.output_folder import INTERNALS
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
+from lsp_ray.runtime.beginning import damaged_updates
 from lsp_ray.runtime.checkpoint import STATE, TRAINED, writing
 from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
+from lsp_ray.runtime.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.throttle import Throttle, emulating
@@ -51,7 +50,7 @@ from lsp_ray.schedule.ops import DeltaDue, GradientReady
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_DELTAS, _BASES = "deltas.safetensors", "galore_bases.safetensors"
+_BASES = "galore_bases.safetensors"
 MEASURED_UPDATES = 6  # forward and backward of so many, before training, where a machine is emulated
 
 
@@ -130,14 +129,17 @@ class DeviceSide:
         if config.torch_compile:
             self._compiled = CompiledBlocks(layers, self.backend.device)
         self.keep_to(throttle)
-        if job.saved is not None:
-            self._restore(job.saved)
+        self._take_up(job.saved)
         self._is_set_up = True
         self._micro_batches = job.micro_batches.read_ahead(
             job.num_steps - job.first_step, first_step=job.first_step, page_locked=job.device == "cuda"
         )
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(unfitted=unfitted, num_pageable=len(pageable), throttle=throttle)
+
+    def copy_totals(self, unit: int, total: torch.Tensor) -> None:
+        """After `setup`: copy what the shard's sum is to begin with, see `SummedUnit`."""
+        cast(SummedUnit, self.worker.units[unit]).copy_totals(total)
 
     def keep_to(self, throttle: Throttle) -> None:
         """Between two steps: slow the link down to this from now on."""
@@ -227,7 +229,7 @@ class DeviceSide:
         with writing(folder):
             self._files.save(folder, self._model, self._tokenizer, self._adapters, self._linears)
             self._files.save_delta(folder, self._model, self.worker.units, self._linears)
-            save_linears(folder / INTERNALS, self._linears)
+            self._files.save_beginning(folder, self.worker.units, self._linears)
 
     def save_state(self, folder: Path) -> None:
         """Between two steps: write this side's part of a checkpoint, see `runtime.checkpoint`.
@@ -248,11 +250,17 @@ class DeviceSide:
                 self._local_shard.save_bases(state / _BASES)
             if self._job.config.keeps_base:
                 save_trained(self.worker.units, folder / TRAINED)
-            if kept_back:
-                save_file({f"{step}.{unit}": delta for (step, unit), delta in kept_back.items()}, state / _DELTAS)
+            save_kept_back(state, kept_back)
+
+    def _take_up(self, saved: SavedRun | None) -> None:
+        """Go on from a checkpoint, or begin with what another run trained, if the job says so."""
+        if saved is not None:
+            self._restore(saved)
+        elif self._job.begins_with is not None:
+            with damaged_updates(self._job.config.lsp.init_from):
+                load_trained(self.worker.units, self._job.begins_with)
 
     def _restore(self, saved: SavedRun) -> None:
-        kept_back: dict[tuple[int, int], torch.Tensor] = {}
         with reading(saved.folder):
             if self._refitter is not None:
                 load_refits(saved.state, self._refitter, field=FIELD)
@@ -262,11 +270,7 @@ class DeviceSide:
                 self._local_shard.load_bases(saved.state / _BASES)
             if self._job.config.keeps_base:
                 load_trained(self.worker.units, saved.folder / TRAINED)
-            if self._job.staleness:
-                for key, delta in load_file(saved.state / _DELTAS).items():
-                    step, unit = map(int, key.split("."))
-                    kept_back[step, unit] = delta
-                _check_deltas(kept_back, self._job, saved.step)
+            kept_back = load_kept_back(saved.state, self._job, saved.step)
         self.worker.resume(saved.step, kept_back)
 
     def _throttle(self, layers: Sequence[Layer]) -> Throttle:
@@ -314,7 +318,7 @@ class DeviceSide:
             self._model,
             self._linears,
             batches,
-            _fit_of(self._job.config.lsp),
+            fit_of(self._job.config.lsp),
             seed=self._job.config.seed,
             num_threads=self._job.layout.total_threads,
             on_fitted=note,
@@ -326,7 +330,7 @@ class DeviceSide:
             return None
         return Refitter(
             units,
-            _fit_of(lsp),
+            fit_of(lsp),
             check_every=lsp.check_every,
             max_bias=lsp.max_bias,
             num_sketched=config.num_sketched_steps,
@@ -340,21 +344,3 @@ class DeviceSide:
         if config.method == "galore":
             return GaloreShard(units, config.galore, self.backend.device)
         return OptimizerShard({unit.index: unit.numel for unit in units}, device=self.backend.device)
-
-
-def _check_deltas(kept_back: Mapping[tuple[int, int], torch.Tensor], job: Job, step: int) -> None:
-    steps = range(step - job.staleness, step)
-    wires, dtype = [job.codec.wire_numel(numel) for numel in job.payload_sizes], job.codec.dtype
-    expected = {(made, unit): numel for made in steps if made >= 0 for unit, numel in enumerate(wires)}
-    for key, numel in expected.items():
-        delta = kept_back.get(key)
-        if delta is None or delta.shape not in [(numel,), (0,)] or delta.dtype != dtype:
-            raise ValueError(f"the delta of step {key[0]} for unit {key[1]} is not {numel} numbers of {dtype}")
-    if len(kept_back) > len(expected):
-        raise ValueError(f"it has {len(kept_back)} deltas, not {len(expected)}")
-
-
-def _fit_of(lsp: LspConfig) -> Fit:
-    if lsp.fit == "paper":
-        return PaperFit(max_bias=lsp.max_bias, timeout_s=lsp.timeout_s)
-    return ClosedFormFit(balanced=lsp.balance)

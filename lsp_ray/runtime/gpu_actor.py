@@ -32,6 +32,7 @@ class GpuActor:
         self._news: queue.SimpleQueue[GradientReady | DeltaDue] = queue.SimpleQueue()
         self._side = DeviceSide(job, self._news.put)
         self._slots: list[OpenPair] = [pair.open() for pair in pairs]
+        self._pairs = pairs if job.begins_with is not None else ()
         self._host_payloads = [slot.payload for pair in self._slots for slot in (pair.down, pair.up)]
 
     def __repr__(self) -> str:
@@ -39,7 +40,11 @@ class GpuActor:
 
     def setup(self) -> SetupReport:
         """See `DeviceSide.setup`."""
-        return self._side.setup(self._host_payloads)
+        report = self._side.setup(self._host_payloads)
+        for pair in self._pairs:  # before the shards' first update
+            self._side.copy_totals(pair.unit, pair.open_total())
+        self._pairs = ()
+        return report
 
     def keep_to(self, throttle: Throttle) -> None:
         """See `DeviceSide.keep_to`."""

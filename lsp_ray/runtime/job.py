@@ -30,9 +30,9 @@ from lsp_ray.models.resolve import resolve_model
 from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
-from lsp_ray.projection.projector_file import load_projectors
+from lsp_ray.runtime.beginning import check_beginning
 from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
-from lsp_ray.runtime.job_checks import check_balance, check_method, check_model, check_sizes, with_delta
+from lsp_ray.runtime.job_checks import check_method, check_model, check_sizes, with_delta
 from lsp_ray.runtime.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.layout import Layout, plan_layout
 from lsp_ray.runtime.learning_rates import learning_rates
@@ -51,11 +51,11 @@ class Job:
     """A validated run. Goes to the GPU actor as it is.
 
     `payload_sizes` are elements a unit, empty where nothing leaves the device; `sums` their parts where the shards add
-    up all updates, None where the device does; `quantized` says that linears of the base are; `delta_room` is for what
-    comes up, None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a
-    classifier's: a whole example's) model inputs, shown with the answer before and after; `questions` are answered in
-    evaluations. `unreached` are names of parameters that stay as they are. `saved` is the checkpoint to go on from, see
-    `resumed`.
+    up all updates, None where the device does; `begins_with` is the file of what another run trained that this one
+    begins with; `quantized` says that linears of the base are; `delta_room` is for what comes up, None where all of a
+    step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a classifier's: a whole example's)
+    model inputs, shown with the answer before and after; `questions` are answered in evaluations. `unreached` are names
+    of parameters that stay as they are. `saved` is the checkpoint to go on from, see `resumed`.
     """
 
     config: RunConfig
@@ -70,6 +70,7 @@ class Job:
     learning_rates: tuple[float, ...]
     payload_sizes: tuple[int, ...]
     sums: tuple[tuple[SummedPart, ...], ...] | None
+    begins_with: Path | None
     delta_room: DeltaRoom | None
     quantized: bool
     subspace_dims: dict[str, tuple[int, int]]
@@ -191,9 +192,12 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     layers = find_layers(skeleton, unreached)
     check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
-    if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
-        check_balance(load_projectors(Path(config.lsp.init_from), sizes), config.lsp)  # complains before any actor
     payload_sizes = _payload_sizes(layers, config, quantized=quantized)
+    sums = _sums(layers, config, quantized=quantized)
+    begins_with = None
+    if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
+        start = Path(config.lsp.init_from)
+        begins_with = check_beginning(start, config.lsp, sizes, sums, model_folder, quantized=quantized, note=note)
     micro_batches = MicroBatches(
         tokenized,
         tokenizer,
@@ -227,7 +231,8 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         micro_batches=micro_batches,
         learning_rates=learning_rates(config, micro_batches.num_steps),
         payload_sizes=tuple(payload_sizes),
-        sums=_sums(layers, config, quantized=quantized),
+        sums=sums,
+        begins_with=begins_with,
         delta_room=delta_room(_wire_sizes(payload_sizes, config), _wire_sizes(full_payload_sizes(layers), config)),
         quantized=quantized,
         subspace_dims={name: size.dims for name, size in sizes.items()},
@@ -271,7 +276,7 @@ def resumed(job: Job, folder: Path) -> Job:
     if saved.step == job.num_steps and not any(read_metrics(folder.parent / METRICS, saved.step)):
         bound = f"have its run's {METRICS} beside it, as no step is left to measure"
         raise ConfigError(FIELD, bound, str(folder), hint="it holds the trained model already")
-    return replace(job, saved=saved)
+    return replace(job, saved=saved, begins_with=None)
 
 
 def _payload_sizes(layers: Sequence[Layer], config: RunConfig, *, quantized: bool) -> list[int]:

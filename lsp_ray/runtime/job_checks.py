@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lsp_ray.config import LspConfig, RunConfig
+from lsp_ray.config import RunConfig
 from lsp_ray.data.tokenize import TokenizedRows, check_token_ids
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.galore import check_rank
@@ -19,7 +19,6 @@ from lsp_ray.models.layers import Layer
 from lsp_ray.models.load import check_weights, load_config, load_model, num_positions, num_token_rows
 from lsp_ray.models.quantized import check_quantizer, quantization_of
 from lsp_ray.models.save import check_saving
-from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.device_choice import Device
 
 
@@ -40,15 +39,6 @@ def check_model(
     if quantization_of(load_config(folder)) is None:  # else its quantiser would have to be there
         load_model(folder, dtype=dtype, task=tokenized.task, label_names=tokenized.label_names, on_meta=True)
     check_saving(skeleton, tokenizer, folder)
-
-
-def check_balance(projectors: Mapping[str, SparseProjector], lsp: LspConfig) -> None:
-    """Refuse projectors that shards, who know of a run's options alone, would take for others."""
-    expected = lsp.fit == "closed_form" and lsp.balance
-    if lsp.is_apart and any((each.left.scale_F is not None) != expected for each in projectors.values()):
-        raise ConfigError(
-            "lsp.init_from", "hold projectors of the same lsp.balance with lsp.delta apart", lsp.init_from
-        )
 
 
 def check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:

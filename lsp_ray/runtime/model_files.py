@@ -12,12 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.projected_linear import InSubspace
+from lsp_ray.device.trained_file import save_trained
 from lsp_ray.device.unit import Unit
 from lsp_ray.methods import lora, lsp
 from lsp_ray.methods.lsp_adapter import save_adapter
+from lsp_ray.models.digest import weights_digest
 from lsp_ray.models.load import load_model
 from lsp_ray.models.save import save_description, save_model
+from lsp_ray.output_folder import INTERNALS
 from lsp_ray.projection.projector_file import FILE_NAME, save_projectors
+from lsp_ray.runtime.beginning import UPDATES
 from lsp_ray.runtime.job import Job
 
 if TYPE_CHECKING:
@@ -82,6 +86,14 @@ class ModelFiles:
         found = apart(linears)
         if found and not any(linear.is_merged for _, linear in found):
             save_adapter(model, units, folder, base=self._job.config.model_name_or_path, task=self._job.task)
+
+    def save_beginning(self, folder: Path, units: Sequence[Unit], linears: Sequence[tuple[str, InSubspace]]) -> None:
+        """Write what another run can begin with, if there is anything: projectors, and updates that are kept apart."""
+        save_linears(folder / INTERNALS, linears)
+        if apart(linears):
+            path = folder / INTERNALS / UPDATES
+            save_trained(units, path, digest=weights_digest(self._job.model_folder))
+            path.chmod((folder / INTERNALS / FILE_NAME).stat().st_mode)  # safetensors makes it private (0600)
 
 
 def save_linears(folder: Path, linears: Sequence[tuple[str, InSubspace]]) -> None:

@@ -59,6 +59,12 @@ class SlotPair:
         """Map the state's slot into this process; see `state_numel`."""
         return self.open_undo(self.state, "state")
 
+    def open_total(self) -> torch.Tensor:
+        """Map that part of the state's slot which is the sum of all updates."""
+        total = _state(self.open_state().payload, self.numel, summed=True).total
+        assert total is not None
+        return total
+
     def open_undo(self, ref: ray.ObjectRef[Any], name: str = "undo") -> Slot:
         """Map a slot that is large enough for the unit's state."""
         numel = state_numel(self.numel, self.codec.payload_dtype, summed=self.sums is not None)
