@@ -1,15 +1,19 @@
-"""InputProjection: X Q once for all linears that read the same X.
+"""InputProjection: what linears that read the same X make of it once for all of them.
 
 Legend: T tokens, N columns of the weights, E columns of Q.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
-from lsp_ray.projection.block_factor import BlockFactor
+from lsp_ray.projection.block_factor import BlockFactor, is_launched
+
+_Reader = TypeVar("_Reader", bound=nn.Module)
 
 
 class InputProjection:
@@ -18,13 +22,15 @@ class InputProjection:
     Which tensor arrives decides, so a linear that for once reads another one, or is called twice, gets its own product.
 
     Args:
-        num_readers: Linears that share Q.
+        readers: Linears that share Q; none for one that shares it with nobody.
     """
 
-    def __init__(self, num_readers: int = 1) -> None:
-        self.num_readers = num_readers
+    def __init__(self, readers: Sequence[nn.Module] = ()) -> None:
+        self.readers = tuple(readers)
         self._num_uses = 0
         self._held: tuple[torch.Tensor, int, BlockFactor, torch.Tensor] | None = None
+        self._is_joint = len(readers) > 1
+        self._outputs: tuple[torch.Tensor, int, dict[nn.Module, torch.Tensor]] | None = None  # not asked for yet
 
     def of(self, input_TN: torch.Tensor, right: BlockFactor, *, differentiable: bool = False) -> torch.Tensor:
         """Return X Q, (T, E), in X's dtype; X is (…, N).
@@ -43,8 +49,33 @@ class InputProjection:
             held = input_TN, input_TN._version, right, projected_TE
             self._num_uses = 0
         self._num_uses += 1
-        self._held = held if self._num_uses < self.num_readers else None
+        self._held = held if self._num_uses < len(self.readers) else None
         return held[3]
+
+    def output_of(
+        self,
+        reader: _Reader,
+        input_TN: torch.Tensor,
+        make: Callable[[Sequence[_Reader], torch.Tensor], Sequence[torch.Tensor]],
+    ) -> torch.Tensor:
+        """Return what `make` makes of X for this reader: where launches count, for all readers at once.
+
+        The others are then expected to be called with the same X. Where one is not, each makes its own from then on.
+        """
+        if not self._is_joint or not is_launched(input_TN):
+            return make((reader,), input_TN)[0]
+        held, self._outputs = self._outputs, None
+        if held is None:
+            outputs = dict(zip(self.readers, make(self.readers, input_TN), strict=True))  # type: ignore[arg-type]
+        elif held[0] is input_TN and held[1] == input_TN._version and reader in held[2]:
+            outputs = held[2]
+        else:
+            self._is_joint = False
+            return make((reader,), input_TN)[0]
+        output = outputs.pop(reader)
+        if outputs:
+            self._outputs = input_TN, input_TN._version, outputs
+        return output
 
 
 class _Project(torch.autograd.Function):

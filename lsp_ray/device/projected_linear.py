@@ -17,7 +17,7 @@ from lsp_ray.device.fits import Lesson
 from lsp_ray.device.input_projection import InputProjection
 from lsp_ray.projection.bias import grad_square_sum, relative_bias
 from lsp_ray.projection.block_factor import BlockFactor
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.sparse_projector import SparseProjector, compress_together
 
 
 class InSubspace(nn.Module):
@@ -94,11 +94,23 @@ class ProjectedLinear(InSubspace):
         """Return X Wᵀ + b for (..., N)."""
         if not torch.is_grad_enabled():
             return linear(input_TN, self.weight_MN, self.bias)
-        projected_TE = self.input_projection.of(input_TN, self.projector.right)
-        output: torch.Tensor = _Projected.apply(  # type: ignore[no-untyped-call]
-            input_TN, self.weight_MN, self.bias, self.leaf, projected_TE, self
-        )
-        return output
+        return self.input_projection.output_of(self, input_TN, _outputs)
+
+
+def _outputs(modules: Sequence[ProjectedLinear], input_TN: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Each one's X Wᵀ + b, of linears that share Q; one node of autograd's graph for all of them."""
+    projected_TE = None  # made inside, without autograd, unless others that share Q are to have it
+    if len(modules) < len(modules[0].input_projection.readers):
+        projected_TE = modules[0].input_projection.of(input_TN, modules[0].projector.right)
+    outputs: Sequence[torch.Tensor] = _Projected.apply(  # type: ignore[no-untyped-call]
+        modules,
+        input_TN,
+        projected_TE,
+        *[module.weight_MN for module in modules],
+        *[module.bias for module in modules],
+        *[module.leaf for module in modules],
+    )
+    return outputs
 
 
 _Module = TypeVar("_Module", bound=InSubspace)
@@ -142,9 +154,9 @@ def set_projectors(modules: Sequence[InSubspace], projectors: Sequence[SparsePro
     Values take the place of old ones of the same size that the same linears share: a graph reads them where they were.
     """
     projectors = on_device(modules, projectors)
-    projection, right = InputProjection(len(modules)), projectors[0].right
+    projection, right = InputProjection(modules), projectors[0].right
     shares = {id(module.input_projection) for module in modules}
-    if len(shares) == 1 and modules[0].input_projection.num_readers == len(modules):
+    if len(shares) == 1 and max(1, len(modules[0].input_projection.readers)) == len(modules):
         right = _in_place(modules[0].projector.right, right)
     for module, projector in zip(modules, projectors, strict=True):
         module.input_projection = projection
@@ -212,32 +224,43 @@ class Observers(NamedTuple):
 
 
 class _Projected(torch.autograd.Function):
-    """Forward keeps X Q in place of X; backward returns dX and, as the leaf's gradient, g.
+    """Forward of linears that share Q keeps X Q in place of X; backward returns dX and, as the leaves' gradients, g.
 
-    Only a module that is observed keeps X as well.
+    Only where one of them is observed X is kept as well.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        modules: Sequence[ProjectedLinear],
         input_TN: torch.Tensor,
-        weight_MN: torch.Tensor,
-        bias_M: torch.Tensor | None,
-        leaf_DE: torch.Tensor,
-        projected_TE: torch.Tensor,
-        module: ProjectedLinear,
-    ) -> torch.Tensor:
-        ctx.projector, ctx.observers = module.projector, Observers.of(module)
-        ctx.save_for_backward(projected_TE, weight_MN, input_TN if module.is_observed else None)
-        return linear(input_TN, weight_MN, bias_M)
+        projected_TE: torch.Tensor | None,
+        *parameters: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        num = len(modules)
+        weights, biases = parameters[:num], parameters[num : 2 * num]
+        if projected_TE is None:
+            projected_TE = modules[0].projector.right.project(input_TN.reshape(-1, input_TN.shape[-1]))
+        ctx.projectors = [module.projector for module in modules]
+        ctx.observers = [Observers.of(module) for module in modules]
+        is_observed = any(module.is_observed for module in modules)
+        ctx.save_for_backward(projected_TE, input_TN if is_observed else None, *weights)
+        return tuple(linear(input_TN, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        projected_TE, weight_MN, input_TN = ctx.saved_tensors
-        grad_output_TM = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_input = grad_output @ weight_MN if ctx.needs_input_grad[0] else None
-        grad_bias_M = grad_output_TM.sum(dim=0) if ctx.needs_input_grad[2] else None
-        grad_DE = ctx.projector.compress_outer(grad_output_TM, projected_TE)
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        projected_TE, input_TN, *weights = ctx.saved_tensors
+        tables, num = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs], len(weights)
+        grad_input = None
+        if ctx.needs_input_grad[1]:
+            grad_input_TN = tables[0] @ weights[0]
+            for grad_TM, weight_MN in zip(tables[1:], weights[1:], strict=True):
+                grad_input_TN.addmm_(grad_TM, weight_MN)
+            grad_input = grad_input_TN.view(*grad_outputs[0].shape[:-1], -1)
+        needs_bias = ctx.needs_input_grad[3 + num : 3 + 2 * num]
+        grad_biases = [table.sum(dim=0) if needs else None for table, needs in zip(tables, needs_bias, strict=True)]
+        grad_leaves = compress_together([projector.left for projector in ctx.projectors], tables, projected_TE)
         if input_TN is not None:
-            ctx.observers.see(ctx.projector, grad_DE, grad_output_TM, input_TN)
-        return grad_input, None, grad_bias_M, grad_DE, None, None
+            for seen in zip(ctx.observers, ctx.projectors, grad_leaves, tables, strict=True):
+                seen[0].see(*seen[1:], input_TN)
+        return None, grad_input, None, *[None] * num, *grad_biases, *grad_leaves
