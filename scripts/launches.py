@@ -94,23 +94,28 @@ class LaunchCount(TorchDispatchMode):
 
     def launched(self, kernel: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Note one of our own kernels."""
-        if get_ident() == self._thread:
+        if self.is_watching:
             variant = variant_of(kernel, args, kwargs)
             self.launches[variant.kernel] += 1
             self.variants[variant] = kernel
 
     def operated(self, name: str, number: int = 1) -> None:
         """Note an operator that a CPU does not have."""
-        self.launches[name] += number * (get_ident() == self._thread)
+        self.launches[name] += number * self.is_watching
 
     def waited(self, what: str) -> None:
         """Note that a thread waits; only the one that launches holds the device up."""
-        self.syncs[what] += get_ident() == self._thread
+        self.syncs[what] += self.is_watching
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether what this thread launches is counted."""
+        return get_ident() == self._thread
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within the context the thread works on the host's own tensors, if it is watched at all."""
-        with _disable_current_modes() if get_ident() == self._thread else nullcontext():
+        with _disable_current_modes() if self.is_watching else nullcontext():
             yield
 
     def __torch_dispatch__(
@@ -182,6 +187,8 @@ def as_on_a_gpu(
             return _CountedFence(count) if stream is WorkStream.GPU else super().record(stream)
 
     def wide_product(left_DT: torch.Tensor, right_TE: torch.Tensor) -> torch.Tensor:
+        if not count.is_watching:
+            return torch.mm(left_DT, right_TE).float()
         count.operated("mm.dtype")
         with count.paused():
             return (left_DT @ right_TE).float()

@@ -88,7 +88,9 @@ class ProjectedLinear(InSubspace):
     @property
     def weight_MN(self) -> torch.Tensor:
         """The weight as (out, in), a view."""
-        return self.weight.t() if self.transposed else self.weight
+        weight = self._parameters["weight"]  # as `self.weight`, for less of the host's time
+        assert weight is not None
+        return weight.t() if self.transposed else weight
 
     def forward(self, input_TN: torch.Tensor) -> torch.Tensor:
         """Return X Wᵀ + b for (..., N)."""
@@ -102,13 +104,9 @@ def _outputs(modules: Sequence[ProjectedLinear], input_TN: torch.Tensor) -> Sequ
     projected_TE = None  # made inside, without autograd, unless others that share Q are to have it
     if len(modules) < len(modules[0].input_projection.readers):
         projected_TE = modules[0].input_projection.of(input_TN, modules[0].projector.right)
+    leaves, biases = [module.leaf for module in modules], [module._parameters["bias"] for module in modules]
     outputs: Sequence[torch.Tensor] = _Projected.apply(  # type: ignore[no-untyped-call]
-        modules,
-        input_TN,
-        projected_TE,
-        *[module.weight_MN for module in modules],
-        *[module.bias for module in modules],
-        *[module.leaf for module in modules],
+        modules, input_TN, projected_TE, *leaves, *biases
     )
     return outputs
 
@@ -235,32 +233,31 @@ class _Projected(torch.autograd.Function):
         modules: Sequence[ProjectedLinear],
         input_TN: torch.Tensor,
         projected_TE: torch.Tensor | None,
-        *parameters: torch.Tensor | None,
+        *leaves_and_biases: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        num = len(modules)
-        weights, biases = parameters[:num], parameters[num : 2 * num]
         if projected_TE is None:
             projected_TE = modules[0].projector.right.project(input_TN.reshape(-1, input_TN.shape[-1]))
+        weights, biases = [module.weight_MN for module in modules], leaves_and_biases[len(modules) :]
         ctx.projectors = [module.projector for module in modules]
-        ctx.observers = [Observers.of(module) for module in modules]
+        ctx.observers = [Observers(module.lesson, module.probe) for module in modules]
         is_observed = any(module.is_observed for module in modules)
         ctx.save_for_backward(projected_TE, input_TN if is_observed else None, *weights)
-        return tuple(linear(input_TN, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        return tuple([linear(input_TN, *pair) for pair in zip(weights, biases, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         projected_TE, input_TN, *weights = ctx.saved_tensors
-        tables, num = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs], len(weights)
+        tables = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
         grad_input = None
         if ctx.needs_input_grad[1]:
             grad_input_TN = tables[0] @ weights[0]
             for grad_TM, weight_MN in zip(tables[1:], weights[1:], strict=True):
                 grad_input_TN.addmm_(grad_TM, weight_MN)
             grad_input = grad_input_TN.view(*grad_outputs[0].shape[:-1], -1)
-        needs_bias = ctx.needs_input_grad[3 + num : 3 + 2 * num]
-        grad_biases = [table.sum(dim=0) if needs else None for table, needs in zip(tables, needs_bias, strict=True)]
+        needs_bias = ctx.needs_input_grad[3 + len(tables) :]
+        grad_biases = [table.sum(0) if needs else None for table, needs in zip(tables, needs_bias, strict=True)]
         grad_leaves = compress_together([projector.left for projector in ctx.projectors], tables, projected_TE)
         if input_TN is not None:
             for seen in zip(ctx.observers, ctx.projectors, grad_leaves, tables, strict=True):
                 seen[0].see(*seen[1:], input_TN)
-        return None, grad_input, None, *[None] * num, *grad_biases, *grad_leaves
+        return None, grad_input, None, *grad_leaves, *grad_biases
