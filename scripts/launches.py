@@ -32,7 +32,7 @@ import torch
 from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lsp_ray.device import cpu_kernels, gpu_kernels
+from lsp_ray.device import cpu_kernels, gpu_kernels, gpu_products
 from lsp_ray.device.backend import CpuBackend, Fence
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch, num_targets, num_tokens
@@ -48,6 +48,7 @@ from scripts.gpu_bench_parts.settings import SIZES, Setting, Size
 
 METHODS = ("lsp", "native", "hf")
 NUM_LAYERS = (2, 4)
+KERNELS = (gpu_kernels, gpu_products)  # where they are
 WARM_UP, COUNTED = 2, 2  # steps
 CPU = torch.device("cpu")
 LAUNCHES: Mapping[str, int] = {
@@ -149,13 +150,19 @@ def _is_free(func: Any, name: str) -> bool:
 
 
 class _CountedKernel:
-    """Stands for a Triton kernel: `kernel[grid](…)` is a launch that does nothing."""
+    """Stands for a Triton kernel: `kernel[grid](…)` is a launch that does nothing, but that a product is zero."""
 
     def __init__(self, kernel: Any, count: LaunchCount) -> None:
         self._kernel, self._count = kernel, count
 
     def __getitem__(self, _grid: object) -> Callable[..., None]:
-        return lambda *args, **kwargs: self._count.launched(self._kernel, args, kwargs)
+        return self._launch
+
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
+        self._count.launched(self._kernel, args, kwargs)
+        if self._kernel.fn.__name__ == "_project":
+            with self._count.paused():
+                args[0].zero_()
 
 
 class _CountedFence:
@@ -193,9 +200,11 @@ def as_on_a_gpu(
         with count.paused():
             return (left_DT @ right_TE).float()
 
-    ours: dict[str, Any] = {name: _CountedKernel(kernel, count) for name, kernel in kernels().items()}
-    ours |= {"has_kernel": lambda _weight: True, "runs_on": lambda _device: True}
-    changes: list[tuple[ModuleType, dict[str, Any]]] = [(gpu_kernels, ours)]
+    changes: list[tuple[ModuleType, dict[str, Any]]] = [
+        (module, {name: _CountedKernel(kernel, count) for name, kernel in kernels().items() if name in vars(module)})
+        for module in KERNELS
+    ]
+    changes += [(gpu_kernels, {"has_kernel": lambda _weight: True, "runs_on": lambda _device: True})]
     changes += [(cpu_kernels, {"has_kernel": lambda _weight: False}), (device_side, {"CpuBackend": Counted})]
     changes += _everywhere(is_launched, lambda _table: True) + _everywhere(product_float32, wide_product)
     changes += _everywhere(rms_norm, norm or partial(_counted_norm, count)) + _on_the_host(count)
@@ -260,7 +269,9 @@ def kernels() -> dict[str, Any]:
         return {}
     from triton.runtime import JITFunction
 
-    compiled = {name: value for name, value in vars(gpu_kernels).items() if isinstance(value, JITFunction)}
+    compiled = {
+        name: value for module in KERNELS for name, value in vars(module).items() if isinstance(value, JITFunction)
+    }
     bodies = [value.src.split("):", 1)[1] for value in compiled.values()]
     used = {name for name in compiled if any(re.search(rf"\b{name}\b", body) for body in bodies)}
     return {name: value for name, value in compiled.items() if name not in used}

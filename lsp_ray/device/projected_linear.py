@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lsp_ray.device import gpu_products
 from lsp_ray.device.addition import Addition
 from lsp_ray.device.fits import Lesson
 from lsp_ray.device.input_projection import InputProjection
 from lsp_ray.projection.bias import grad_square_sum, relative_bias
-from lsp_ray.projection.block_factor import BlockFactor
-from lsp_ray.projection.sparse_projector import SparseProjector, compress_together
+from lsp_ray.projection.block_factor import BlockFactor, is_launched
+from lsp_ray.projection.sparse_projector import SparseProjector, product_float32
 
 
 class InSubspace(nn.Module):
@@ -221,6 +222,30 @@ class Observers(NamedTuple):
             self.probe.see(projector, grad_DE, grad_output_TM, input_TN)
 
 
+def _compressed(
+    lefts: Sequence[BlockFactor], tables: Sequence[torch.Tensor], projected_TE: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Return (dY P)ᵀ (X Q), float32 (D, E), for each P and (T, M) dY of linears that share Q.
+
+    Where launches count, all are parts of one product, and if there is a kernel all dY P are made in one launch.
+    """
+    if len(lefts) == 1 or not is_launched(projected_TE):
+        pairs = zip(lefts, tables, strict=True)
+        return [product_float32(left.project(table_TM).t(), projected_TE) for left, table_TM in pairs]
+    dims = [left.dim for left in lefts]
+    if torch.compiler.is_compiling():  # it knows no product into a view
+        joined_KT = torch.cat([left.project_by_columns(table) for left, table in zip(lefts, tables, strict=True)])
+    else:
+        joined_KT = projected_TE.new_empty(sum(dims), projected_TE.shape[0])
+        if gpu_products.has_kernel(lefts, tables):
+            gpu_products.project_(joined_KT, lefts, tables)
+        else:
+            for left, table_TM, part_DT in zip(lefts, tables, joined_KT.split(dims), strict=True):
+                left.project_by_columns(table_TM, part_DT)
+    grads: Sequence[torch.Tensor] = product_float32(joined_KT, projected_TE).split(dims)
+    return grads
+
+
 class _Projected(torch.autograd.Function):
     """Forward of linears that share Q keeps X Q in place of X; backward returns dX and, as the leaves' gradients, g.
 
@@ -256,7 +281,7 @@ class _Projected(torch.autograd.Function):
             grad_input = grad_input_TN.view(*grad_outputs[0].shape[:-1], -1)
         needs_bias = ctx.needs_input_grad[3 + len(tables) :]
         grad_biases = [table.sum(0) if needs else None for table, needs in zip(tables, needs_bias, strict=True)]
-        grad_leaves = compress_together([projector.left for projector in ctx.projectors], tables, projected_TE)
+        grad_leaves = _compressed([projector.left for projector in ctx.projectors], tables, projected_TE)
         if input_TN is not None:
             for seen in zip(ctx.observers, ctx.projectors, grad_leaves, tables, strict=True):
                 seen[0].see(*seen[1:], input_TN)

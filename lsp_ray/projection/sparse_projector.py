@@ -6,12 +6,11 @@ Legend: M rows (out), N columns (in), D columns of the left factor, E of the rig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lsp_ray.projection.block_factor import BlockFactor, is_launched
+from lsp_ray.projection.block_factor import BlockFactor
 
 # spread over all rows, an update goes less along the steepest directions: at the learning rates that are best for full
 # fine-tuning, balanced projectors train best with updates three times as large, but no entry above the learning rate:
@@ -25,25 +24,6 @@ def product_float32(left_DT: torch.Tensor, right_TE: torch.Tensor) -> torch.Tens
     if left_DT.is_cuda and left_DT.dtype.itemsize == 2 and _HAS_WIDE_PRODUCTS:
         return torch.mm(left_DT, right_TE, out_dtype=torch.float32)
     return (left_DT @ right_TE).float()
-
-
-def compress_together(
-    lefts: Sequence[BlockFactor], tables: Sequence[torch.Tensor], projected_TE: torch.Tensor
-) -> Sequence[torch.Tensor]:
-    """Return (dY P)ᵀ (X Q), float32 (D, E), for each P and (T, M) dY of linears that share Q.
-
-    Where launches count, all are parts of one product; else each has the bits of its own.
-    """
-    if len(lefts) == 1 or not is_launched(projected_TE):
-        return [
-            product_float32(left.project(table).t(), projected_TE) for left, table in zip(lefts, tables, strict=True)
-        ]
-    dims = [left.dim for left in lefts]
-    joined_KT = projected_TE.new_empty(sum(dims), projected_TE.shape[0])
-    for left, table, part_DT in zip(lefts, tables, joined_KT.split(dims), strict=True):
-        left.project_by_columns(table, part_DT)
-    grads: Sequence[torch.Tensor] = product_float32(joined_KT, projected_TE).split(dims)
-    return grads
 
 
 @dataclass(frozen=True, slots=True)
