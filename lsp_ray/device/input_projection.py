@@ -64,17 +64,18 @@ class InputProjection:
         """
         if not self._is_joint or not is_launched(input_TN):
             return make((reader,), input_TN)[0]
+        version = 0 if torch.compiler.is_compiling() else input_TN._version  # which the compiler cannot know
         held, self._outputs = self._outputs, None
         if held is None:
             outputs = dict(zip(self.readers, make(self.readers, input_TN), strict=True))  # type: ignore[arg-type]
-        elif held[0] is input_TN and held[1] == input_TN._version and reader in held[2]:
+        elif held[0] is input_TN and held[1] == version and reader in held[2]:
             outputs = held[2]
         else:
             self._is_joint = False
             return make((reader,), input_TN)[0]
         output = outputs.pop(reader)
         if outputs:
-            self._outputs = input_TN, input_TN._version, outputs
+            self._outputs = input_TN, version, outputs
         return output
 
 
