@@ -59,6 +59,7 @@ LAUNCHES: Mapping[str, int] = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,  # as CUDA's: a product, the gradients, a conversion
     "nll_loss_backward": 2,
     "nonzero": 5,
+    "project_together": 0,  # tells its own kernel
 }
 FOREACH_CHUNK, FOREACH_CHUNKS = 65536, 320  # elements that a block copies, and blocks of a launch
 BY_MASK = 6  # launches of indexing by booleans: nonzero, and the gather

@@ -32,40 +32,62 @@ def has_kernel(factors: Sequence[BlockFactor], tables: Sequence[torch.Tensor]) -
         and all(factor.nnz_per_row == factors[0].nnz_per_row for factor in factors)
         and all(table.dtype == value_FR.dtype and table.stride(1) == 1 for table in tables)
         and value_FR.dtype in (torch.bfloat16, torch.float32)
-        and gpu_kernels.runs_on(tables[0].device)
+        and _runs_on(tables[0].device)
     )
 
 
-def project_(out_KT: torch.Tensor, factors: Sequence[BlockFactor], tables: Sequence[torch.Tensor]) -> None:
-    """out ← each (T, F) table's product with its factor, (D, T), one below the other; sums are taken in float32.
+def project(factors: Sequence[BlockFactor], tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return each (T, F) table's product with its factor, (D, T), one below the other: contiguous, of the tables' type.
 
-    Args:
-        out_KT: Contiguous, of the tables' type.
-        factors: Two or more, with the same R, of the tables' type.
-        tables: As many; a row's elements lie side by side.
+    Sums are taken in float32. Asks for `has_kernel`.
     """
-    num, num_tokens = len(factors), out_KT.shape[1]
+    values, groups = [factor.value_FR for factor in factors], [factor.groups for factor in factors]
+    if torch.compiler.is_compiling():
+        joined_KT: torch.Tensor = _operator(tables, values, groups)
+        return joined_KT
+    return _projected(tables, values, groups)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _runs_on(device: torch.device) -> bool:
+    return gpu_kernels.runs_on(device)
+
+
+def _projected(tables: Sequence[torch.Tensor], values: Sequence[torch.Tensor], groups: Sequence[int]) -> torch.Tensor:
+    num, num_tokens, nnz = len(groups), tables[0].shape[0], values[0].shape[1]
+    joined_KT = tables[0].new_empty(sum(groups) * nnz, num_tokens)
     places = [min(index, num - 1) for index in range(MOST)]  # a place that is left over has no groups
-    groups = [factor.groups for factor in factors] + [0] * (MOST - num)
-    rows = [factors[place].group_rows for place in places]
-    longest = max(rows) + 1
+    sizes = [divmod(value.shape[0], number) for value, number in zip(values, groups, strict=True)]
+    longest = max(rows for rows, _ in sizes) + 1
     grid = (-(-num_tokens // _TOKENS), sum(groups))
     _project[grid](
-        out_KT,
+        joined_KT,
         num_tokens,
         *[tables[place] for place in places],
-        *[factors[place].value_FR for place in places],
+        *[values[place] for place in places],
         *[tables[place].stride(0) for place in places],
-        *rows,
-        *[factors[place].long_groups for place in places],
+        *[sizes[place][0] for place in places],
+        *[sizes[place][1] for place in places],
         groups[0],
         groups[0] + groups[1],
-        NNZ=factors[0].nnz_per_row,
-        WIDTH=max(_LEAST, 1 << (factors[0].nnz_per_row - 1).bit_length()),
+        NNZ=nnz,
+        WIDTH=max(_LEAST, 1 << (nnz - 1).bit_length()),
         CHUNK=min(_CHUNK, max(_LEAST, 1 << (longest - 1).bit_length())),
         TOKENS=_TOKENS,
-        PRECISION="tf32" if out_KT.dtype == torch.bfloat16 else "ieee",  # which holds bfloat16 exactly
+        PRECISION="tf32" if joined_KT.dtype == torch.bfloat16 else "ieee",  # which holds bfloat16 exactly
     )
+    return joined_KT
+
+
+@torch.library.custom_op("lsp_ray::project_together", mutates_args=())
+def _operator(tables: list[torch.Tensor], values: list[torch.Tensor], groups: list[int]) -> torch.Tensor:
+    """What torch's compiler calls, without looking inside."""
+    return _projected(tables, values, groups)
+
+
+@_operator.register_fake
+def _(tables: list[torch.Tensor], values: list[torch.Tensor], groups: list[int]) -> torch.Tensor:
+    return tables[0].new_empty(sum(groups) * values[0].shape[1], tables[0].shape[0])
 
 
 @compiled

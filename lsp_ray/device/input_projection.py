@@ -30,7 +30,7 @@ class InputProjection:
         self._num_uses = 0
         self._held: tuple[torch.Tensor, int, BlockFactor, torch.Tensor] | None = None
         self._is_joint = len(readers) > 1
-        self._outputs: tuple[torch.Tensor, int, dict[nn.Module, torch.Tensor]] | None = None  # not asked for yet
+        self._outputs: tuple[torch.Tensor, int, list[torch.Tensor | None]] | None = None  # None: asked for
 
     def of(self, input_TN: torch.Tensor, right: BlockFactor, *, differentiable: bool = False) -> torch.Tensor:
         """Return X Q, (T, E), in X's dtype; X is (…, N).
@@ -55,26 +55,36 @@ class InputProjection:
     def output_of(
         self,
         reader: _Reader,
+        place: int,
         input_TN: torch.Tensor,
         make: Callable[[Sequence[_Reader], torch.Tensor], Sequence[torch.Tensor]],
     ) -> torch.Tensor:
         """Return what `make` makes of X for this reader: where launches count, for all readers at once.
 
         The others are then expected to be called with the same X. Where one is not, each makes its own from then on.
+
+        Args:
+            reader: Who asks.
+            place: Its place among the readers; a number, as what is compiled for one block is to fit all.
+            input_TN: X.
+            make: Returns one output for each of the readers that it is given.
         """
         if not self._is_joint or not is_launched(input_TN):
             return make((reader,), input_TN)[0]
         version = 0 if torch.compiler.is_compiling() else input_TN._version  # which the compiler cannot know
         held, self._outputs = self._outputs, None
+        outputs: list[torch.Tensor | None]
         if held is None:
-            outputs = dict(zip(self.readers, make(self.readers, input_TN), strict=True))  # type: ignore[arg-type]
-        elif held[0] is input_TN and held[1] == version and reader in held[2]:
+            outputs = [*make(self.readers, input_TN)]  # type: ignore[arg-type]
+        elif held[0] is input_TN and held[1] == version:
             outputs = held[2]
         else:
+            outputs = [None] * len(self.readers)
+        output, outputs[place] = outputs[place], None
+        if output is None:
             self._is_joint = False
             return make((reader,), input_TN)[0]
-        output = outputs.pop(reader)
-        if outputs:
+        if any(left is not None for left in outputs):
             self._outputs = input_TN, version, outputs
         return output
 

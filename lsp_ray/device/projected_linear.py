@@ -37,6 +37,7 @@ class InSubspace(nn.Module):
         self.lesson: Lesson | None = None  # while set, every gradient is added to it
         self.probe: BiasProbe | None = None  # while set, it sees every gradient
         self.input_projection = InputProjection()  # the same object in linears that share Q
+        self.place = 0  # among these
         self.set_projector(projector)
 
     def set_projector(self, projector: SparseProjector) -> None:
@@ -97,7 +98,7 @@ class ProjectedLinear(InSubspace):
         """Return X Wᵀ + b for (..., N)."""
         if not torch.is_grad_enabled():
             return linear(input_TN, self.weight_MN, self.bias)
-        return self.input_projection.output_of(self, input_TN, _outputs)
+        return self.input_projection.output_of(self, self.place, input_TN, _outputs)
 
 
 def _outputs(modules: Sequence[ProjectedLinear], input_TN: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -157,8 +158,8 @@ def set_projectors(modules: Sequence[InSubspace], projectors: Sequence[SparsePro
     shares = {id(module.input_projection) for module in modules}
     if len(shares) == 1 and max(1, len(modules[0].input_projection.readers)) == len(modules):
         right = _in_place(modules[0].projector.right, right)
-    for module, projector in zip(modules, projectors, strict=True):
-        module.input_projection = projection
+    for place, (module, projector) in enumerate(zip(modules, projectors, strict=True)):
+        module.input_projection, module.place = projection, place
         module.set_projector(SparseProjector(_in_place(module.projector.left, projector.left), right))
 
 
@@ -227,21 +228,13 @@ def _compressed(
 ) -> Sequence[torch.Tensor]:
     """Return (dY P)ᵀ (X Q), float32 (D, E), for each P and (T, M) dY of linears that share Q.
 
-    Where launches count, all are parts of one product, and if there is a kernel all dY P are made in one launch.
+    Where launches count and there is a kernel, all dY P are made in one launch, and all g in one product.
     """
-    if len(lefts) == 1 or not is_launched(projected_TE):
+    if len(lefts) == 1 or not is_launched(projected_TE) or not gpu_products.has_kernel(lefts, tables):
         pairs = zip(lefts, tables, strict=True)
         return [product_float32(left.project(table_TM).t(), projected_TE) for left, table_TM in pairs]
+    joined_KT = gpu_products.project(lefts, tables)
     dims = [left.dim for left in lefts]
-    if torch.compiler.is_compiling():  # it knows no product into a view
-        joined_KT = torch.cat([left.project_by_columns(table) for left, table in zip(lefts, tables, strict=True)])
-    else:
-        joined_KT = projected_TE.new_empty(sum(dims), projected_TE.shape[0])
-        if gpu_products.has_kernel(lefts, tables):
-            gpu_products.project_(joined_KT, lefts, tables)
-        else:
-            for left, table_TM, part_DT in zip(lefts, tables, joined_KT.split(dims), strict=True):
-                left.project_by_columns(table_TM, part_DT)
     grads: Sequence[torch.Tensor] = product_float32(joined_KT, projected_TE).split(dims)
     return grads
 

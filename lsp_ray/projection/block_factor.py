@@ -73,17 +73,16 @@ class BlockFactor:
         projected_GTR = parts[0] if len(parts) == 1 else torch.cat(parts)
         return projected_GTR.transpose(0, 1).reshape(table_TF.shape[0], self.dim)
 
-    def project_by_columns(self, table_TF: torch.Tensor, out_DT: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the same as (D, T), contiguous, in `out_DT` if that is given: one launch where G divides F."""
-        num_tokens = table_TF.shape[0]
-        out_GRT = None if out_DT is None else out_DT.view(self.groups, self.nnz_per_row, num_tokens)
+    def project_by_columns(self, table_TF: torch.Tensor) -> torch.Tensor:
+        """Return the same as (D, T), contiguous: one launch where G divides F."""
         if not self.long_groups:  # with few views: on a GPU the host's calls are what a product costs
             block_GRS = self.value_FR.to(table_TF.dtype).view(self.groups, -1, self.nnz_per_row).mT
-            table_GST = table_TF.view(num_tokens, self.groups, -1).permute(1, 2, 0)
-            return torch.bmm(block_GRS, table_GST, out=out_GRT).view(self.dim, num_tokens)
+            table_GST = table_TF.view(table_TF.shape[0], self.groups, -1).permute(1, 2, 0)
+            return torch.bmm(block_GRS, table_GST).view(self.dim, -1)
         pairs = zip(self.split(table_TF, 1), self.blocks(), strict=True)
         parts = [torch.bmm(block.to(part.dtype).transpose(1, 2), part.permute(1, 2, 0)) for part, block in pairs]
-        return torch.cat(parts, out=out_GRT).view(self.dim, num_tokens)
+        projected_GRT = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return projected_GRT.flatten(0, 1)
 
     def spread(self, table_DK: torch.Tensor) -> torch.Tensor:
         """Return the (F, K) product of this factor with a (D, K) table, in the table's dtype."""
