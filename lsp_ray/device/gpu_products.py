@@ -158,7 +158,7 @@ def _project_group(  # type: ignore[no-untyped-def]
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     r, f = tl.arange(0, WIDTH), first + tl.arange(0, CHUNK)
     rows_of_tokens = table + t.to(tl.int64)[None, :] * stride
-    total = tl.zeros((WIDTH, TOKENS), tl.float32)
+    total = tl.full((WIDTH, TOKENS), 0.0, tl.float32)
     for begin in range(0, end - first, CHUNK):
         at = f + begin
         is_there = (at[:, None] < end) & (t[None, :] < num_tokens)
