@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.exc import InductorError
-from torch._inductor.ir import MultiOutput
-from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
+
+if TYPE_CHECKING:
+    from torch._inductor.scheduler import BaseSchedulerNode
 
 WIDE_PRODUCT = "launches::mm_float32"
 
@@ -47,9 +45,15 @@ class CountingBackend:
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
         """See torch.compile."""
+        from torch._inductor.compile_fx import compile_fx  # slow to import, and only here
+
         return compile_fx(module, inputs, inner_compile=self._compiled)
 
     def _compiled(self, module: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.exc import InductorError
+
         found: Counter[str] = Counter()
 
         def see(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
@@ -76,6 +80,9 @@ class CountingBackend:
         return run
 
     def _number(self, node: BaseSchedulerNode) -> int:
+        from torch._inductor.ir import MultiOutput
+        from torch._inductor.scheduler import NopKernelSchedulerNode
+
         if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, MultiOutput):
             return 0
         return self._launches.get(_name(node), 1)
@@ -83,6 +90,8 @@ class CountingBackend:
 
 def _name(node: BaseSchedulerNode) -> str:
     """The operator that is called, or that operators were fused."""
+    from torch._inductor.scheduler import ExternKernelSchedulerNode
+
     if not isinstance(node, ExternKernelSchedulerNode):
         return "fused"
     called = node.node
