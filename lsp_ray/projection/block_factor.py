@@ -29,14 +29,21 @@ class BlockFactor:
         groups: G, such that every group has R rows at least.
         scale_F: What each row of the bases was multiplied by (float32, on the CPU); None for 1. Products know nothing
             of it: it tells how to see gradients as the bases were learned from them.
+
+    Attributes:
+        num_rows: F.
+        nnz_per_row: R.
+        dim: D.
+        group_rows: Rows of a group, but for the first `long_groups`, which have one more.
+        long_groups: F mod G.
     """
 
     def __init__(self, value_FR: torch.Tensor, groups: int, scale_F: torch.Tensor | None = None) -> None:
         assert value_FR.shape[0] // groups >= value_FR.shape[1], "a group has fewer rows than directions"
         self.value_FR, self.groups, self.scale_F = value_FR, groups, scale_F
-        self.num_rows, self.nnz_per_row = value_FR.shape  # F, R
-        self.dim = groups * self.nnz_per_row  # D
-        self.group_rows, self.long_groups = divmod(self.num_rows, groups)  # the first F mod G groups have one row more
+        self.num_rows, self.nnz_per_row = value_FR.shape
+        self.dim = groups * self.nnz_per_row
+        self.group_rows, self.long_groups = divmod(self.num_rows, groups)
 
     @classmethod
     def random(cls, num_rows: int, groups: int, nnz_per_row: int, generator: torch.Generator) -> BlockFactor:
