@@ -32,22 +32,25 @@ import torch
 from torch.nn.functional import rms_norm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lsp_ray.device import cpu_kernels, gpu_kernels
+from lsp_ray.device import compiled_blocks, cpu_kernels, gpu_kernels, gpu_products
 from lsp_ray.device.backend import CpuBackend, Fence
-from lsp_ray.models.layers import find_layers
+from lsp_ray.device.compiled_blocks import CompiledBlocks
+from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.loss import Batch, num_targets, num_tokens
 from lsp_ray.projection.block_factor import is_launched
 from lsp_ray.projection.sparse_projector import product_float32
 from lsp_ray.runtime import device_side
 from lsp_ray.trace import WorkStream
 from scripts.gpu_bench_parts.builds import CAPABILITIES, Variant, built, has_assembler, variant_of
+from scripts.gpu_bench_parts.compiled import CountingBackend, mm_float32
 from scripts.gpu_bench_parts.ours import run_ours
 from scripts.gpu_bench_parts.phases import Phase
 from scripts.gpu_bench_parts.random_model import random_examples, random_model, write_folder
 from scripts.gpu_bench_parts.settings import SIZES, Setting, Size
 
-METHODS = ("lsp", "native", "hf")
+METHODS = ("lsp", "lsp_compiled", "native", "hf")
 NUM_LAYERS = (2, 4)
+KERNELS = (gpu_kernels, gpu_products)  # where they are
 WARM_UP, COUNTED = 2, 2  # steps
 CPU = torch.device("cpu")
 LAUNCHES: Mapping[str, int] = {
@@ -56,6 +59,7 @@ LAUNCHES: Mapping[str, int] = {
     "_scaled_dot_product_flash_attention_for_cpu_backward": 3,  # as CUDA's: a product, the gradients, a conversion
     "nll_loss_backward": 2,
     "nonzero": 5,
+    "project_together": 0,  # tells its own kernel
 }
 FOREACH_CHUNK, FOREACH_CHUNKS = 65536, 320  # elements that a block copies, and blocks of a launch
 BY_MASK = 6  # launches of indexing by booleans: nonzero, and the gather
@@ -94,23 +98,28 @@ class LaunchCount(TorchDispatchMode):
 
     def launched(self, kernel: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Note one of our own kernels."""
-        if get_ident() == self._thread:
+        if self.is_watching:
             variant = variant_of(kernel, args, kwargs)
             self.launches[variant.kernel] += 1
             self.variants[variant] = kernel
 
     def operated(self, name: str, number: int = 1) -> None:
         """Note an operator that a CPU does not have."""
-        self.launches[name] += number * (get_ident() == self._thread)
+        self.launches[name] += number * self.is_watching
 
     def waited(self, what: str) -> None:
         """Note that a thread waits; only the one that launches holds the device up."""
-        self.syncs[what] += get_ident() == self._thread
+        self.syncs[what] += self.is_watching
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether what this thread launches is counted."""
+        return get_ident() == self._thread
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Within the context the thread works on the host's own tensors, if it is watched at all."""
-        with _disable_current_modes() if get_ident() == self._thread else nullcontext():
+        with _disable_current_modes() if self.is_watching else nullcontext():
             yield
 
     def __torch_dispatch__(
@@ -144,13 +153,19 @@ def _is_free(func: Any, name: str) -> bool:
 
 
 class _CountedKernel:
-    """Stands for a Triton kernel: `kernel[grid](…)` is a launch that does nothing."""
+    """Stands for a Triton kernel: `kernel[grid](…)` is a launch that does nothing, but that a product is zero."""
 
     def __init__(self, kernel: Any, count: LaunchCount) -> None:
         self._kernel, self._count = kernel, count
 
     def __getitem__(self, _grid: object) -> Callable[..., None]:
-        return lambda *args, **kwargs: self._count.launched(self._kernel, args, kwargs)
+        return self._launch
+
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
+        self._count.launched(self._kernel, args, kwargs)
+        if self._kernel.fn.__name__ == "_project":
+            with self._count.paused():
+                args[0].zero_()
 
 
 class _CountedFence:
@@ -182,16 +197,30 @@ def as_on_a_gpu(
             return _CountedFence(count) if stream is WorkStream.GPU else super().record(stream)
 
     def wide_product(left_DT: torch.Tensor, right_TE: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            wide: torch.Tensor = mm_float32(left_DT, right_TE)
+            return wide
+        if not count.is_watching:
+            return torch.mm(left_DT, right_TE).float()
         count.operated("mm.dtype")
         with count.paused():
             return (left_DT @ right_TE).float()
 
-    ours: dict[str, Any] = {name: _CountedKernel(kernel, count) for name, kernel in kernels().items()}
-    ours |= {"has_kernel": lambda _weight: True, "runs_on": lambda _device: True}
-    changes: list[tuple[ModuleType, dict[str, Any]]] = [(gpu_kernels, ours)]
+    changes: list[tuple[ModuleType, dict[str, Any]]] = [
+        (module, {name: _CountedKernel(kernel, count) for name, kernel in kernels().items() if name in vars(module)})
+        for module in KERNELS
+    ]
+    changes += [(gpu_kernels, {"has_kernel": lambda _weight: True, "runs_on": lambda _device: True})]
     changes += [(cpu_kernels, {"has_kernel": lambda _weight: False}), (device_side, {"CpuBackend": Counted})]
     changes += _everywhere(is_launched, lambda _table: True) + _everywhere(product_float32, wide_product)
     changes += _everywhere(rms_norm, norm or partial(_counted_norm, count)) + _on_the_host(count)
+    with _changed(changes):
+        yield
+
+
+@contextmanager
+def _changed(changes: Sequence[tuple[ModuleType, Mapping[str, Any]]]) -> Iterator[None]:
+    """Within the context modules have other names in place of theirs."""
     before = [(module, {name: vars(module)[name] for name in names}) for module, names in changes]
     try:
         for module, names in changes:
@@ -206,6 +235,8 @@ def _counted_norm(
     count: LaunchCount, input_TN: torch.Tensor, shape: Sequence[int], weight_N: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """The kernel that a CPU does not have: one launch, and two of its gradients (ATen's sources)."""
+    if torch.compiler.is_compiling():
+        return rms_norm(input_TN, shape, weight_N, eps)
 
     class Norm(torch.autograd.Function):
         @staticmethod
@@ -253,7 +284,9 @@ def kernels() -> dict[str, Any]:
         return {}
     from triton.runtime import JITFunction
 
-    compiled = {name: value for name, value in vars(gpu_kernels).items() if isinstance(value, JITFunction)}
+    compiled = {
+        name: value for module in KERNELS for name, value in vars(module).items() if isinstance(value, JITFunction)
+    }
     bodies = [value.src.split("):", 1)[1] for value in compiled.values()]
     used = {name for name in compiled if any(re.search(rf"\b{name}\b", body) for body in bodies)}
     return {name: value for name, value in compiled.items() if name not in used}
@@ -270,11 +303,40 @@ def counted(method: str, num_layers: int, **options: Any) -> LaunchCount:
         if method == "hf":
             _plain_steps(made, size, count)
         else:
-            setting = Setting(size="tiny", name=method, dim=64)
+            is_compiled = method == "lsp_compiled"
+            setting = Setting(size="tiny", name="lsp" if is_compiled else method, dim=64)
             phases = [Phase(num_steps=WARM_UP), Phase(num_steps=COUNTED, watch=count)]
-            with as_on_a_gpu(count):
+            with as_on_a_gpu(count), compiled(count) if is_compiled else nullcontext():
+                options |= {"torch_compile": is_compiled}
                 run_ours(setting, size, made, CPU, phases, **options)
     return count
+
+
+@contextmanager
+def compiled(count: LaunchCount) -> Iterator[None]:
+    """Within `as_on_a_gpu`, blocks that are to be compiled count as what torch's compiler would launch of them."""
+
+    def ran(launches: Mapping[str, int]) -> None:
+        for name, number in launches.items():
+            count.operated(name, number)
+
+    def unwatched(compiled: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with count.paused():
+                return compiled(*args, **kwargs)
+
+        return run
+
+    class Counted(CompiledBlocks):
+        def __init__(self, layers: Sequence[Layer], device: torch.device) -> None:
+            super().__init__(layers, device, CountingBackend(ran, count.paused, LAUNCHES))
+            for block in self._blocks:
+                block._compiled = unwatched(block._compiled)
+
+    changes = _everywhere(CompiledBlocks, Counted)
+    is_watched = compiled_blocks._is_watched
+    with _changed([*changes, (compiled_blocks, {"_is_watched": lambda: is_watched() and not count.is_watching})]):
+        yield
 
 
 def _plain_steps(folder: Path, size: Size, count: LaunchCount) -> None:

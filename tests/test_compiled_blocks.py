@@ -13,8 +13,10 @@ from torch._dynamo import lookup_backend
 
 from lsp_ray.config import RunConfig, RuntimeConfig
 from lsp_ray.device.compiled_blocks import CompiledBlocks, check_compiler
+from lsp_ray.device.fused_norms import fuse_norms
 from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear
 from lsp_ray.errors import ConfigError
+from scripts.launches import LaunchCount, as_on_a_gpu
 from tests.test_block_graphs import NUM_BLOCKS, NUM_STEPS, Run, batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
@@ -111,6 +113,16 @@ def test_blocks_that_are_observed_and_those_without_gradients_run_operator_by_op
             module.probe = BiasProbe()
     run.model(**batch(0, 8))
     assert backend.num_calls == 0
+
+
+def test_blocks_share_one_graph_where_linears_are_joined_and_norms_fused() -> None:
+    backend = Counting()
+    with as_on_a_gpu(LaunchCount()):
+        run, _ = compiled_run(backend)
+        assert fuse_norms(run.model) == 2 * NUM_BLOCKS + 1
+        run.model(**batch(0, 8), use_cache=False).loss.backward()
+    assert (backend.num_graphs, backend.num_calls) == (1, NUM_BLOCKS)
+    assert all(target.leaf.grad is not None for unit in run.loop.worker.units for target in unit.targets)
 
 
 def test_a_block_that_cannot_be_compiled_is_named_in_one_line() -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lsp_ray.device.projected_linear import ProjectedLinear, set_projectors
+from lsp_ray.device import input_projection
+from lsp_ray.device.projected_linear import BiasProbe, ProjectedLinear, set_projectors
 from lsp_ray.projection.block_factor import BlockFactor
 from tests.linears import (
     FLOAT32,
@@ -50,6 +51,12 @@ def doubled_in_place(input_TN: torch.Tensor) -> torch.Tensor:
 
 def itself(input_TN: torch.Tensor) -> torch.Tensor:
     return input_TN
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["each a node", "one node"])
+def _joint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(input_projection, "is_launched", lambda _table: True)
 
 
 @pytest.fixture
@@ -94,6 +101,26 @@ def test_the_same_tensor_is_projected_once_and_every_other_anew(
         backward(reference(arrived).square().sum())
         expected_DE = compressed(gradient_MN(reference, transposed=False), by)
         assert relative_error(leaf_grad(module), expected_DE) < FLOAT32
+
+
+def test_one_node_gives_the_outputs_and_gradients_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for is_joint in (False, True):
+        monkeypatch.setattr(input_projection, "is_launched", lambda _table, is_joint=is_joint: is_joint)
+        modules, input_TN = trio(), normal(*TOKENS, N).requires_grad_()
+        probes = [BiasProbe(), BiasProbe()]
+        for module, probe in zip(modules, probes, strict=False):
+            module.probe = probe
+        modules[2].get_parameter("bias").requires_grad_(False)
+        outputs = [module(input_TN) for module in modules]
+        assert len({id(output.grad_fn) for output in outputs}) == (1 if is_joint else 3)
+        backward(torch.stack([output.square().sum() for output in outputs]).sum())
+        grads = [module.get_parameter("bias").grad for module in modules]
+        assert grads.pop() is None
+        biases = [probe.read() for probe in probes]
+        found.append([*outputs, input_TN.grad, *map(leaf_grad, modules), *grads, torch.tensor(biases)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_forward_makes_its_own_product(products: list[BlockFactor]) -> None:

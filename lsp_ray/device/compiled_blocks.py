@@ -80,9 +80,7 @@ class _Block:
         if not torch.is_grad_enabled():
             return self._plain(*args, **kwargs)
         is_observed = any(linear.lesson is not None or linear.probe is not None for linear in self._linears)
-        # torch gives up on a function for good that it first meets under such a mode
-        is_watched = torch._C._len_torch_dispatch_stack() > 0
-        forward = self._plain if is_observed or is_watched else self._compiled
+        forward = self._plain if is_observed or _is_watched() else self._compiled
         if forward is self._compiled and args and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
             # the first block of all: with a graph of its own, it would be compiled once more for each size
             args = (_Wanted.apply(self._anchor, args[0]), *args[1:])  # type: ignore[no-untyped-call]
@@ -94,6 +92,11 @@ class _Block:
             bound = f"be false for this model: {self._name} cannot be compiled"
             lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
             raise ConfigError(FIELD, bound, True, hint=lines[0] if lines else type(error).__name__) from error
+
+
+def _is_watched() -> bool:
+    """Whether a mode sees every operator: torch gives up on a function for good that it first meets under one."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 class _Wanted(torch.autograd.Function):

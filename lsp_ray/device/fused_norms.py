@@ -9,9 +9,6 @@ Legend: N width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -25,12 +22,15 @@ _TOLERANCE = 1e-5  # of float32 values of size 1
 
 def fuse_norms(model: nn.Module) -> int:
     """Give every norm on a GPU that computes x / sqrt(mean(x²) + eps) · weight torch's kernel; returns their number."""
-    num_fused = 0
+    num_fused, kinds = 0, dict[type[nn.Module], type[nn.Module]]()
     for module in model.modules():
         eps = rms_eps(module)
         if eps is not None and _HAS_KERNEL and is_launched(module.get_parameter("weight")):
-            # read where it stands whenever it runs: another parameter may stand in
-            module.forward = partial(_fused, module, eps, module.forward)
+            kind = type(module)
+            # a class and no forward of the module's own: what torch compiles for one block is to fit all
+            fused = kinds.setdefault(kind, type(kind.__name__, (_Fused, kind), {"__module__": kind.__module__}))
+            module.__class__ = fused
+            setattr(module, "fused_eps", eps)  # noqa: B010  # of a type that modules do not declare
             num_fused += 1
     return num_fused
 
@@ -52,11 +52,15 @@ def rms_eps(module: nn.Module) -> float | None:
     return eps if is_rms else None
 
 
-def _fused(
-    module: nn.Module, eps: float, forward: Callable[[torch.Tensor], torch.Tensor], input_TN: torch.Tensor
-) -> torch.Tensor:
-    weight_N = module._parameters["weight"]
-    assert weight_N is not None
-    if input_TN.dtype != weight_N.dtype:
-        return forward(input_TN)
-    return rms_norm(input_TN, weight_N.shape, weight_N, eps)
+class _Fused(nn.Module):
+    """Comes before a norm's own class."""
+
+    fused_eps: float
+
+    def forward(self, input_TN: torch.Tensor) -> torch.Tensor:
+        weight_N = self._parameters["weight"]  # where it stands whenever this runs: another parameter may stand in
+        assert weight_N is not None
+        if input_TN.dtype != weight_N.dtype:
+            plain: torch.Tensor = super().forward(input_TN)
+            return plain
+        return rms_norm(input_TN, weight_N.shape, weight_N, self.fused_eps)

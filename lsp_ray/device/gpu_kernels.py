@@ -35,7 +35,7 @@ _NO_TILE = (1 << 31) - 1
 _EXACT = {"enable_fp_fusion": False}  # a · b + c rounded twice, as torch does it
 
 
-def _compiled(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     """Decorate a kernel: compiled when it is first launched; left alone where there is no Triton."""
     # the state of the noise is any number: a variant for the round ones would only be compiled once more
     return function if triton is None else triton.jit(function, do_not_specialize=("state",))
@@ -292,7 +292,7 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
 
 
-@_compiled
+@compiled
 def _add(  # type: ignore[no-untyped-def]
     table,
     delta,
@@ -333,7 +333,7 @@ def _add(  # type: ignore[no-untyped-def]
         _renew(at, added, is_there, kept, block, position, SIZE, WEIGHT)
 
 
-@_compiled
+@compiled
 def _decompressed(  # type: ignore[no-untyped-def]
     row,
     delta,
@@ -381,7 +381,7 @@ def _decompressed(  # type: ignore[no-untyped-def]
     return m, n, is_row[:, None] & is_column[None, :], total
 
 
-@_compiled
+@compiled
 def _adamw(  # type: ignore[no-untyped-def]
     table,
     gradient,
@@ -428,7 +428,7 @@ def _adamw(  # type: ignore[no-untyped-def]
     _renew(weight + i, delta, i < num, kept, block, _start(state, tl.load(row), SIZE) + i, SIZE, WEIGHT)
 
 
-@_compiled
+@compiled
 def _place(table, WEIGHTS: tl.constexpr, FIELDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the program's weight has its _Row, read field by field, and which of its tiles is meant."""
     program = tl.program_id(0)
@@ -436,12 +436,12 @@ def _place(table, WEIGHTS: tl.constexpr, FIELDS: tl.constexpr):  # type: ignore[
     return table + WEIGHTS + place * FIELDS, program - tl.load(table + place).to(tl.int32)
 
 
-@_compiled
+@compiled
 def _plus(one, other):  # type: ignore[no-untyped-def]
     return one + other
 
 
-@_compiled
+@compiled
 def _start(state, key, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where a weight's noise starts; see `StepNoise.of`."""
     hashed = (state + key).to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
@@ -451,7 +451,7 @@ def _start(state, key, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     return ((hashed >> 1) % SIZE).to(tl.int64)
 
 
-@_compiled
+@compiled
 def _renew(  # type: ignore[no-untyped-def]
     at, added, is_there, keep, block, position, SIZE: tl.constexpr, WEIGHT: tl.constexpr
 ):

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lsp_ray.device import gpu_products
 from lsp_ray.device.addition import Addition
 from lsp_ray.device.fits import Lesson
 from lsp_ray.device.input_projection import InputProjection
 from lsp_ray.projection.bias import grad_square_sum, relative_bias
-from lsp_ray.projection.block_factor import BlockFactor
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.projection.block_factor import BlockFactor, is_launched
+from lsp_ray.projection.sparse_projector import SparseProjector, product_float32
 
 
 class InSubspace(nn.Module):
@@ -36,6 +37,7 @@ class InSubspace(nn.Module):
         self.lesson: Lesson | None = None  # while set, every gradient is added to it
         self.probe: BiasProbe | None = None  # while set, it sees every gradient
         self.input_projection = InputProjection()  # the same object in linears that share Q
+        self.place = 0  # among these
         self.set_projector(projector)
 
     def set_projector(self, projector: SparseProjector) -> None:
@@ -88,17 +90,27 @@ class ProjectedLinear(InSubspace):
     @property
     def weight_MN(self) -> torch.Tensor:
         """The weight as (out, in), a view."""
-        return self.weight.t() if self.transposed else self.weight
+        weight = self._parameters["weight"]  # as `self.weight`, for less of the host's time
+        assert weight is not None
+        return weight.t() if self.transposed else weight
 
     def forward(self, input_TN: torch.Tensor) -> torch.Tensor:
         """Return X Wᵀ + b for (..., N)."""
         if not torch.is_grad_enabled():
             return linear(input_TN, self.weight_MN, self.bias)
-        projected_TE = self.input_projection.of(input_TN, self.projector.right)
-        output: torch.Tensor = _Projected.apply(  # type: ignore[no-untyped-call]
-            input_TN, self.weight_MN, self.bias, self.leaf, projected_TE, self
-        )
-        return output
+        return self.input_projection.output_of(self, self.place, input_TN, _outputs)
+
+
+def _outputs(modules: Sequence[ProjectedLinear], input_TN: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Each one's X Wᵀ + b, of linears that share Q; one node of autograd's graph for all of them."""
+    projected_TE = None  # made inside, without autograd, unless others that share Q are to have it
+    if len(modules) < len(modules[0].input_projection.readers):
+        projected_TE = modules[0].input_projection.of(input_TN, modules[0].projector.right)
+    leaves, biases = [module.leaf for module in modules], [module._parameters["bias"] for module in modules]
+    outputs: Sequence[torch.Tensor] = _Projected.apply(  # type: ignore[no-untyped-call]
+        modules, input_TN, projected_TE, *leaves, *biases
+    )
+    return outputs
 
 
 _Module = TypeVar("_Module", bound=InSubspace)
@@ -142,12 +154,12 @@ def set_projectors(modules: Sequence[InSubspace], projectors: Sequence[SparsePro
     Values take the place of old ones of the same size that the same linears share: a graph reads them where they were.
     """
     projectors = on_device(modules, projectors)
-    projection, right = InputProjection(len(modules)), projectors[0].right
+    projection, right = InputProjection(modules), projectors[0].right
     shares = {id(module.input_projection) for module in modules}
-    if len(shares) == 1 and modules[0].input_projection.num_readers == len(modules):
+    if len(shares) == 1 and max(1, len(modules[0].input_projection.readers)) == len(modules):
         right = _in_place(modules[0].projector.right, right)
-    for module, projector in zip(modules, projectors, strict=True):
-        module.input_projection = projection
+    for place, (module, projector) in enumerate(zip(modules, projectors, strict=True)):
+        module.input_projection, module.place = projection, place
         module.set_projector(SparseProjector(_in_place(module.projector.left, projector.left), right))
 
 
@@ -211,33 +223,59 @@ class Observers(NamedTuple):
             self.probe.see(projector, grad_DE, grad_output_TM, input_TN)
 
 
-class _Projected(torch.autograd.Function):
-    """Forward keeps X Q in place of X; backward returns dX and, as the leaf's gradient, g.
+def _compressed(
+    lefts: Sequence[BlockFactor], tables: Sequence[torch.Tensor], projected_TE: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Return (dY P)ᵀ (X Q), float32 (D, E), for each P and (T, M) dY of linears that share Q.
 
-    Only a module that is observed keeps X as well.
+    Where launches count and there is a kernel, all dY P are made in one launch, and all g in one product.
+    """
+    if len(lefts) == 1 or not is_launched(projected_TE) or not gpu_products.has_kernel(lefts, tables):
+        pairs = zip(lefts, tables, strict=True)
+        return [product_float32(left.project(table_TM).t(), projected_TE) for left, table_TM in pairs]
+    joined_KT = gpu_products.project(lefts, tables)
+    dims = [left.dim for left in lefts]
+    grads: Sequence[torch.Tensor] = product_float32(joined_KT, projected_TE).split(dims)
+    return grads
+
+
+class _Projected(torch.autograd.Function):
+    """Forward of linears that share Q keeps X Q in place of X; backward returns dX and, as the leaves' gradients, g.
+
+    Only where one of them is observed X is kept as well.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        modules: Sequence[ProjectedLinear],
         input_TN: torch.Tensor,
-        weight_MN: torch.Tensor,
-        bias_M: torch.Tensor | None,
-        leaf_DE: torch.Tensor,
-        projected_TE: torch.Tensor,
-        module: ProjectedLinear,
-    ) -> torch.Tensor:
-        ctx.projector, ctx.observers = module.projector, Observers.of(module)
-        ctx.save_for_backward(projected_TE, weight_MN, input_TN if module.is_observed else None)
-        return linear(input_TN, weight_MN, bias_M)
+        projected_TE: torch.Tensor | None,
+        *leaves_and_biases: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        if projected_TE is None:
+            projected_TE = modules[0].projector.right.project(input_TN.reshape(-1, input_TN.shape[-1]))
+        weights, biases = [module.weight_MN for module in modules], leaves_and_biases[len(modules) :]
+        ctx.projectors = [module.projector for module in modules]
+        ctx.observers = [Observers(module.lesson, module.probe) for module in modules]
+        is_observed = any(module.is_observed for module in modules)
+        ctx.save_for_backward(projected_TE, input_TN if is_observed else None, *weights)
+        return tuple([linear(input_TN, *pair) for pair in zip(weights, biases, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        projected_TE, weight_MN, input_TN = ctx.saved_tensors
-        grad_output_TM = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_input = grad_output @ weight_MN if ctx.needs_input_grad[0] else None
-        grad_bias_M = grad_output_TM.sum(dim=0) if ctx.needs_input_grad[2] else None
-        grad_DE = ctx.projector.compress_outer(grad_output_TM, projected_TE)
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        projected_TE, input_TN, *weights = ctx.saved_tensors
+        tables = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
+        grad_input = None
+        if ctx.needs_input_grad[1]:
+            grad_input_TN = tables[0] @ weights[0]
+            for grad_TM, weight_MN in zip(tables[1:], weights[1:], strict=True):
+                grad_input_TN.addmm_(grad_TM, weight_MN)
+            grad_input = grad_input_TN.view(*grad_outputs[0].shape[:-1], -1)
+        needs_bias = ctx.needs_input_grad[3 + len(tables) :]
+        grad_biases = [table.sum(0) if needs else None for table, needs in zip(tables, needs_bias, strict=True)]
+        grad_leaves = _compressed([projector.left for projector in ctx.projectors], tables, projected_TE)
         if input_TN is not None:
-            ctx.observers.see(ctx.projector, grad_DE, grad_output_TM, input_TN)
-        return grad_input, None, grad_bias_M, grad_DE, None, None
+            for seen in zip(ctx.observers, ctx.projectors, grad_leaves, tables, strict=True):
+                seen[0].see(*seen[1:], input_TN)
+        return None, grad_input, None, *grad_leaves, *grad_biases

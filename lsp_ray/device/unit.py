@@ -219,4 +219,4 @@ def _taken_gradient(target: Target) -> torch.Tensor:
     target.leaf.grad = None
     if gradient is None:
         return torch.zeros(target.leaf.numel(), dtype=target.leaf.dtype, device=target.leaf.device)
-    return gradient.detach().reshape(-1)
+    return gradient.flatten()

@@ -29,11 +29,21 @@ class BlockFactor:
         groups: G, such that every group has R rows at least.
         scale_F: What each row of the bases was multiplied by (float32, on the CPU); None for 1. Products know nothing
             of it: it tells how to see gradients as the bases were learned from them.
+
+    Attributes:
+        num_rows: F.
+        nnz_per_row: R.
+        dim: D.
+        group_rows: Rows of a group, but for the first `long_groups`, which have one more.
+        long_groups: F mod G.
     """
 
     def __init__(self, value_FR: torch.Tensor, groups: int, scale_F: torch.Tensor | None = None) -> None:
         assert value_FR.shape[0] // groups >= value_FR.shape[1], "a group has fewer rows than directions"
         self.value_FR, self.groups, self.scale_F = value_FR, groups, scale_F
+        self.num_rows, self.nnz_per_row = value_FR.shape
+        self.dim = groups * self.nnz_per_row
+        self.group_rows, self.long_groups = divmod(self.num_rows, groups)
 
     @classmethod
     def random(cls, num_rows: int, groups: int, nnz_per_row: int, generator: torch.Generator) -> BlockFactor:
@@ -42,34 +52,9 @@ class BlockFactor:
         return drawn.with_bases(torch.linalg.qr(block_GSR).Q for block_GSR in drawn.blocks())
 
     @property
-    def num_rows(self) -> int:
-        """F."""
-        return self.value_FR.shape[0]
-
-    @property
-    def nnz_per_row(self) -> int:
-        """R."""
-        return self.value_FR.shape[1]
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return self.groups * self.nnz_per_row
-
-    @property
     def nbytes(self) -> int:
         """Bytes on the device: F · R values and nothing else."""
         return self.value_FR.nbytes
-
-    @property
-    def group_rows(self) -> int:
-        """Rows of a group, but for the first `long_groups`, which have one more."""
-        return self.num_rows // self.groups
-
-    @property
-    def long_groups(self) -> int:
-        """F mod G."""
-        return self.num_rows % self.groups
 
     def split(self, tensor: torch.Tensor, dim: int) -> Iterator[torch.Tensor]:
         """Yield views of a tensor with F entries along `dim`, which becomes two: groups as long as each other, S."""
@@ -98,9 +83,9 @@ class BlockFactor:
     def project_by_columns(self, table_TF: torch.Tensor) -> torch.Tensor:
         """Return the same as (D, T), contiguous: one launch where G divides F."""
         if not self.long_groups:  # with few views: on a GPU the host's calls are what a product costs
-            block_GSR = self.value_FR.to(table_TF.dtype).view(self.groups, -1, self.nnz_per_row)
-            table_GST = table_TF.t().reshape(self.groups, -1, table_TF.shape[0])
-            return torch.bmm(block_GSR.transpose(1, 2), table_GST).view(self.dim, -1)
+            block_GRS = self.value_FR.to(table_TF.dtype).view(self.groups, -1, self.nnz_per_row).mT
+            table_GST = table_TF.view(table_TF.shape[0], self.groups, -1).permute(1, 2, 0)
+            return torch.bmm(block_GRS, table_GST).view(self.dim, -1)
         pairs = zip(self.split(table_TF, 1), self.blocks(), strict=True)
         parts = [torch.bmm(block.to(part.dtype).transpose(1, 2), part.permute(1, 2, 0)) for part, block in pairs]
         projected_GRT = parts[0] if len(parts) == 1 else torch.cat(parts)
