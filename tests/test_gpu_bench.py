@@ -26,14 +26,27 @@ def test_figures_are_printed_and_written_and_what_is_missing_is_said(
 ) -> None:
     monkeypatch.setattr("scripts.gpu_bench_parts.settings.NEEDS", {"deepspeed": "no_such_module"})
     path = tmp_path / "figures.json"
-    words = ["--models", "tiny", "--device", "cpu", "--only", "lsp,hf_lora,deepspeed", "--steps", "2", "--json"]
+    words = [
+        "--models",
+        "tiny",
+        "--device",
+        "cpu",
+        "--only",
+        "lsp,hf_lora,deepspeed",
+        "--steps",
+        "2",
+        "--ray",
+        "--json",
+    ]
     assert main([*words, str(path)]) == 0
-    machine, _, lsp, lora, deepspeed = capfd.readouterr().out.splitlines()
+    machine, _, lsp, on_ray, lora, deepspeed = capfd.readouterr().out.splitlines()
     assert machine.startswith("CPU, ")
     assert lsp.split()[:3] == ["tiny", "lsp", "d=16"]
+    assert on_ray.split()[:4] == ["tiny", "lsp", "d=16", "ray"]
     assert lora.split()[:2] == ["tiny", "hf_lora"]
     assert deepspeed.split() == ["tiny", "deepspeed", "left", "out:", "no_such_module", "is", "not", "installed"]
-    ours, peer, missing = json.loads(path.read_text())["measurements"]
+    ours, actors, peer, missing = json.loads(path.read_text())["measurements"]
+    assert actors["last_loss"] == ours["last_loss"]
     for entry in (ours, peer):
         assert entry["tokens_per_s"] == pytest.approx(32 / entry["step_s"])
         assert entry["last_loss"] == pytest.approx(4.85, abs=0.3)  # of 128 words, about log 128

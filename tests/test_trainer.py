@@ -297,6 +297,8 @@ def test_every_field_of_training_arguments_is_followed_refused_or_warned_of(tmp_
                 bad(args=args)
         else:
             assert list(trainer_arguments.ignored_fields(args)) == [field.name]
+    with pytest.raises(ConfigError, match=r"^train_sampling_strategy must be one of random, group_by_length, got 'seq"):
+        bad(args=arguments(tmp_path / "out", train_sampling_strategy="sequential"))
     args = arguments(tmp_path / "out", dataloader_num_workers=3, tf32=False)
     with pytest.warns(UserWarning, match=r"does not follow these TrainingArguments: tf32, dataloader_num_workers"):
         bad(args=args)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 
@@ -30,9 +30,9 @@ COMPLETION_TIMEOUT_S = 900.0  # only a hang lasts so long: a dead actor shows at
 
 
 @cache
-def _actor_class() -> Any:
+def _actor_class(kind: type[GpuActor]) -> Any:
     """Made once, as `shard_pool`'s is."""
-    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(GpuActor)  # type: ignore[call-overload]
+    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(kind)  # type: ignore[call-overload]
 
 
 class RayWorkers:
@@ -41,7 +41,12 @@ class RayWorkers:
     Args:
         job: The run.
         completion_timeout_s: How long nothing at all may happen.
+
+    Attributes:
+        gpu_actor: Of whose kind the GPU actor is.
     """
+
+    gpu_actor: ClassVar[type[GpuActor]] = GpuActor
 
     def __init__(self, job: Job, *, completion_timeout_s: float = COMPLETION_TIMEOUT_S) -> None:
         self._job = job
@@ -52,9 +57,9 @@ class RayWorkers:
             new_pair(unit, numel, job.codec, parts)
             for unit, (numel, parts) in enumerate(zip(job.payload_sizes, sums, strict=True))
         ]
-        self._gpu: Any = (
-            _actor_class().options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0).remote(job, pairs)
-        )
+        kind = _actor_class(self.gpu_actor)  # type: ignore[arg-type]  # a class is hashable
+        actor = kind.options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0)
+        self._gpu: Any = actor.remote(job, pairs)
         self._shards: ShardPool | None = None
         self._lanes: dict[str, Lane] = {}
         try:
