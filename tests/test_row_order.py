@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from typing import Any
-
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -15,7 +12,7 @@ from lsp_ray.config import RunConfig
 from lsp_ray.data.row_order import STEPS_SORTED, RowOrder, permutation, row_lengths
 from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.errors import ConfigError
-from tests.test_data_micro_batches import is_equal, micro_batches, numbered, tokenized, tokenized_of
+from tests.test_data_micro_batches import is_equal, micro_batches, numbered, row_numbers, tokenized, tokenized_of
 
 SIZES = st.integers(1, 12)
 SEEDS = st.integers(0, 2**32)
@@ -49,19 +46,32 @@ def test_rows_of_a_step_are_neighbours_in_length_among_those_sorted_with_them(
     assert sorted(steps) == sorted(expected)
 
 
-@given(num_rows=st.integers(1, 60), batch_size=st.integers(1, 4), accumulation=st.integers(1, 3), k=st.integers(0, 40))
-def test_a_step_is_the_same_in_a_run_that_begins_with_it_and_whatever_its_split(
-    num_rows: int, batch_size: int, accumulation: int, k: int
+@given(
+    lengths=st.lists(st.integers(2, 300), min_size=1, max_size=60),
+    step_rows=SIZES,
+    seed=SEEDS,
+    steps=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+)
+def test_who_goes_on_at_a_step_sees_the_rows_of_who_came_there(
+    lengths: list[int], step_rows: int, seed: int, steps: list[int]
 ) -> None:
-    options: dict[str, Any] = {"groups_by_length": True, "batch_size": batch_size, "accumulation": accumulation}
-    run = micro_batches(tokenized(num_rows), **options)
-    steps = [run.step(number) for number in range(k + 1)]
-    again = pickle.loads(pickle.dumps(run))  # as an actor gets it
-    later = micro_batches(tokenized(num_rows), **options)
-    assert is_equal(later.step(k), steps[k])
-    assert is_equal(again.step(k), steps[k])
-    whole = micro_batches(tokenized(num_rows), groups_by_length=True, batch_size=batch_size * accumulation).step(k)
-    assert sum(batch["attention_mask"].sum() for batch in steps[k]) == whole[0]["attention_mask"].sum()
+    def fresh() -> RowOrder:
+        return RowOrder(seed, 0, len(lengths), step_rows=step_rows, lengths=np.array(lengths))
+
+    run = fresh().rows(0, 41 * step_rows)
+    later = fresh()
+    for step in steps:
+        first = step * step_rows
+        assert later.rows(first, step_rows) == run[first : first + step_rows]
+
+
+def test_a_step_is_the_same_in_a_run_that_begins_with_it_and_whatever_its_split() -> None:
+    rows = tokenized(23)
+    run, later = (micro_batches(rows, groups_by_length=True, accumulation=3) for _ in range(2))
+    steps = [run.step(k) for k in range(9)]
+    assert is_equal(later.step(8), steps[8])
+    whole = micro_batches(rows, groups_by_length=True, batch_size=6)
+    assert [row_numbers(whole.step(k)) for k in range(9)] == [row_numbers(step) for step in steps]
 
 
 def test_less_is_padding() -> None:

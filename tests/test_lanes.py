@@ -1,0 +1,101 @@
+"""Orders to an actor of Ray's over sockets: answers in order, errors as what they are, and no wait for the dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from lsp_ray.errors import ConfigError, OutOfDeviceMemoryError, WorkerLostError
+from lsp_ray.runtime.lanes import Lane, Order, connect, open_lanes, serve
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+class Unsendable(Exception):
+    def __init__(self) -> None:
+        super().__init__("has a lambda")
+        self.held = lambda: None
+
+
+ERRORS = {
+    "ours": ConfigError("seed", "be at least 0", -1, hint="no"),
+    "torch's": torch.OutOfMemoryError("CUDA out of memory"),
+    "another's": KeyError("gone"),
+    "unsendable": Unsendable(),
+}
+
+
+class Servant:
+    """Does as it is told."""
+
+    def serve(self, address: str) -> None:
+        serve(connect(address, "lane"), self)
+
+    def doubled(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+    def fail(self, how: str) -> None:
+        raise ERRORS[how]
+
+    def fork(self) -> int:
+        """A child that holds everything open, as a compiler's helper process does."""
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        return child
+
+
+class Unwilling:
+    """Dies as it is asked to serve."""
+
+    def serve(self, _address: str) -> None:
+        os._exit(1)
+
+
+@pytest.fixture
+def lane() -> Iterator[Lane]:
+    actor: Any = ray.remote(Servant).options(num_cpus=1).remote()
+    yield open_lanes(actor, "servant", ["lane"])["lane"]
+    ray.kill(actor)
+
+
+def test_answers_come_in_order_and_errors_as_what_they_are(lane: Lane) -> None:
+    for number in range(3):
+        lane.order(Order(what=f"order {number}", method="doubled", args=(torch.full((2,), number),)))
+    assert [order.what for order in lane.owed] == ["order 0", "order 1", "order 2"]
+    assert torch.equal(lane.answer(), torch.zeros(2))
+    assert torch.equal(lane.call("order 3", "doubled", torch.tensor([3])), torch.tensor([6]))  # 1 and 2 are let go
+    assert not lane.owed
+    with pytest.raises(ConfigError, match=r"^seed must be at least 0, got -1; no$"):
+        lane.call("failing", "fail", "ours")
+    with pytest.raises(OutOfDeviceMemoryError, match=r"^the GPU's memory is full \(step 3\); a smaller "):
+        lane.call("step 3", "fail", "torch's")
+    with pytest.raises(RuntimeError, match=r"^Unsendable: has a lambda$"):
+        lane.call("failing", "fail", "unsendable")
+    with pytest.raises(KeyError, match="gone") as caught:
+        lane.call("failing", "fail", "another's")
+    assert "failing, in another process" in caught.value.__notes__[0]
+    assert "in fail" in caught.value.__notes__[0]
+    assert lane.call("order 4", "doubled", torch.tensor([4])) == 8
+
+
+def test_a_wait_for_a_dead_actor_ends_even_where_its_child_holds_the_socket(lane: Lane) -> None:
+    child = lane.call("forking", "fork")
+    os.kill(lane.pid, signal.SIGKILL)
+    try:
+        with pytest.raises(WorkerLostError, match=r"^the Servant of process \d+ died \(update\): its process was kill"):
+            lane.call("update", "doubled", torch.ones(1))
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_an_actor_that_dies_before_it_serves_is_told_of() -> None:
+    actor = ray.remote(Unwilling).options(num_cpus=1).remote()
+    with pytest.raises(WorkerLostError, match=r"^the Unwilling of process \d+ died \(unwilling: start\)"):
+        open_lanes(actor, "unwilling", ["lane"])
