@@ -5,8 +5,8 @@
 
 For each policy, medians over the steps after the first: the step, how long it waited for deltas, how much of that while
 no copy and no update was under way (which is what control costs the step), processor time of the driver, of the GPU
-actor and of the shards, operations launched; and, of an operation, from when it could begin until it began. With
---threads everybody is a thread of this process: what is left is what Ray does not cost.
+actor and of the shards; and, of an operation, from when it could begin until it began. With --threads everybody is a
+thread of this process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -145,16 +146,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = write_folder(Path(scratch) / "model", size)
         random_model(folder, torch.float32, torch.device("cpu")).save_pretrained(folder)
         jobs = [_job(folder, size, policy, options.steps) for policy in options.policies.split(",")]
-        if options.threads:
-            print(HEADER)
+        num_units = len(jobs[0].payload_sizes)
+        print(f"{num_units} units, {3 * num_units} operations a step\n{HEADER}")
+        with _cluster(jobs[0], on_ray=not options.threads):
             for job in jobs:
-                print(measure(job, options.steps, on_ray=False), flush=True)
-            return 0
-        with ray_cluster(num_actors=1 + jobs[0].layout.num_shards, store_bytes=jobs[0].store_bytes):
-            print(HEADER)
-            for job in jobs:
-                print(measure(job, options.steps, on_ray=True), flush=True)
+                print(measure(job, options.steps, on_ray=not options.threads), flush=True)
     return 0
+
+
+def _cluster(job: Job, *, on_ray: bool) -> AbstractContextManager[object]:
+    if not on_ray:
+        return nullcontext()
+    return ray_cluster(num_actors=1 + job.layout.num_shards, store_bytes=job.store_bytes)
 
 
 def _job(folder: Path, size: Size, policy: str, num_steps: int) -> Job:

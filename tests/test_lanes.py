@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,9 +53,14 @@ class Servant:
 
 
 class Unwilling:
-    """Dies as it is asked to serve."""
+    """Dies as it is asked to serve, or while it introduces itself."""
 
-    def serve(self, _address: str) -> None:
+    def __init__(self, connects: bool) -> None:
+        self._connects = connects
+
+    def serve(self, address: str) -> None:
+        if self._connects:
+            socket.socket(socket.AF_UNIX).connect(address)
         os._exit(1)
 
 
@@ -95,7 +101,8 @@ def test_a_wait_for_a_dead_actor_ends_even_where_its_child_holds_the_socket(lane
         os.kill(child, signal.SIGKILL)
 
 
-def test_an_actor_that_dies_before_it_serves_is_told_of() -> None:
-    actor = ray.remote(Unwilling).options(num_cpus=1).remote()
+@pytest.mark.parametrize("connects", [False, True])
+def test_an_actor_that_dies_before_it_serves_is_told_of(connects: bool) -> None:
+    actor = ray.remote(Unwilling).options(num_cpus=1).remote(connects)
     with pytest.raises(WorkerLostError, match=r"^the Unwilling of process \d+ died \(unwilling: start\)"):
         open_lanes(actor, "unwilling", ["lane"])

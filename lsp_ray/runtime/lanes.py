@@ -190,14 +190,13 @@ def open_lanes(actor: Any, who: str, names: Sequence[str]) -> dict[str, Lane]:
         while len(lanes) < len(names):
             try:
                 connection = Connection(listener.accept()[0].detach())
-            except TimeoutError:
+                name, pid = pickle.loads(connection.recv_bytes())
+                lanes[name] = Lane(connection, who, pid, life)
+            except (TimeoutError, EOFError):
                 if ray.wait([life], timeout=0)[0]:
                     answer(life, f"{who}: start")
                 if time.monotonic() >= deadline_s:
                     raise DeadlineError(f"no answer within {START_TIMEOUT_S:.0f} s ({who}: start)") from None
-                continue
-            name, pid = pickle.loads(connection.recv_bytes())
-            lanes[name] = Lane(connection, who, pid, life)
     return lanes
 
 
