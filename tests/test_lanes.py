@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,15 @@ class Unwilling:
         if self._connects:
             socket.socket(socket.AF_UNIX).connect(address)
         os._exit(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sent_whole() -> Iterator[None]:
+    """An actor's process does not find this module by its name."""
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.fixture
