@@ -25,14 +25,6 @@ class Unsendable(Exception):
         self.held = lambda: None
 
 
-ERRORS = {
-    "ours": ConfigError("seed", "be at least 0", -1, hint="no"),
-    "torch's": torch.OutOfMemoryError("CUDA out of memory"),
-    "another's": KeyError("gone"),
-    "unsendable": Unsendable(),
-}
-
-
 class Servant:
     """Does as it is told."""
 
@@ -43,7 +35,13 @@ class Servant:
         return 2 * tensor
 
     def fail(self, how: str) -> None:
-        raise ERRORS[how]
+        if how == "ours":
+            raise ConfigError("seed", "be at least 0", -1, hint="no")
+        if how == "torch's":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if how == "unsendable":
+            raise Unsendable
+        raise KeyError("gone")
 
     def fork(self) -> int:
         """A child that holds everything open, as a compiler's helper process does."""
@@ -69,9 +67,9 @@ class Unwilling:
 def _sent_whole() -> Iterator[None]:
     """An actor's process does not find this module by its name."""
     module = sys.modules[__name__]
-    ray.cloudpickle.register_pickle_by_value(module)
+    ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     yield
-    ray.cloudpickle.unregister_pickle_by_value(module)
+    ray.cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
