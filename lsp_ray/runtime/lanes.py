@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import ray
 import torch
 
@@ -27,7 +28,7 @@ from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.leftovers import own_folder
 
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
-DEATH_TIMEOUT_S = 30.0  # Ray knows of a death in milliseconds
+DEATH_TIMEOUT_S = 10.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at
 POLL_S = 1.0  # between two looks at what no socket tells
 
 
@@ -98,16 +99,16 @@ class Lane:
     Args:
         connection: To the actor's thread.
         who: The actor, for messages.
-        pid: Of its process.
-        life: Of the actor: answered when it ends.
+        process: The actor's.
+        life: Answered by Ray when the actor ends.
 
     Attributes:
         owed: Orders without an answer, oldest first.
     """
 
-    def __init__(self, connection: Connection, who: str, pid: int, life: ray.ObjectRef[Any]) -> None:
+    def __init__(self, connection: Connection, who: str, process: psutil.Process, life: ray.ObjectRef[Any]) -> None:
         self._connection, self._who, self._life = connection, who, life
-        self.pid = pid
+        self.process = process
         self.owed: deque[Order] = deque()
 
     def fileno(self) -> int:
@@ -156,19 +157,24 @@ class Lane:
             raise self._lost() from error
 
     def has_ended(self) -> bool:
-        """Whether the actor has, as far as Ray knows."""
-        return bool(ray.wait([self._life], timeout=0)[0])
+        """Whether the actor's process has."""
+        try:
+            return self.process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def close(self) -> None:
         """Let the actor's thread end, if it lives."""
         self._connection.close()
 
-    def _lost(self) -> LspRayError:
+    def _lost(self) -> WorkerLostError:
         what = self.owed[0].what if self.owed else self._who
         try:
             answer(self._life, what, DEATH_TIMEOUT_S)
-        except LspRayError as error:
+        except WorkerLostError as error:
             return error
+        except DeadlineError:
+            return WorkerLostError(f"{self._who} died ({what})")
         return WorkerLostError(f"{self._who} ended ({what})")
 
 
@@ -191,8 +197,8 @@ def open_lanes(actor: Any, who: str, names: Sequence[str]) -> dict[str, Lane]:
             try:
                 connection = Connection(listener.accept()[0].detach())
                 name, pid = pickle.loads(connection.recv_bytes())
-                lanes[name] = Lane(connection, who, pid, life)
-            except (TimeoutError, EOFError):
+                lanes[name] = Lane(connection, who, psutil.Process(pid), life)
+            except (TimeoutError, EOFError, psutil.NoSuchProcess):
                 if ray.wait([life], timeout=0)[0]:
                     answer(life, f"{who}: start")
                 if time.monotonic() >= deadline_s:

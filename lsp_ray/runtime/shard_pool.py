@@ -89,7 +89,7 @@ class ShardPool:
             raise error
         ray.kill(self._shards[index])
         lane.close()
-        _wait_for_end(lane.pid)  # two writers of one slot would be one too many
+        _wait_for_end(lane.process)  # two writers of one slot would be one too many
         self._shards[index] = self._new(index)
         self.lanes[index] = self._opened(index)
         self._slow_down(index)
@@ -156,12 +156,11 @@ def _state_bytes(numel: int, codec: Codec, sums: Sequence[SummedPart] | None) ->
     return torch.float32.itemsize * state_numel(numel, codec.payload_dtype, summed=sums is not None)
 
 
-def _wait_for_end(pid: int) -> None:
+def _wait_for_end(process: psutil.Process) -> None:
     try:
-        process = psutil.Process(pid)
         if process.status() != psutil.STATUS_ZOMBIE:
             process.wait(START_TIMEOUT_S)
     except psutil.NoSuchProcess:
         return
     except psutil.TimeoutExpired as error:
-        raise WorkerLostError(f"process {pid} of a lost actor does not end") from error
+        raise WorkerLostError(f"process {process.pid} of a lost actor does not end") from error
