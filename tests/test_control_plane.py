@@ -34,6 +34,6 @@ def test_an_operation_is_late_from_when_its_input_is_there_and_its_lane_free() -
 def test_it_prints_a_line_for_each_policy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--threads", "--layers", "2", "--steps", "8", "--policies", "layerwise,delayed"]) == 0
     units, _, *lines = capsys.readouterr().out.splitlines()
-    assert units == "2 units, 6 operations a step"
+    assert units == "3 units, 9 operations a step"  # the last norm is one
     assert [line.split()[0] for line in lines] == ["layerwise", "delayed"]
     assert all(float(line.split()[1]) > 0 for line in lines)

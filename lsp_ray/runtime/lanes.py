@@ -28,7 +28,7 @@ from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.leftovers import own_folder
 
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
-DEATH_TIMEOUT_S = 10.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at
+DEATH_TIMEOUT_S = 5.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at
 POLL_S = 1.0  # between two looks at what no socket tells
 
 
