@@ -33,7 +33,7 @@ def answer(ref: ray.ObjectRef[Any], what: str, timeout_s: float | None = None) -
         raise WorkerLostError(_death(str(error), what)) from error
     except GetTimeoutError as error:
         raise DeadlineError(f"no answer within {timeout_s:.0f} s ({what})") from error
-    except RayTaskError:
+    except RayTaskError:  # a bug of ours in the actor: as it is
         raise
     except RayError as error:
         raise WorkerLostError(f"Ray failed ({what}): {str(error).splitlines()[0]}") from error

@@ -147,11 +147,11 @@ class Lane:
         Raises:
             WorkerLostError: It died.
         """
+        while not self._connection.poll(POLL_S):
+            if self.has_ended():  # and a process that it has forked holds its end
+                raise self._lost()
+            meanwhile()
         try:
-            while not self._connection.poll(POLL_S):
-                if self.has_ended():  # and a process that it has forked holds its end
-                    raise EOFError
-                meanwhile()
             return pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             raise self._lost() from error
