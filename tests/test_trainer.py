@@ -315,6 +315,7 @@ def test_strategies_say_how_often_and_an_epoch_is_a_number_of_steps(tmp_path: Pa
     assert config(max_steps=50, save_steps=0.1).save_steps == 5
     assert config(max_grad_norm=0.5).max_grad_norm == 0.5
     assert config().runtime.device == "cpu"
+    assert config(train_sampling_strategy="group_by_length").train_sampling_strategy == "group_by_length"
 
 
 @pytest.mark.parametrize(
