@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
 
-from lsp_ray.errors import ConfigError, OutOfDeviceMemoryError, WorkerLostError
-from lsp_ray.runtime.lanes import Lane, Order, connect, open_lanes, serve
+from lsp_ray.errors import ConfigError, DeadlineError, OutOfDeviceMemoryError, WorkerLostError
+from lsp_ray.runtime.lanes import Lane, Order, bounded, connect, open_lanes, serve
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -114,3 +115,11 @@ def test_an_actor_that_dies_before_it_serves_is_told_of(connects: bool) -> None:
     actor = ray.remote(Unwilling).options(num_cpus=1).remote(connects)
     with pytest.raises(WorkerLostError, match=r"^the Unwilling of process \d+ died \(unwilling: start\)"):
         open_lanes(actor, "unwilling", ["lane"])
+
+
+def test_an_order_that_nobody_takes_ends_in_time() -> None:
+    ours, theirs = socket.socketpair()
+    nobody: Any = None
+    lane = Lane(bounded(ours, 1.0), "hanging", psutil.Process(), nobody)
+    with theirs, pytest.raises(DeadlineError, match=r"^an order was not taken in time \(large\)$"):
+        lane.order(Order(what="large", method="doubled", args=(torch.zeros(1 << 20),)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import struct
 import time
 import traceback
 from collections import deque
@@ -29,6 +30,7 @@ from lsp_ray.runtime.leftovers import own_folder
 
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 DEATH_TIMEOUT_S = 5.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at
+SEND_TIMEOUT_S = 60.0  # a message finds room at once, or when the actor comes to read the one before
 POLL_S = 1.0  # between two looks at what no socket tells
 
 
@@ -116,10 +118,18 @@ class Lane:
         return self._connection.fileno()
 
     def order(self, order: Order) -> None:
-        """Send an order; returns at once."""
+        """Send an order; returns once there is room for it, which is at once unless it is large.
+
+        Raises:
+            DeadlineError: There was none in time: the actor's thread hangs.
+        """
         self.owed.append(order)
-        with suppress(OSError):  # it is gone: whoever waits for the answer will hear why
+        try:
             tell(self._connection, (order.method, order.args))
+        except BlockingIOError as error:
+            raise DeadlineError(f"an order was not taken in time ({order.what})") from error
+        except OSError:  # it is gone: whoever waits for the answer will hear why
+            return
 
     def answer(self, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """Wait for the answer to the oldest order; every POLL_S `meanwhile` is called.
@@ -195,7 +205,7 @@ def open_lanes(actor: Any, who: str, names: Sequence[str]) -> dict[str, Lane]:
         lanes: dict[str, Lane] = {}
         while len(lanes) < len(names):
             try:
-                connection = Connection(listener.accept()[0].detach())
+                connection = bounded(listener.accept()[0], SEND_TIMEOUT_S)
                 name, pid = pickle.loads(connection.recv_bytes())
                 lanes[name] = Lane(connection, who, psutil.Process(pid), life)
             except (TimeoutError, EOFError, psutil.NoSuchProcess):
@@ -204,6 +214,12 @@ def open_lanes(actor: Any, who: str, names: Sequence[str]) -> dict[str, Lane]:
                 if time.monotonic() >= deadline_s:
                     raise DeadlineError(f"no answer within {START_TIMEOUT_S:.0f} s ({who}: start)") from None
     return lanes
+
+
+def bounded(ours: socket.socket, timeout_s: float) -> Connection:
+    """A connection whose sending gives up with BlockingIOError after so many whole seconds."""
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout_s), 0))  # a C timeval
+    return Connection(ours.detach())
 
 
 def _fail(failure: _Failure, what: str) -> None:
