@@ -21,6 +21,7 @@ PayloadDtype = Literal["bfloat16", "float32", "int8"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
 ReportTo = Literal["none", "tensorboard", "wandb"]
+SamplingStrategy = Literal["random", "group_by_length"]
 SchedulerType = Literal[  # transformers' own, but for the two that look at losses: reduce_lr_on_plateau and greedy
     "linear",
     "cosine",
@@ -224,6 +225,8 @@ class RunConfig:
     """Tokens kept of an example; default: what 99 % of them have, at most 1024; 128 of the built-in data set."""
     packing: bool = False
     """Join training examples up to max_seq_length, none seen by another: less padding; a batch counts joined ones."""
+    train_sampling_strategy: SamplingStrategy = "random"
+    """Order of training examples; group_by_length: those of an update are of like length, so that less is padding."""
     max_eval_samples: int = 128
     """Held-out examples on which eval loss is measured."""
     eval_steps: int = 0
@@ -314,6 +317,9 @@ class RunConfig:
         _above_zero("num_train_epochs", self.num_train_epochs)
         if self.torch_compile and self.runtime.cuda_graphs:
             raise ConfigError("runtime.cuda_graphs", "be false or left out with torch_compile", True)
+        if self.packing and self.train_sampling_strategy != "random":
+            bound = "be random with packing, whose rows are all of one length"
+            raise ConfigError("train_sampling_strategy", bound, self.train_sampling_strategy)
         shortest = 2 * (self.num_sketched_steps + 1)
         if 0 < self.lsp.check_every < shortest:
             bound = f"be 0 or at least {shortest}, so that a refit ends in time"

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 from transformers import TrainingArguments
 
-from lsp_ray.config import LspConfig, Method, ReportTo, RunConfig, RuntimeConfig, SchedulerType
+from lsp_ray.config import LspConfig, Method, ReportTo, RunConfig, RuntimeConfig, SamplingStrategy, SchedulerType
 from lsp_ray.errors import ConfigError
 
 GIVEN = "(rows given to LSPTrainer)"
@@ -18,7 +18,7 @@ NEVER_LOGGED = 10**9
 
 _SHARED = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-    *("weight_decay", "seed", "max_grad_norm", "save_total_limit", "torch_compile"),
+    *("weight_decay", "seed", "max_grad_norm", "save_total_limit", "torch_compile", "train_sampling_strategy"),
 )
 _FOLLOWED = {
     *_SHARED,
@@ -29,6 +29,7 @@ _FOLLOWED = {
 # what transformers' Trainer does not read itself, or what a run does anyway
 _SCRIPTS_OWN = {"do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"}
 _ALWAYS_SO = {"logging_first_step", "eval_on_start", "full_determinism", "prediction_loss_only"}
+_STRATEGIES = get_args(SamplingStrategy)
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _MUST: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "fp16": (lambda value: not value, "be false: weights are float32 or bfloat16"),
@@ -49,7 +50,7 @@ _MUST: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "parallelism_config": (lambda value: not value, "be left out: one GPU"),
     "auto_find_batch_size": (lambda value: not value, "be false; `lsp-ray plan` says what fits"),
     "push_to_hub": (lambda value: not value, "be false: nothing leaves the machine"),
-    "train_sampling_strategy": (lambda value: str(getattr(value, "value", value)) == "random", "be random"),
+    "train_sampling_strategy": (lambda value: value in _STRATEGIES, f"be one of {', '.join(_STRATEGIES)}"),
 }
 
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Times a step of lsp_ray's methods and of their peers on a card that is there for minutes: no Ray, no network.
+"""Times a step of lsp_ray's methods and of their peers on a card that is there for minutes: no network needed.
 
-    python scripts/gpu_bench.py --minutes 6 [--json PATH] [--models 1b,7b,3b] [--only lsp,native,hf] [--steps 10]
+    python scripts/gpu_bench.py --minutes 6 [--json PATH] [--models 1b,7b,3b] [--only lsp,native,hf] [--ray]
     python scripts/gpu_bench.py --profile [--models 1b] [--only lsp,native,hf]
 
 A line is printed, and the JSON written, after every measurement, so that a run that is cut off keeps its figures. What
 would not end in time, does not fit or is not installed is left out, and said so. Models are Llamas of random weights,
-made on the card. `host` is the time in which the launching threads did not wait, while CUDA's calls were traced;
-`forecast` is the planner's, from rates measured on this machine. --profile prints where the host's time goes instead.
+made on the card. Our shards are threads; with --ray lsp runs on Ray's actors besides, where nobody traces. `host` is
+the time in which the launching threads did not wait, while CUDA's calls were traced; `forecast` is the planner's, from
+rates measured on this machine. --profile prints where the host's time goes instead.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None, clock: Callable[[], float] = time.mo
             if options.profile:
                 names = [name for name in only if name in PROFILED] if options.only == ",".join(NAMES) else only
                 return bench.profile(settings_of(sizes[:1], names))
-            return bench.measure(settings_of(sizes, only))
+            return bench.measure(settings_of(sizes, only, on_ray=options.ray))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None, clock: Callable[[], float] = time.mo
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python scripts/gpu_bench.py",
-        description="Time a step of lsp_ray's methods and of their peers on this GPU, without Ray.",
+        description="Time a step of lsp_ray's methods and of their peers on this GPU.",
         allow_abbrev=False,
     )
     parser.add_argument("--minutes", type=float, default=6.0, help="End by then; default: 6.")
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="Timed, after three that warm up; default: 10.")
     parser.add_argument("--json", type=Path, metavar="PATH", help="Written anew after every measurement.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying the script out.")
+    parser.add_argument("--ray", action="store_true", help="Time lsp on Ray's actors as well, beside threads.")
     parser.add_argument("--profile", action="store_true", help="Print where the host's time goes, and time nothing.")
     return parser
 

@@ -20,7 +20,7 @@ from lsp_ray.sim.workload import Workload
 from scripts.live_session import Block
 from scripts.overlap_settings import Setting
 
-HOP_S = 0.0008  # a call to an actor and back (docs/log.md)
+HOP_S = 0.0002  # from an operation's end until the next began (docs/log.md)
 
 
 def predicted_step_s(setting: Setting, free: Block, sizes: Sequence[int], throttle: Throttle) -> float:

@@ -15,6 +15,8 @@ from scripts.gpu_bench import _forecast, _Model, main
 from scripts.gpu_bench_parts.activity import activity_of
 from scripts.gpu_bench_parts.host_profile import FunctionProfile, OperatorProfile
 from scripts.gpu_bench_parts.measured import Failed, apart, profile_setting
+from scripts.gpu_bench_parts.ours import run_ours
+from scripts.gpu_bench_parts.phases import Phase
 from scripts.gpu_bench_parts.random_model import random_model, write_folder
 from scripts.gpu_bench_parts.settings import NAMES, SIZES, Setting, settings_of
 
@@ -68,6 +70,20 @@ def test_what_tells_most_comes_first() -> None:
     assert titles[:3] == ["1b lsp d=256", "1b lsp d=1024", "1b native"]
     assert titles.index("7b hf_lora") < titles.index("1b zero_offload")
     assert len(titles) == 2 * (len(NAMES) + 1)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_lsp_on_rays_actors_trains_the_same_random_weights_as_on_threads(tmp_path: Path) -> None:
+    size = SIZES["tiny"]
+    folder = write_folder(tmp_path / "tiny", size)
+    on_threads, on_ray = (setting for setting in settings_of(["tiny"], ["lsp", "native"], on_ray=True) if setting.dim)
+    assert (on_threads.title, on_ray.title) == ("lsp d=16", "lsp d=16 ray")
+    phases = [Phase(num_steps=2), Phase(num_steps=3)]
+    threads, actors = (run_ours(setting, size, folder, CPU, phases) for setting in (on_threads, on_ray))
+    assert actors.last_loss == threads.last_loss
+    assert [len(times_s) for times_s in actors.step_s] == [2, 3]
+    assert actors.exposed_s is not None
+    assert actors.peak_bytes > 0
 
 
 def fails() -> None:

@@ -297,6 +297,8 @@ def test_every_field_of_training_arguments_is_followed_refused_or_warned_of(tmp_
                 bad(args=args)
         else:
             assert list(trainer_arguments.ignored_fields(args)) == [field.name]
+    with pytest.raises(ConfigError, match=r"^train_sampling_strategy must be one of random, group_by_length, got 'seq"):
+        bad(args=arguments(tmp_path / "out", train_sampling_strategy="sequential"))
     args = arguments(tmp_path / "out", dataloader_num_workers=3, tf32=False)
     with pytest.warns(UserWarning, match=r"does not follow these TrainingArguments: tf32, dataloader_num_workers"):
         bad(args=args)
@@ -313,6 +315,7 @@ def test_strategies_say_how_often_and_an_epoch_is_a_number_of_steps(tmp_path: Pa
     assert config(max_steps=50, save_steps=0.1).save_steps == 5
     assert config(max_grad_norm=0.5).max_grad_norm == 0.5
     assert config().runtime.device == "cpu"
+    assert config(train_sampling_strategy="group_by_length").train_sampling_strategy == "group_by_length"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lsp_ray.data.packing import PackedRows, collate_packed
+from lsp_ray.data.row_order import RowOrder, permutation, row_lengths
 from lsp_ray.data.tokenize import IGNORED, TokenizedRows
 from lsp_ray.errors import ConfigError
 
@@ -39,7 +39,7 @@ class MicroBatches:
 
     Each epoch is a permutation of the train rows, a function of (seed, epoch). Epochs follow each other without a
     gap: the update in which one ends takes its last rows from the next, so that every micro-batch is full. The same
-    rows make up update k whatever their split into `batch_size` times `accumulation`.
+    rows make up update k whatever their split into `batch_size` times `accumulation`. See `RowOrder`.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class MicroBatches:
         max_eval_samples: int,
         length_multiple: int | None = None,
         pack_to: int | None = None,
+        groups_by_length: bool = False,
     ) -> None:
         """Prepare collation; nothing is collated yet.
 
@@ -71,12 +72,21 @@ class MicroBatches:
             length_multiple: Language models' batches are padded to multiples of it.
             pack_to: Tokens up to which train rows are joined, which then count as one (a causal language model's, none
                 longer); default: they are not.
+            groups_by_length: Whether the rows of an update are of like length; not of rows that are joined.
+
+        Raises:
+            ConfigError: Lengths matter, and rows do not tell theirs.
         """
+        assert pack_to is None or not groups_by_length, "joined rows are all of one length"
         self._train, self._eval = tokenized.train, tokenized.eval
         if pack_to is not None:
             self._train = PackedRows(tokenized.train, pack_to)
         self._batch_size, self._accumulation, self._seed = batch_size, accumulation, seed
-        epochs_of_steps = math.ceil(num_train_epochs * len(self._train) / (batch_size * accumulation))
+        lengths = row_lengths(self._train) if groups_by_length else None
+        step_rows = batch_size * accumulation
+        self._order = RowOrder(seed, _TRAIN_ORDER, len(self._train), step_rows=step_rows, lengths=lengths)
+        self._calibration_order = RowOrder(seed, _CALIBRATION_ORDER, len(self._train))
+        epochs_of_steps = math.ceil(num_train_epochs * len(self._train) / step_rows)
         self._num_steps = epochs_of_steps if max_steps == -1 else max_steps
         self._max_eval_samples = max_eval_samples
         self._sorts = tokenized.collate is None  # else nothing is known of a row
@@ -116,7 +126,7 @@ class MicroBatches:
         Raises:
             ConfigError: Nothing in them has a label: a person's own rows or collator, as others are looked at before.
         """
-        batches = self._drawn(_TRAIN_ORDER, k * self._accumulation, self._accumulation)
+        batches = self._drawn(self._order, k * self._accumulation, self._accumulation)
         if not any(_has_target(batch) for batch in batches):
             bound = "leave a label that is not -100, after a row's first, in every step"
             raise ConfigError("train_dataset", bound, f"none in step {k + 1}")
@@ -124,7 +134,7 @@ class MicroBatches:
 
     def calibration(self, num: int) -> list[Batch]:
         """Return `num` micro-batches of train rows in an order of their own, not that of the first updates."""
-        return self._drawn(_CALIBRATION_ORDER, 0, num)
+        return self._drawn(self._calibration_order, 0, num)
 
     def eval_batches(self) -> list[Batch]:
         """Return batches of the eval rows, or of `max_eval_samples` of them drawn by the seed; equal at every call.
@@ -132,7 +142,7 @@ class MicroBatches:
         Rows of similar length share a batch, as their order does not matter and padding costs time. The last batch
         may be smaller.
         """
-        chosen = np.sort(_order(self._seed, _EVAL_CHOICE, 0, len(self._eval))[: self._max_eval_samples])
+        chosen = np.sort(permutation(self._seed, _EVAL_CHOICE, 0, len(self._eval))[: self._max_eval_samples])
         rows = _rows(self._eval, chosen.tolist())
         if self._sorts:
             rows.sort(key=lambda row: len(row["input_ids"]))
@@ -164,23 +174,11 @@ class MicroBatches:
     def _page_locked(self, k: int) -> list[Batch]:
         return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in self.step(k)]
 
-    def _drawn(self, draw: int, first: int, num: int) -> list[Batch]:
-        """Collate `num` micro-batches from micro-batch `first` of an endless order of train rows."""
-        size, total = self._batch_size, len(self._train)
-        indices = [_endless(self._seed, draw, at, total) for at in range(first * size, (first + num) * size)]
-        rows = _rows(self._train, indices)
+    def _drawn(self, order: RowOrder, first: int, num: int) -> list[Batch]:
+        """Collate `num` micro-batches from micro-batch `first` of an order of train rows."""
+        size = self._batch_size
+        rows = _rows(self._train, order.rows(first * size, num * size))
         return [self._collate_train(rows[at : at + size]) for at in range(0, len(rows), size)]
-
-
-def _endless(seed: int, draw: int, at: int, total: int) -> int:
-    epoch, position = divmod(at, total)
-    return int(_order(seed, draw, epoch, total)[position])
-
-
-@lru_cache(maxsize=8)
-def _order(seed: int, draw: int, epoch: int, total: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Return a permutation of range(total); cached, as every row of an epoch asks for it."""
-    return np.random.default_rng((seed, draw, epoch)).permutation(total)
 
 
 def _rows(rows: Dataset, indices: Sequence[int]) -> list[Any]:

@@ -67,6 +67,7 @@ def _choose(config: RunConfig, note: Callable[[str], None]) -> tuple[int, str]:
         max_seq_length=config.asked_length,
         seed=config.seed,
         packing=config.packing,
+        groups_by_length=config.train_sampling_strategy == "group_by_length",
     )
     work = Workload(
         method="lsp",

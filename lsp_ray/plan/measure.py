@@ -24,7 +24,7 @@ from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import LinearShape, ModelShape
 from lsp_ray.sim.workload import Workload
 
-HOP_S = 0.0008  # a call to an actor and back, Ray 2.60 on 2 cores; starting Ray to measure it would take too long
+HOP_S = 0.0002  # from an operation's end until the next began, on 2 cores; starting actors for it would take too long
 _MIN_RUNS = 3
 _ELEMENTS = 1 << 22  # of a copy: beyond the caches
 _LEAST_SHARE = 0.1  # of a measured time that what remains of it is at least: clocks and shared machines are not exact

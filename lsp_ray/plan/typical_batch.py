@@ -30,7 +30,14 @@ class TypicalBatch:
 
 
 def typical_batch(
-    dataset: str, folder: Path, *, batch_size: int, max_seq_length: int | None, seed: int = 42, packing: bool = False
+    dataset: str,
+    folder: Path,
+    *,
+    batch_size: int,
+    max_seq_length: int | None,
+    seed: int = 42,
+    packing: bool = False,
+    groups_by_length: bool = False,
 ) -> TypicalBatch:
     """Return the means over some micro-batches as a run would make them.
 
@@ -41,6 +48,7 @@ def typical_batch(
         max_seq_length: Tokens kept of an example; None: as the data have it.
         seed: Of the draw.
         packing: Whether examples are joined up to `max_seq_length`.
+        groups_by_length: Whether those of a micro-batch are of like length.
 
     Raises:
         ConfigError: A run could not use the data set.
@@ -50,7 +58,7 @@ def typical_batch(
     drawn = replace(rows, train=_drawn(rows.train, seed), eval=_drawn(rows.eval, seed), row_numbers=None)
     longest = min(LONGEST, num_positions(load_config(folder), tokenizer))
     tokenized = tokenize_rows(drawn, tokenizer, max_seq_length=max_seq_length, longest=longest)
-    batches = MicroBatches(
+    made = MicroBatches(
         tokenized,
         tokenizer,
         batch_size=batch_size,
@@ -60,7 +68,9 @@ def typical_batch(
         num_train_epochs=1.0,
         max_eval_samples=1,
         pack_to=max_seq_length if packing else None,
-    ).calibration(_NUM_BATCHES)
+        groups_by_length=groups_by_length,
+    )
+    batches = [made.step(k)[0] for k in range(_NUM_BATCHES)] if groups_by_length else made.calibration(_NUM_BATCHES)
     return TypicalBatch(
         padded_length=round(fmean(batch["input_ids"].shape[1] for batch in batches)),
         num_targets=max(1, round(fmean(num_targets(batch) for batch in batches))),

@@ -1,4 +1,4 @@
-"""What an actor answers; a failure becomes an error that says what was waited for."""
+"""What Ray answers of an actor; a failure becomes an error that says what was waited for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import re
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from lsp_ray.errors import DeadlineError, LspRayError, OutOfDeviceMemoryError, WorkerLostError
+from lsp_ray.errors import DeadlineError, WorkerLostError
 
 _WHY = {  # Ray's types of a worker's exit; it does not see which signal ended one
     "SYSTEM_ERROR": "its process was killed, as Linux does where memory is full (dmesg tells), or crashed",
@@ -26,7 +25,7 @@ def answer(ref: ray.ObjectRef[Any], what: str, timeout_s: float | None = None) -
         timeout_s: How long it may take; None waits for as long as the actor lives.
 
     Raises:
-        LspRayError: The actor died, failed, or did not answer in time.
+        LspRayError: The actor died or did not answer in time.
     """
     try:
         return ray.get(ref, timeout=timeout_s)
@@ -34,14 +33,7 @@ def answer(ref: ray.ObjectRef[Any], what: str, timeout_s: float | None = None) -
         raise WorkerLostError(_death(str(error), what)) from error
     except GetTimeoutError as error:
         raise DeadlineError(f"no answer within {timeout_s:.0f} s ({what})") from error
-    except RayTaskError as error:
-        if isinstance(error.cause, LspRayError):
-            raise error.cause from error
-        if isinstance(error.cause, torch.OutOfMemoryError):
-            raise OutOfDeviceMemoryError(
-                f"the GPU's memory is full ({what}); a smaller per_device_train_batch_size or max_seq_length, or "
-                "gradient_checkpointing, needs less"
-            ) from error
+    except RayTaskError:  # a bug of ours in the actor: as it is
         raise
     except RayError as error:
         raise WorkerLostError(f"Ray failed ({what}): {str(error).splitlines()[0]}") from error

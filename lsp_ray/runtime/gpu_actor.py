@@ -1,10 +1,10 @@
-"""GpuActor: a thin shell that gives DeviceSide an inbox for each of its threads."""
+"""GpuActor: a thin shell that gives each thread of DeviceSide a lane of its own."""
 
 from __future__ import annotations
 
-import queue
+import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import ray
@@ -12,16 +12,20 @@ import ray
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.runtime.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.lanes import connect, serve, tell
 from lsp_ray.runtime.ledger import OpReport
 from lsp_ray.runtime.shard_actor import OpenPair, SlotPair
 from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.schedule.ops import DeltaDue, GradientReady
 
-CONCURRENCY_GROUPS = {"d2h": 1, "h2d": 1, "events": 1}  # beside the default group of one thread, which computes
+CONCURRENCY_GROUPS = {"progress": 1}  # beside the default group of one thread, which computes
+COMPUTE, D2H, H2D, NEWS = LANES = ("compute", "d2h", "h2d", "news")
 
 
 class GpuActor:
-    """Compute runs in the default concurrency group, each direction of the link and the events in one of their own.
+    """Compute runs on the thread of Ray's that calls `serve`, each direction of the link on one of its own.
+
+    Gradients that are complete and deltas that are due are told on the lane NEWS, which takes no orders.
 
     Args:
         job: The run.
@@ -29,14 +33,28 @@ class GpuActor:
     """
 
     def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
-        self._news: queue.SimpleQueue[GradientReady | DeltaDue] = queue.SimpleQueue()
-        self._side = DeviceSide(job, self._news.put)
+        self._news: Connection | None = None
+        self._telling = threading.Lock()
+        self._side = DeviceSide(job, self._tell)
         self._slots: list[OpenPair] = [pair.open() for pair in pairs]
         self._pairs = pairs if job.begins_with is not None else ()
         self._host_payloads = [slot.payload for pair in self._slots for slot in (pair.down, pair.up)]
 
     def __repr__(self) -> str:
         return "gpu"
+
+    def serve(self, address: str) -> None:
+        """Carry out the driver's orders for as long as it lives."""
+        lanes = {name: connect(address, name) for name in LANES}
+        self._news = lanes[NEWS]
+        for name in (D2H, H2D):
+            threading.Thread(target=serve, args=(lanes[name], self), name=name, daemon=True).start()
+        serve(lanes[COMPUTE], self)
+
+    def _tell(self, news: GradientReady | DeltaDue) -> None:
+        assert self._news is not None, "nobody is there to be told"
+        with self._telling:  # not always the same thread
+            tell(self._news, news)
 
     def setup(self) -> SetupReport:
         """See `DeviceSide.setup`."""
@@ -82,7 +100,6 @@ class GpuActor:
         """See `DeviceSide.take_weights`."""
         self._side.take_weights(Path(checkpoint))
 
-    @ray.method(concurrency_group="d2h")
     def send(self, step: int, unit: int) -> OpReport:
         """Copy a unit's payload into its down-slot."""
         slot = self._slots[unit].down
@@ -90,23 +107,12 @@ class GpuActor:
         slot.publish(step)
         return OpReport(span=span, size_bytes=slot.payload.nbytes, reprojections=reprojections)
 
-    @ray.method(concurrency_group="h2d")
     def prefetch(self, step: int, unit: int) -> OpReport:
         """Copy a unit's delta out of its up-slot."""
         payload = self._slots[unit].up.to_read(step)
         return OpReport(span=self._side.worker.prefetch(step, unit, payload), size_bytes=payload.nbytes)
 
-    @ray.method(concurrency_group="events")
-    def next_news(self, timeout_s: float) -> list[GradientReady | DeltaDue]:
-        """Wait for completed gradients and deltas that are due and return all there are; none after `timeout_s`."""
-        items: list[GradientReady | DeltaDue] = []
-        with suppress(queue.Empty):
-            items.append(self._news.get(timeout=timeout_s))
-            while True:
-                items.append(self._news.get_nowait())
-        return items
-
-    @ray.method(concurrency_group="events")
+    @ray.method(concurrency_group="progress")
     def progress(self) -> str:
         """What a long call is doing now."""
         return self._side.progress

@@ -209,6 +209,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         max_eval_samples=config.max_eval_samples,
         length_multiple=_length_multiple(skeleton, config, device),
         pack_to=config.seq_length if config.packing else None,
+        groups_by_length=config.train_sampling_strategy == "group_by_length",
     )
     check_sizes(config, micro_batches.num_steps, micro_batches.num_rows)
     for line in (

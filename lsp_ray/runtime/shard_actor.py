@@ -9,7 +9,6 @@ update that is asked for with scaled gradients, after it was made with plain one
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +26,15 @@ from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.checkpoint import STATE, writing
+from lsp_ray.runtime.lanes import connect, serve
+from lsp_ray.runtime.ledger import OpReport
 from lsp_ray.runtime.saved_run import SavedRun, reading
 from lsp_ray.runtime.slots import Slot
 from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.sim.store import state_numel
 from lsp_ray.trace import Span, WorkStream
+
+LANE = "updates"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +122,9 @@ class ShardActor:
     def __repr__(self) -> str:
         return f"shard-{self._index}"
 
-    def ready(self) -> int:
-        """This process's number, once the constructor is done."""
-        return os.getpid()
+    def serve(self, address: str) -> None:
+        """Carry out the driver's orders for as long as it lives."""
+        serve(connect(address, LANE), self)
 
     def keep_to(self, throttle: Throttle, num_shards: int) -> None:
         """Between two steps: keep to this shard's part of the throttle from now on."""
@@ -146,13 +149,13 @@ class ShardActor:
         learning_rate: float,
         reprojections: Sequence[Reprojection] = (),
         grad_scale: float = 1.0,
-    ) -> Span:
+    ) -> OpReport:
         """Read the unit's gradient of `step` from its down-slot, write the delta into its up-slot."""
         start_s = time.monotonic()
         pair, slot = self._pairs[unit], self._slots[unit]
         gradient = pair.down.to_read(step)
         if slot.generation == step + 1 and grad_scale == 1.0:  # made by an actor that died before it could say so
-            return _span(step, unit, start_s)
+            return _report(step, unit, start_s)
         if slot.generation == step + 1:  # made before the step was judged
             self._put_back(unit)
         self._keep(unit, step)
@@ -162,7 +165,7 @@ class ShardActor:
             self._bucket.take(self._numel[unit], start_s=start_s)
         pair.up.publish(step)
         slot.publish(step + 1)
-        return _span(step, unit, start_s)
+        return _report(step, unit, start_s)
 
     def _keep(self, unit: int, step: int) -> None:
         """Copy a state so that `_put_back` can undo what happens to it from now on."""
@@ -180,8 +183,8 @@ class ShardActor:
         slot.publish(step)
 
 
-def _span(step: int, unit: int, start_s: float) -> Span:
-    return Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+def _report(step: int, unit: int, start_s: float) -> OpReport:
+    return OpReport(span=Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic()))
 
 
 def _state(payload: torch.Tensor, numel: int, *, summed: bool) -> AdamWState:

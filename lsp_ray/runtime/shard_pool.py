@@ -14,15 +14,14 @@ from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
-from lsp_ray.runtime.answers import answer
 from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.shard_actor import ShardActor, SlotPair
+from lsp_ray.runtime.lanes import START_TIMEOUT_S, Lane, Order, open_lanes
+from lsp_ray.runtime.shard_actor import LANE, ShardActor, SlotPair
 from lsp_ray.runtime.slots import new_slot_buffer
 from lsp_ray.runtime.throttle import Throttle
 from lsp_ray.schedule.ops import Op
 from lsp_ray.sim.store import payload_bytes, state_numel
 
-START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 MAX_DEATHS_IN_A_ROW = 3
 
 
@@ -32,6 +31,9 @@ class ShardPool:
     Args:
         job: The run.
         pairs: Slots of every unit, by index.
+
+    Attributes:
+        lanes: To each shard.
     """
 
     def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
@@ -41,58 +43,76 @@ class ShardPool:
         self._throttle = Throttle()
         self._deaths = [0 for _ in self._pairs]
         self._shards = [self._new(index) for index in range(len(self._pairs))]
-        self._pids = [self._started(index) for index in range(len(self._pairs))]
+        self.lanes = [self._opened(index) for index in range(len(self._pairs))]
 
     def set_up(self, throttle: Throttle) -> None:
         """Let every shard take the checkpoint's moments, if there is one, and keep to the throttle."""
         if self._job.saved is not None:
-            self._all([shard.load.remote(self._job.saved) for shard in self._shards], "loading its state")
+            for index, lane in enumerate(self.lanes):
+                lane.order(Order(what=f"shard {index}: loading its state", method="load", args=(self._job.saved,)))
+            self.wait()
         self.keep_to(throttle)
 
     def keep_to(self, throttle: Throttle) -> None:
         """Between two steps: let the shards keep to this from now on, also those that come in a dead one's place."""
         self._throttle = throttle
-        self._all([self._throttled(index) for index in range(len(self._shards))], "throttle")
+        for index in range(len(self.lanes)):
+            self._slow_down(index)
+        self.wait()
 
-    def update(self, op: Op, reprojections: Sequence[Reprojection], grad_scale: float) -> ray.ObjectRef[Any]:
+    def update(self, op: Op, reprojections: Sequence[Reprojection], grad_scale: float) -> None:
         """Let the unit's shard make its update, with gradients times `grad_scale`."""
-        shard = self._shards[self.index_of(op)]
-        ref: ray.ObjectRef[Any] = shard.update.remote(
-            op.step, op.layer, self._job.learning_rates[op.step], reprojections, grad_scale
-        )
-        return ref
+        index = self._job.layout.shard_of_unit[op.layer]
+        what = f"shard {index}: update of unit {op.layer}, step {op.step}"
+        args = (op.step, op.layer, self._job.learning_rates[op.step], reprojections, grad_scale)
+        self.lanes[index].order(Order(what=what, method="update", args=args))
 
-    def index_of(self, op: Op) -> int:
-        """The shard that owns the unit."""
-        return self._job.layout.shard_of_unit[op.layer]
+    def updated(self, lane: Lane) -> Any:
+        """The answer to an update that is there.
 
-    def updated(self, op: Op) -> None:
-        """Note that an update is done."""
-        self._deaths[self.index_of(op)] = 0
+        Raises:
+            WorkerLostError: The shard died.
+        """
+        report = lane.answer()
+        self._deaths[self.lanes.index(lane)] = 0
+        return report
 
-    def revive(self, index: int, error: WorkerLostError) -> None:
-        """Put another actor in the place of a dead one; its updates that were under way must be asked for again.
+    def revive(self, lane: Lane, error: WorkerLostError) -> None:
+        """Put another actor in the place of a dead one, and ask it for all that was owed, in the same order.
 
         Raises:
             WorkerLostError: `error`, where that has not helped several times in a row.
         """
+        index = self.lanes.index(lane)
         self._deaths[index] += 1
         if self._deaths[index] >= MAX_DEATHS_IN_A_ROW:
             raise error
         ray.kill(self._shards[index])
-        _wait_for_end(self._pids[index])  # two writers of one slot would be one too many
+        lane.close()
+        _wait_for_end(lane.process)  # two writers of one slot would be one too many
         self._shards[index] = self._new(index)
-        self._pids[index] = self._started(index)
-        answer(self._throttled(index), f"shard {index}: throttle")
+        self.lanes[index] = self._opened(index)
+        self._slow_down(index)
+        self.lanes[index].answer()
+        for order in lane.owed:
+            self.lanes[index].order(order)
 
-    def save(self, folder: str) -> dict[str, ray.ObjectRef[Any]]:
-        """Let every shard write its part of a checkpoint; returns the calls by what they are."""
-        return {f"shard {index}: save": shard.save.remote(folder, index) for index, shard in enumerate(self._shards)}
+    def save(self, folder: str) -> None:
+        """Let every shard write its part of a checkpoint; to be waited for."""
+        for index, lane in enumerate(self.lanes):
+            lane.order(Order(what=f"shard {index}: save", method="save", args=(folder, index)))
+
+    def wait(self) -> None:
+        """Wait for all that is owed."""
+        for lane in self.lanes:
+            while lane.owed:
+                lane.answer()
 
     def close(self) -> None:
         """End the actors and give their slots back."""
-        for shard in self._shards:
+        for shard, lane in zip(self._shards, self.lanes, strict=True):
             ray.kill(shard)
+            lane.close()
         self._pairs, self._undo = [], []
 
     def _new(self, index: int) -> Any:
@@ -100,17 +120,12 @@ class ShardPool:
         threads, decay = self._job.layout.shard_threads, self._job.config.weight_decay
         return actor.remote(self._pairs[index], self._undo[index], threads, index, decay)
 
-    def _started(self, index: int) -> int:
-        pid: int = answer(self._shards[index].ready.remote(), f"shard {index}: start", START_TIMEOUT_S)
-        return pid
+    def _opened(self, index: int) -> Lane:
+        return open_lanes(self._shards[index], f"shard {index}", [LANE])[LANE]
 
-    def _throttled(self, index: int) -> ray.ObjectRef[Any]:
-        ref: ray.ObjectRef[Any] = self._shards[index].keep_to.remote(self._throttle, len(self._shards))
-        return ref
-
-    def _all(self, calls: Sequence[ray.ObjectRef[Any]], what: str) -> None:
-        for index, call in enumerate(calls):
-            answer(call, f"shard {index}: {what}")
+    def _slow_down(self, index: int) -> None:
+        args = (self._throttle, len(self.lanes))
+        self.lanes[index].order(Order(what=f"shard {index}: throttle", method="keep_to", args=args))
 
 
 @cache
@@ -141,12 +156,11 @@ def _state_bytes(numel: int, codec: Codec, sums: Sequence[SummedPart] | None) ->
     return torch.float32.itemsize * state_numel(numel, codec.payload_dtype, summed=sums is not None)
 
 
-def _wait_for_end(pid: int) -> None:
+def _wait_for_end(process: psutil.Process) -> None:
     try:
-        process = psutil.Process(pid)
         if process.status() != psutil.STATUS_ZOMBIE:
             process.wait(START_TIMEOUT_S)
     except psutil.NoSuchProcess:
         return
     except psutil.TimeoutExpired as error:
-        raise WorkerLostError(f"process {pid} of a lost actor does not end") from error
+        raise WorkerLostError(f"process {process.pid} of a lost actor does not end") from error

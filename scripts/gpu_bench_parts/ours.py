@@ -1,8 +1,9 @@
-"""Runs of lsp_ray itself: the live policy, driver and streams, the shards as threads of this process."""
+"""Runs of lsp_ray itself: the live policy, driver and streams, the shards as threads of this process or on Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig
-from lsp_ray.runtime.driver import Driver
+from lsp_ray.runtime.driver import Driver, Workers
 from lsp_ray.runtime.job import Job, prepare_job
 from lsp_ray.runtime.ledger import ClosedStep
 from lsp_ray.runtime.thread_workers import ThreadWorkers
@@ -25,38 +26,38 @@ MAX_STEPS = 10_000  # of which few are made: a run records the times of layers i
 def run_ours(
     setting: Setting, size: Size, folder: Path, device: torch.device, phases: Sequence[Phase], **options: Any
 ) -> Ran:
-    """Run the phases one after the other; the first only warms up. Options are a RunConfig's."""
+    """Run the phases one after the other; the first only warms up. Options are a RunConfig's.
+
+    On Ray nobody looks at the phases, as the device is another process's.
+    """
     with made_on(device):
         job = prepare_job(_config(setting, size, folder, device, options), _ignore, random_rows(size))
+    if setting.on_ray:
+        from scripts.gpu_bench_parts.on_ray import ray_workers
+
+        with ray_workers(job) as actors:
+            actors.setup(_ignore)
+            return _ran(actors, job, phases, lambda _action: None)
     workers = ThreadWorkers(job)
-    closed: list[ClosedStep] = []
     try:
         with made_on(device):
             workers.setup(_ignore)
         _spread_shards(workers, job)
-        decides = POLICIES[job.config.policy](job.layout.shard_of_unit, room=job.delta_room)
-        driver = Driver(workers, decides, job.learning_rates, on_step=closed.append)
-        ends = _train(workers, driver, device, phases)
-        peak = driver.ledger.peak_device_bytes or 0  # of the second step: torch does not count what graphs hold inside
+        ran = _ran(workers, job, phases, lambda action: workers._compute.submit(action).result())
     finally:
         workers.close()
-    steps = [step.metrics for step in closed]
-    spans = [slice(end - phase.num_steps, end) for phase, end in zip(phases, ends, strict=True)]
-    return Ran(
-        step_s=[[step.step_time_s for step in steps[span]] for span in spans],
-        exposed_s=[[step.exposed_s for step in steps[span]] for span in spans] if job.config.offloads else None,
-        peak_bytes=peak,
-        last_loss=steps[-1].loss,
-        note=f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB reserved" if device.type == "cuda" else "",
-    )
+    if device.type == "cuda":
+        return replace(ran, note=f"{torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB reserved")
+    return ran
 
 
-def _train(workers: ThreadWorkers, driver: Driver, device: torch.device, phases: Sequence[Phase]) -> list[int]:
-    """Returns the number of steps made at the end of each phase."""
-
-    def on_compute_thread(action: Callable[[], object]) -> None:
-        workers._compute.submit(action).result()
-
+def _ran(
+    workers: Workers, job: Job, phases: Sequence[Phase], on_compute_thread: Callable[[Callable[[], object]], object]
+) -> Ran:
+    device = torch.device(job.device)
+    closed: list[ClosedStep] = []
+    decides = POLICIES[job.config.policy](job.layout.shard_of_unit, room=job.delta_room)
+    driver = Driver(workers, decides, job.learning_rates, on_step=closed.append)
     end, ends = 0, []
     for phase in phases:
         end += phase.num_steps
@@ -67,8 +68,15 @@ def _train(workers: ThreadWorkers, driver: Driver, device: torch.device, phases:
         on_compute_thread(partial(synchronize, device))
         on_compute_thread(phase.watch.stop)
         if phase is phases[0]:
-            reset_peak(device)
-    return ends
+            on_compute_thread(partial(reset_peak, device))
+    steps = [step.metrics for step in closed]
+    spans = [slice(end - phase.num_steps, end) for phase, end in zip(phases, ends, strict=True)]
+    return Ran(
+        step_s=[[step.step_time_s for step in steps[span]] for span in spans],
+        exposed_s=[[step.exposed_s for step in steps[span]] for span in spans] if job.config.offloads else None,
+        peak_bytes=driver.ledger.peak_device_bytes or 0,  # torch does not count what graphs hold inside
+        last_loss=steps[-1].loss,
+    )
 
 
 def _spread_shards(workers: ThreadWorkers, job: Job) -> None:

@@ -101,31 +101,34 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One measurement; `dim` is the subspace of lsp."""
+    """One measurement; `dim` is the subspace of lsp, which runs on Ray's actors or on threads in their place."""
 
     size: str
     name: str
     dim: int | None = None
+    on_ray: bool = False
 
     @property
     def title(self) -> str:
         """What the table calls it."""
-        return self.name if self.dim is None else f"{self.name} d={self.dim}"
+        words = [self.name, *([] if self.dim is None else [f"d={self.dim}"]), *(["ray"] if self.on_ray else [])]
+        return " ".join(words)
 
     @property
     def missing(self) -> str | None:
         """A module that it needs and that is not installed."""
-        module = NEEDS.get(self.name)
+        module = "ray" if self.on_ray else NEEDS.get(self.name)
         return module if module is not None and importlib.util.find_spec(module) is None else None
 
 
-def settings_of(sizes: Sequence[str], only: Sequence[str]) -> list[Setting]:
-    """Everything asked for, in the order in which it is worth a card's time."""
+def settings_of(sizes: Sequence[str], only: Sequence[str], *, on_ray: bool = False) -> list[Setting]:
+    """Everything asked for, in the order in which it is worth a card's time; `on_ray`: lsp on Ray as well."""
     return [
-        Setting(size=size, name=name, dim=dim)
+        Setting(size=size, name=name, dim=dim, on_ray=through)
         for names in (FIRST, LATER)
         for size in sizes
         for name in names
         if name in only
         for dim in (SIZES[size].dims if name == "lsp" else (None,))
+        for through in ((False, True) if on_ray and name == "lsp" else (False,))
     ]

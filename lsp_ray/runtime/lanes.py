@@ -1,0 +1,234 @@
+"""Lane: orders to a thread of an actor, and its answers in the same order, over a socket of this machine.
+
+Ray starts the actors, holds the slots and says why an actor died; a message of its own takes ten times as long as one
+here, and as much more of the driver's processor (docs/log). Who waits sleeps, and the death of the other side ends
+every wait.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import struct
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+import ray
+import torch
+
+from lsp_ray.errors import DeadlineError, LspRayError, OutOfDeviceMemoryError, WorkerLostError
+from lsp_ray.runtime.answers import answer
+from lsp_ray.runtime.leftovers import own_folder
+
+START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
+DEATH_TIMEOUT_S = 5.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at
+SEND_TIMEOUT_S = 60.0  # a message finds room at once, or when the actor comes to read the one before
+POLL_S = 1.0  # between two looks at what no socket tells
+
+
+# in an actor
+
+
+def connect(address: str, name: str) -> Connection:
+    """Open the actor's end of the lane of this name."""
+    ours = socket.socket(socket.AF_UNIX)
+    ours.connect(address)
+    connection = Connection(ours.detach())
+    tell(connection, (name, os.getpid()))
+    return connection
+
+
+def serve(connection: Connection, target: object) -> None:
+    """Carry out orders to `target`'s methods until the driver is gone; what they raise is an answer as well."""
+    with suppress(EOFError, OSError):
+        while True:
+            method, args = pickle.loads(connection.recv_bytes())
+            tell(connection, _carried_out(getattr(target, method), args))
+
+
+def tell(connection: Connection, message: object) -> None:
+    """Send a message; it is copied, tensors as well."""
+    connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    """What an order raised, and where."""
+
+    error: Exception
+    trace: str
+
+
+def _carried_out(method: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    try:
+        return method(*args)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the driver is to know
+        return _Failure(error=_crossing(error), trace=traceback.format_exc())
+
+
+def _crossing(error: Exception) -> Exception:
+    """The error, or what it says where it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - of another's making
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+# in the driver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A call of an actor's method, and what to say of it when it is waited for in vain."""
+
+    what: str
+    method: str
+    args: tuple[Any, ...]
+
+
+class Lane:
+    """The driver's end.
+
+    Args:
+        connection: To the actor's thread.
+        who: The actor, for messages.
+        process: The actor's.
+        life: Answered by Ray when the actor ends.
+
+    Attributes:
+        owed: Orders without an answer, oldest first.
+    """
+
+    def __init__(self, connection: Connection, who: str, process: psutil.Process, life: ray.ObjectRef[Any]) -> None:
+        self._connection, self._who, self._life = connection, who, life
+        self.process = process
+        self.owed: deque[Order] = deque()
+
+    def fileno(self) -> int:
+        """For `multiprocessing.connection.wait`."""
+        return self._connection.fileno()
+
+    def order(self, order: Order) -> None:
+        """Send an order; returns once there is room for it, which is at once unless it is large.
+
+        Raises:
+            DeadlineError: There was none in time: the actor's thread hangs.
+        """
+        self.owed.append(order)
+        try:
+            tell(self._connection, (order.method, order.args))
+        except BlockingIOError as error:
+            raise DeadlineError(f"an order was not taken in time ({order.what})") from error
+        except OSError:  # it is gone: whoever waits for the answer will hear why
+            return
+
+    def answer(self, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        """Wait for the answer to the oldest order; every POLL_S `meanwhile` is called.
+
+        Raises:
+            WorkerLostError: The actor died.
+            LspRayError: What the order raised.
+        """
+        result = self.message(meanwhile)
+        order = self.owed.popleft()
+        if isinstance(result, _Failure):
+            _fail(result, order.what)
+        return result
+
+    def call(self, what: str, method: str, *args: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        """Send an order and wait for its answer, see `answer`; nobody gets those that are owed before."""
+        self.order(Order(what=what, method=method, args=args))
+        while len(self.owed) > 1:
+            self.answer()
+        return self.answer(meanwhile)
+
+    def message(self, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        """Wait for what the actor says next.
+
+        Raises:
+            WorkerLostError: It died.
+        """
+        while not self._connection.poll(POLL_S):
+            if self.has_ended():  # and a process that it has forked holds its end
+                raise self._lost()
+            meanwhile()
+        try:
+            return pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+
+    def has_ended(self) -> bool:
+        """Whether the actor's process has."""
+        try:
+            return self.process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def close(self) -> None:
+        """Let the actor's thread end, if it lives."""
+        self._connection.close()
+
+    def _lost(self) -> WorkerLostError:
+        what = self.owed[0].what if self.owed else self._who
+        try:
+            answer(self._life, what, DEATH_TIMEOUT_S)
+        except WorkerLostError as error:
+            return error
+        except DeadlineError:
+            return WorkerLostError(f"{self._who} died ({what})")
+        return WorkerLostError(f"{self._who} ended ({what})")
+
+
+def open_lanes(actor: Any, who: str, names: Sequence[str]) -> dict[str, Lane]:
+    """Let an actor's method `serve` open these lanes, to the address that it is given; returns when all are open.
+
+    Raises:
+        WorkerLostError: The actor died.
+        DeadlineError: It did not start in time.
+    """
+    with own_folder() as folder, socket.socket(socket.AF_UNIX) as listener:  # this user's alone, as the folder is
+        address = str(folder / "lanes")
+        listener.bind(address)
+        listener.listen(len(names))
+        listener.settimeout(POLL_S)
+        life = actor.serve.remote(address)
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        lanes: dict[str, Lane] = {}
+        while len(lanes) < len(names):
+            try:
+                connection = bounded(listener.accept()[0], SEND_TIMEOUT_S)
+                name, pid = pickle.loads(connection.recv_bytes())
+                lanes[name] = Lane(connection, who, psutil.Process(pid), life)
+            except (TimeoutError, EOFError, psutil.NoSuchProcess):
+                if ray.wait([life], timeout=0)[0]:
+                    answer(life, f"{who}: start")
+                if time.monotonic() >= deadline_s:
+                    raise DeadlineError(f"no answer within {START_TIMEOUT_S:.0f} s ({who}: start)") from None
+    return lanes
+
+
+def bounded(ours: socket.socket, timeout_s: float) -> Connection:
+    """A connection whose sending gives up with BlockingIOError after so many whole seconds."""
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout_s), 0))  # a C timeval
+    return Connection(ours.detach())
+
+
+def _fail(failure: _Failure, what: str) -> None:
+    error = failure.error
+    if isinstance(error, torch.OutOfMemoryError):
+        raise OutOfDeviceMemoryError(
+            f"the GPU's memory is full ({what}); a smaller per_device_train_batch_size or max_seq_length, or "
+            "gradient_checkpointing, needs less"
+        ) from error
+    if not isinstance(error, LspRayError):
+        error.add_note(f"{what}, in another process:\n{failure.trace}")
+    raise error

@@ -1,0 +1,125 @@
+"""Orders to an actor of Ray's over sockets: answers in order, errors as what they are, and no wait for the dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+
+from lsp_ray.errors import ConfigError, DeadlineError, OutOfDeviceMemoryError, WorkerLostError
+from lsp_ray.runtime.lanes import Lane, Order, bounded, connect, open_lanes, serve
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+class Unsendable(Exception):
+    def __init__(self) -> None:
+        super().__init__("has a lambda")
+        self.held = lambda: None
+
+
+class Servant:
+    """Does as it is told."""
+
+    def serve(self, address: str) -> None:
+        serve(connect(address, "lane"), self)
+
+    def doubled(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor
+
+    def fail(self, how: str) -> None:
+        if how == "ours":
+            raise ConfigError("seed", "be at least 0", -1, hint="no")
+        if how == "torch's":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if how == "unsendable":
+            raise Unsendable
+        raise KeyError("gone")
+
+    def fork(self) -> int:
+        """A child that holds everything open, as a compiler's helper process does."""
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        return child
+
+
+class Unwilling:
+    """Dies as it is asked to serve, or while it introduces itself."""
+
+    def __init__(self, connects: bool) -> None:
+        self._connects = connects
+
+    def serve(self, address: str) -> None:
+        if self._connects:
+            socket.socket(socket.AF_UNIX).connect(address)
+        os._exit(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sent_whole() -> Iterator[None]:
+    """An actor's process does not find this module by its name."""
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def lane() -> Iterator[Lane]:
+    actor: Any = ray.remote(Servant).options(num_cpus=1).remote()
+    yield open_lanes(actor, "servant", ["lane"])["lane"]
+    ray.kill(actor)
+
+
+def test_answers_come_in_order_and_errors_as_what_they_are(lane: Lane) -> None:
+    for number in range(3):
+        lane.order(Order(what=f"order {number}", method="doubled", args=(torch.full((2,), number),)))
+    assert [order.what for order in lane.owed] == ["order 0", "order 1", "order 2"]
+    assert torch.equal(lane.answer(), torch.zeros(2))
+    assert torch.equal(lane.call("order 3", "doubled", torch.tensor([3])), torch.tensor([6]))  # 1 and 2 are let go
+    assert not lane.owed
+    with pytest.raises(ConfigError, match=r"^seed must be at least 0, got -1; no$"):
+        lane.call("failing", "fail", "ours")
+    with pytest.raises(OutOfDeviceMemoryError, match=r"^the GPU's memory is full \(step 3\); a smaller "):
+        lane.call("step 3", "fail", "torch's")
+    with pytest.raises(RuntimeError, match=r"^Unsendable: has a lambda"):
+        lane.call("failing", "fail", "unsendable")
+    with pytest.raises(KeyError, match="gone") as caught:
+        lane.call("failing", "fail", "another's")
+    assert "failing, in another process" in caught.value.__notes__[0]
+    assert "in fail" in caught.value.__notes__[0]
+    assert lane.call("order 4", "doubled", torch.tensor([4])) == 8
+
+
+def test_a_wait_for_a_dead_actor_ends_even_where_its_child_holds_the_socket(lane: Lane) -> None:
+    child = lane.call("forking", "fork")
+    lane.process.kill()
+    try:
+        with pytest.raises(WorkerLostError, match=r"^servant died \(update\)$"):
+            lane.call("update", "doubled", torch.ones(1))
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("connects", [False, True])
+def test_an_actor_that_dies_before_it_serves_is_told_of(connects: bool) -> None:
+    actor = ray.remote(Unwilling).options(num_cpus=1).remote(connects)
+    with pytest.raises(WorkerLostError, match=r"^the Unwilling of process \d+ died \(unwilling: start\)"):
+        open_lanes(actor, "unwilling", ["lane"])
+
+
+def test_an_order_that_nobody_takes_ends_in_time() -> None:
+    ours, theirs = socket.socketpair()
+    nobody: Any = None
+    lane = Lane(bounded(ours, 1.0), "hanging", psutil.Process(), nobody)
+    with theirs, pytest.raises(DeadlineError, match=r"^an order was not taken in time \(large\)$"):
+        lane.order(Order(what="large", method="doubled", args=(torch.zeros(1 << 20),)))
