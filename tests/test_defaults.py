@@ -115,6 +115,10 @@ def test_a_run_goes_on_without_its_options_and_from_any_folder(tmp_path: Path, m
     config_of_now = json.loads(json.dumps(asdict(again.resolved_config)))
     same: dict[str, Any] = {"device": "cpu", "staleness": 0, "digest": saved.data_digest}
     check_same_run(replace(saved, config=saved.config | before), config_of_now, **same)
+    older = {name: value for name, value in saved.config.items() if name != "packing"}
+    check_same_run(replace(saved, config=older), config_of_now, **same)
+    with pytest.raises(ConfigError, match=r"packing must be False as it was"):
+        check_same_run(replace(saved, config=older), config_of_now | {"packing": True}, **same)
     other = replace(saved, config=saved.config | {"dataset": "./other.jsonl"})
     with pytest.raises(ConfigError, match=r"dataset must be '\./other\.jsonl' as it was"):
         check_same_run(other, config_of_now, **same)

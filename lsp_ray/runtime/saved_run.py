@@ -149,12 +149,12 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
         *(["num_train_epochs"] if config["max_steps"] != -1 else []),
         *([_GRAPHS] if device == "cpu" else []),
     }
+    saved_config = dict(_flat(saved.config))
+    defaults = dict(_flat(asdict(RunConfig())))  # of options that there were not when the checkpoint was written
     for name, now in _flat(config):
         if name in without_effect:
             continue
-        before: Any = saved.config
-        for part in name.split("."):
-            before = before.get(part) if isinstance(before, dict) else None
+        before = saved_config.get(name, defaults.get(name))
         if before != now and not (name in _PATHS and _same_path(before, now)):
             raise ConfigError(name, f"be {before!r} as it was at {saved.folder.name}", now)
     if saved.device != device:
