@@ -207,6 +207,25 @@ def test_ctrl_c_while_the_program_still_loads_shows_no_traceback(tmp_path: Path,
         run.end_at_once()
 
 
+def test_sigterm_while_ray_starts_is_answered_and_leaves_nothing(tmp_path: Path) -> None:
+    run = Run.start(tmp_path / "run", *tiny_options(tmp_path / "tiny", "--max_steps", "3"))
+    driver = psutil.Process(run.process.pid)
+
+    def started() -> list[psutil.Process]:
+        return [child for child in driver.children(recursive=True) if "gcs_server" in child.name()]
+
+    try:
+        wait_until(lambda: bool(started()), "Ray starts")
+        children = driver.children(recursive=True)
+        run.send(signal.SIGTERM, "driver")
+        assert run.ends() == 143, run.said()
+        assert run.said().splitlines()[-1] == "stopped at once; no checkpoint was written"
+        assert not run.out.exists()
+        wait_until(lambda: not any(map(is_alive, children)), "Ray's processes are gone")
+    finally:
+        run.end_at_once()
+
+
 def test_where_sigint_was_ignored_it_stays_so() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ray._private import services
+from ray._private import services, utils
 
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -35,10 +35,16 @@ class RayProcess(services.ConsolePopen):
 
 @contextmanager
 def starting_apart() -> Iterator[None]:
-    """Within the context what Ray starts is a `RayProcess`: Ray itself has no setting for that."""
-    before = services.ConsolePopen
+    """Within the context what Ray starts is a `RayProcess`, and Ray takes SIGTERM from nobody: it has no such setting.
+
+    Its own handler ends the process without a word, from the middle of Ray's start on.
+    """
+    before, set_handler = services.ConsolePopen, utils.set_sigterm_handler
     services.ConsolePopen = RayProcess  # type: ignore[misc, assignment]
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        utils.set_sigterm_handler = lambda _handler: None
     try:
         yield
     finally:
         services.ConsolePopen = before  # type: ignore[misc]
+        utils.set_sigterm_handler = set_handler
