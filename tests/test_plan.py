@@ -90,6 +90,13 @@ def test_a_row_has_room_for_what_does_not_fit_and_for_what_fits_in_4_bits(
     assert "…" not in said
 
 
+def test_a_length_that_the_model_has_no_positions_for_is_refused(
+    wide_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model_name_or_path", str(wide_folder), "--hardware", "rtx4090", "--max_seq_length", "9999"]) == 2
+    assert "max_seq_length must be at most 2048, the positions of this model, got 9999" in capsys.readouterr().err
+
+
 def test_a_plan_as_json_has_bytes_and_seconds_for_every_method_and_policy(
     llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +364,7 @@ def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_
         labels_BS[:, 10:35] = 0
     batch = {"input_ids": ids_BS, "labels": labels_BS, "attention_mask": mask_BS}
     batch["positions"] = target_positions(labels_BS)
+    gc.collect()  # what earlier tests have left would go meanwhile
     with peak_of(torch.device("cpu")) as live:
         before = live.live_bytes
         summed_loss(model, batch).backward()
@@ -408,6 +416,7 @@ def test_a_quantised_base_and_what_is_kept_apart_are_forecast_within_a_twentieth
     batch = {"input_ids": ids_BS, "labels": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
     batch["positions"] = target_positions(ids_BS)
     gc.collect()  # else what earlier tests left may be counted before, and be gone at the peak
+    gc.collect()  # what earlier tests have left would go meanwhile
     with peak_of(torch.device("cpu")) as live:
         before = live.live_bytes
         summed_loss(model, batch).backward()

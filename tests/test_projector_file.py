@@ -101,6 +101,14 @@ def test_a_file_of_an_older_form_is_refused_as_one(tmp_path: Path, metadata: dic
         load_projectors(tmp_path, {"a": SIZES}, field="resume_from")
 
 
+def test_a_file_of_something_else_is_refused_as_such(tmp_path: Path) -> None:
+    save_file({"0.1": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"^lsp\.init_from must be a run's folder or a file of projectors, which this"
+    ):
+        load_projectors(tmp_path / "other.safetensors", NEEDED)
+
+
 def test_values_that_are_not_finite_are_refused(saved: Path) -> None:
     tensors = load_file(saved)
     tensors["b.right.value"][3, 1] = torch.nan

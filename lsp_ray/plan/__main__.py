@@ -49,9 +49,10 @@ def _plan(config: PlanConfig) -> int:
     named = config.machine
     from lsp_ray.models.resolve import resolve_config
     from lsp_ray.plan.plan import choices_of, make_plan, workload_of
-    from lsp_ray.plan.skeleton import quantized_bits, shape_of
+    from lsp_ray.plan.skeleton import check_length, quantized_bits, shape_of
 
     folder = resolve_config(config.model_name_or_path, log=_note)
+    check_length(folder, config.max_seq_length)
     model, typical, found_bits = shape_of(folder), _typical(config, folder), quantized_bits(folder)
     if found_bits is not None:
         config.check_on_quantized()

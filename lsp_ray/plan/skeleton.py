@@ -27,6 +27,13 @@ def shape_of(folder: Path) -> ModelShape:
     return shape_of_model(_skeleton(folder))
 
 
+def check_length(folder: Path, max_seq_length: int | None) -> None:
+    """Refuse a length for which the model whose config.json is in `folder` has no positions, as a run does."""
+    bound = getattr(load_config(folder).get_text_config(), "max_position_embeddings", None)
+    if max_seq_length is not None and bound is not None and max_seq_length > bound:
+        raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", max_seq_length)
+
+
 def quantized_bits(folder: Path) -> Bits | None:
     """Return to how many bits a folder's linears are quantised already, the nearer of 4 and 8; None: they are not."""
     found = quantization_of(load_config(folder))

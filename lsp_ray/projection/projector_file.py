@@ -86,6 +86,8 @@ class _Reader:
         self._keys = set(content.keys())
         metadata = content.metadata() or {}
         if metadata.get(_FORMAT) != _BLOCKS:
+            if not any(key.endswith(".left.index") for key in self._keys):
+                raise ConfigError(field, "be a run's folder or a file of projectors, which this is not", str(path))
             bound = "hold projectors of orthonormal blocks; this file has another form, which older versions wrote"
             raise ConfigError(field, bound, str(path))
         self._linears: dict[str, tuple[str, int, int]] = json.loads(metadata[_LINEARS])
