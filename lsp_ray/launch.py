@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -141,7 +142,8 @@ def run_config(
                 if follower is not None:
                     follower.begins(job.num_steps, job.micro_batches.steps_per_epoch, job.first_step)
                 with _reported(output_dir, progress):
-                    summary = fine_tune_persistently(job, RayWorkers, output_dir, listener, _decoder(job), signal)
+                    workers = partial(RayWorkers, note=progress.note)
+                    summary = fine_tune_persistently(job, workers, output_dir, listener, _decoder(job), signal)
             progress.note(_done(job, summary, output_dir, progress.elapsed))
     return RunResult(output_dir=output_dir, summary=summary)
 

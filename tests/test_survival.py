@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def assert_like_undisturbed(job: Job, tmp_path: Path, killer: Killer) -> None:
     run_on_threads(job, tmp_path / "undisturbed")
     out = tmp_path / "killed"
     out.mkdir()
-    fine_tune_persistently(job, RayWorkers, out, killer, str, NeverStop())
+    fine_tune_persistently(job, partial(RayWorkers, note=killer.note), out, killer, str, NeverStop())
     assert killer.killed
     theirs = saved_weights(job, tmp_path / "undisturbed")
     for name, tensor in saved_weights(job, out).items():
@@ -54,6 +55,7 @@ def test_killed_shards_are_replaced_and_the_run_goes_on_to_the_same_bits(
     killer = Killer(dict.fromkeys((2, 9, 16, 21), "ShardActor"))
     assert_like_undisturbed(job, tmp_path, killer)
     assert killer.killed == ["ShardActor"] * 4
+    assert len([note for note in killer.notes if "another one takes its place" in note]) == 4
     assert len(killer.steps) == 60  # no step was made twice
     assert any(step.grad_scale < 1.0 for step in killer.steps) == (max_grad_norm > 0)
 

