@@ -250,9 +250,7 @@ def _processes() -> dict[int, str]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             command = " ".join(process.cmdline())
-            found[process.pid] = next(
-                (name for part, name in NAMES.items() if part in command), Path(command.split()[0]).name
-            )
+            found[process.pid] = next((name for part, name in NAMES.items() if part in command), process.name())
     return found
 
 
