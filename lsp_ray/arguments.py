@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from lsp_ray.errors import ConfigError
 
-T = TypeVar("T")
+_Options = TypeVar("_Options")
 
 _PARSER_KEY = re.compile(r'Parser key "(?P<field>[^"]+)":.*?(?:Got|Given) value:\s*(?P<value>.*?)\s*(?:Subtypes.*|$)')
 _OF_TYPE = re.compile(r"argument --(?P<field>\w+): invalid (?P<kind>int|float) value: '(?P<value>.*)'")
@@ -24,7 +24,9 @@ _WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number",
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan")
 
 
-def parse_options(kind: type[T], argv: Sequence[str], *, prog: str, description: str, config_file: bool = False) -> T:
+def parse_options(
+    kind: type[_Options], argv: Sequence[str], *, prog: str, description: str, config_file: bool = False
+) -> _Options:
     """Return the dataclass that a command line asks for.
 
     Args:
@@ -48,7 +50,7 @@ def parse_options(kind: type[T], argv: Sequence[str], *, prog: str, description:
         namespace = parser.parse_args(argv)
     except (argparse.ArgumentError, UnicodeDecodeError, OSError) as error:
         raise _config_error(kind, " ".join(str(error).split()), argv) from error
-    made: T = _made(kind, namespace.as_dict())
+    made: _Options = _made(kind, namespace.as_dict())
     return made
 
 

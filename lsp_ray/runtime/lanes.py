@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -186,6 +187,12 @@ class Lane:
         except DeadlineError:
             return WorkerLostError(f"{self._who} died ({what})")
         return WorkerLostError(f"{self._who} ended ({what})")
+
+
+@cache
+def actor_class(kind: type, **concurrency_groups: int) -> Any:
+    """Ray's class of an actor, made once: it stays for as long as the process lives, and every lost one is replaced."""
+    return ray.remote(concurrency_groups=concurrency_groups)(kind)  # type: ignore[call-overload]
 
 
 def open_lanes(actor: Any, who: str, names: Sequence[str]) -> dict[str, Lane]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from lsp_ray.runtime.device_side import SetupReport
 from lsp_ray.runtime.driver import Completion
 from lsp_ray.runtime.gpu_actor import COMPUTE, CONCURRENCY_GROUPS, D2H, H2D, LANES, NEWS, GpuActor
 from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.lanes import POLL_S, START_TIMEOUT_S, Lane, Order, open_lanes
+from lsp_ray.runtime.lanes import POLL_S, START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
 from lsp_ray.runtime.ledger import OpReport
 from lsp_ray.runtime.shard_pool import ShardPool, new_pair
 from lsp_ray.runtime.throttle import Throttle
@@ -27,12 +26,6 @@ from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import WorkStream
 
 COMPLETION_TIMEOUT_S = 900.0  # only a hang lasts so long: a dead actor shows at once
-
-
-@cache
-def _actor_class(kind: type[GpuActor]) -> Any:
-    """Made once, as `shard_pool`'s is."""
-    return ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(kind)  # type: ignore[call-overload]
 
 
 class RayWorkers:
@@ -64,8 +57,9 @@ class RayWorkers:
             new_pair(unit, numel, job.codec, parts)
             for unit, (numel, parts) in enumerate(zip(job.payload_sizes, sums, strict=True))
         ]
-        kind = _actor_class(self.gpu_actor)  # type: ignore[arg-type]  # a class is hashable
-        actor = kind.options(num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0)
+        actor = actor_class(self.gpu_actor, **CONCURRENCY_GROUPS).options(  # type: ignore[arg-type]  # classes are hashable
+            num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0
+        )
         self._gpu: Any = actor.remote(job, pairs)
         self._shards: ShardPool | None = None
         self._lanes: dict[str, Lane] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import psutil
@@ -15,7 +14,7 @@ from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.lanes import START_TIMEOUT_S, Lane, Order, open_lanes
+from lsp_ray.runtime.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
 from lsp_ray.runtime.shard_actor import LANE, ShardActor, SlotPair
 from lsp_ray.runtime.slots import new_slot_buffer
 from lsp_ray.runtime.throttle import Throttle
@@ -119,7 +118,7 @@ class ShardPool:
         self._pairs, self._undo = [], []
 
     def _new(self, index: int) -> Any:
-        actor = _actor_class().options(num_cpus=1, max_restarts=0)
+        actor = actor_class(ShardActor).options(num_cpus=1, max_restarts=0)
         threads, decay = self._job.layout.shard_threads, self._job.config.weight_decay
         return actor.remote(self._pairs[index], self._undo[index], threads, index, decay)
 
@@ -129,12 +128,6 @@ class ShardPool:
     def _slow_down(self, index: int) -> None:
         args = (self._throttle, len(self.lanes))
         self.lanes[index].order(Order(what=f"shard {index}: throttle", method="keep_to", args=args))
-
-
-@cache
-def _actor_class() -> Any:
-    """Made once: what Ray makes of a class stays for as long as the process lives, and every lost shard is replaced."""
-    return ray.remote(ShardActor)
 
 
 def new_pair(unit: int, numel: int, codec: Codec, sums: Sequence[SummedPart] | None = None) -> SlotPair:
