@@ -11,6 +11,7 @@ from lsp_ray.errors import StoppedError, WorkerLostError
 from lsp_ray.runtime.checkpoint import checkpoints, way_on
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
 from lsp_ray.runtime.job import Job, resumed
+from lsp_ray.runtime.malloc_arenas import give_back_free
 from lsp_ray.runtime.training import FineTuneWorkers, Listener, Stop
 from lsp_ray.trace import StepMetrics
 
@@ -71,6 +72,7 @@ def _attempt(
         raise StoppedError(f"at once; {way_on(output_dir)}") from None
     finally:
         workers.close()
+        give_back_free()
 
 
 class _Watched:

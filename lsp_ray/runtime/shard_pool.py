@@ -15,6 +15,7 @@ from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.job import Job
 from lsp_ray.runtime.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
+from lsp_ray.runtime.malloc_arenas import give_back_free
 from lsp_ray.runtime.shard_actor import LANE, ShardActor, SlotPair
 from lsp_ray.runtime.slots import new_slot_buffer
 from lsp_ray.runtime.throttle import Throttle
@@ -98,6 +99,7 @@ class ShardPool:
         self.lanes[index].answer()
         for order in lane.owed:
             self.lanes[index].order(order)
+        give_back_free()
 
     def save(self, folder: str) -> None:
         """Let every shard write its part of a checkpoint; to be waited for."""
