@@ -23,7 +23,7 @@ from lsp_ray.report.page import report
 from lsp_ray.report.run_folder import REPORT, read_run
 from lsp_ray.report.server import report_server
 from lsp_ray.runtime.stop_signal import StopSignal
-from lsp_ray.runtime.trackers import check_tracker
+from lsp_ray.runtime.watch.trackers import check_tracker
 from lsp_ray.sim.store import size_text
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray are imported
@@ -31,9 +31,9 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
 
     from lsp_ray.data.tokenize import TokenizedRows
     from lsp_ray.report.progress import Progress
-    from lsp_ray.runtime.cluster import ClusterInfo
+    from lsp_ray.runtime.cluster.private_cluster import ClusterInfo
     from lsp_ray.runtime.fine_tune import Summary
-    from lsp_ray.runtime.job import Job
+    from lsp_ray.runtime.prepare.job import Job
     from lsp_ray.trace import StepMetrics
 
 
@@ -113,10 +113,10 @@ def run_config(
     _check_surroundings(config, with_dataset=rows is None)
     with report_server(config.report_port) as server, claimed(config) as output_dir:
         from lsp_ray.report.progress import Progress
-        from lsp_ray.runtime.cluster import ray_cluster
-        from lsp_ray.runtime.host_memory import check_memory, read_host_memory
+        from lsp_ray.runtime.actors.ray_workers import RayWorkers
+        from lsp_ray.runtime.cluster.private_cluster import ray_cluster
         from lsp_ray.runtime.persistence import fine_tune_persistently
-        from lsp_ray.runtime.ray_workers import RayWorkers
+        from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory
 
         with Progress(console=console) as progress:
             if server is not None:
@@ -202,9 +202,9 @@ def _command() -> str:
 def _prepared(config: RunConfig, rows: TokenizedRows | None, output_dir: Path, note: Callable[[str], None]) -> Job:
     """The job with everything decided, from its checkpoint on if there is one."""
     from lsp_ray.plan.auto_dim import with_subspace_dim
-    from lsp_ray.runtime.job import prepare_job, resumed
-    from lsp_ray.runtime.leftovers import clear_leftovers
-    from lsp_ray.runtime.saved_run import find_checkpoint, with_saved_choices
+    from lsp_ray.runtime.checkpoints.saved_run import find_checkpoint, with_saved_choices
+    from lsp_ray.runtime.cluster.leftovers import clear_leftovers
+    from lsp_ray.runtime.prepare.job import prepare_job, resumed
 
     asked = config.resume_from_checkpoint
     checkpoint = None if asked is None else find_checkpoint(asked, output_dir)

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from lsp_ray.data.tokenize import TokenizedRows
-from lsp_ray.runtime.cluster import ray_cluster
-from lsp_ray.runtime.job import prepare_job
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.cluster.private_cluster import ray_cluster
+from lsp_ray.runtime.prepare.job import prepare_job
 from scripts.live_session import Block, LiveSession, alike_rows, num_row_targets
 from scripts.overlap_page import write_page
 from scripts.overlap_prediction import planned_step_s, predicted_step_s

@@ -46,7 +46,7 @@ from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.sparse_projector import SparseProjector
-from lsp_ray.runtime.job import prepare_job
+from lsp_ray.runtime.prepare.job import prepare_job
 
 GALORE_RANK = 8  # (M + N) · 8 bfloat16 are the bytes of LSP at r = 8
 LORA_RANK, LORA_ALPHA, LORA_RATE = 8, 16, 10.0

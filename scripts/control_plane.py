@@ -25,12 +25,12 @@ import psutil
 import torch
 
 from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig
-from lsp_ray.runtime.cluster import ray_cluster
-from lsp_ray.runtime.driver import Driver
-from lsp_ray.runtime.job import Job, prepare_job
-from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.ray_workers import RayWorkers
-from lsp_ray.runtime.thread_workers import ThreadWorkers
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
+from lsp_ray.runtime.cluster.private_cluster import ray_cluster
+from lsp_ray.runtime.drive.driver import Driver
+from lsp_ray.runtime.drive.ledger import ClosedStep
+from lsp_ray.runtime.prepare.job import Job, prepare_job
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace import Phase, Span, Timeline, WorkStream
 from scripts.gpu_bench_parts.random_model import random_model, random_rows, write_folder

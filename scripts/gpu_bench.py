@@ -253,7 +253,7 @@ def _needed_s(setting: Setting, foreseen: Forecast | None, num_steps: int) -> fl
 
 def _workload(setting: Setting) -> Workload:
     from lsp_ray.config import RuntimeConfig
-    from lsp_ray.runtime.layout import divide_cores
+    from lsp_ray.runtime.prepare.layout import divide_cores
     from lsp_ray.sim.workload import Workload
 
     size: Size = SIZES[setting.size]

@@ -39,7 +39,7 @@ from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.loss import Batch, num_targets, num_tokens
 from lsp_ray.projection.block_factor import is_launched
 from lsp_ray.projection.sparse_projector import product_float32
-from lsp_ray.runtime import device_side
+from lsp_ray.runtime.actors import device_side
 from lsp_ray.trace import WorkStream
 from scripts.gpu_bench_parts.builds import CAPABILITIES, Variant, built, has_assembler, variant_of
 from scripts.gpu_bench_parts.compiled import CountingBackend, mm_float32

@@ -15,12 +15,12 @@ from lsp_ray.data.dataset import load_rows
 from lsp_ray.data.tokenize import IGNORED, TokenizedRows, tokenize_rows
 from lsp_ray.models.load import load_tokenizer
 from lsp_ray.models.resolve import resolve_model
-from lsp_ray.runtime.driver import Driver
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.ray_workers import RayWorkers
-from lsp_ray.runtime.thread_workers import ThreadWorkers
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.drive.driver import Driver
+from lsp_ray.runtime.drive.ledger import ClosedStep
+from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.schedule.ops import LayerSeconds
 from lsp_ray.schedule.policy import POLICIES, Policy
 

@@ -10,7 +10,7 @@ import torch
 from lsp_ray.models.resolve import resolve_config
 from lsp_ray.plan.measure import measure
 from lsp_ray.plan.skeleton import shape_of
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.costs import LayerCosts, StepCosts
 from lsp_ray.sim.forecast import forecast

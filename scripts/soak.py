@@ -31,10 +31,10 @@ import psutil
 import ray
 import torch
 
-from lsp_ray.runtime.cluster import ray_cluster
-from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
+from lsp_ray.runtime.cluster.private_cluster import ray_cluster
 from lsp_ray.runtime.persistence import fine_tune_persistently
-from lsp_ray.runtime.ray_workers import RayWorkers
+from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.training import NeverStop
 from lsp_ray.trace import StepMetrics
 from tests.killers import Killer

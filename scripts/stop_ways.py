@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lsp_ray.run import parse
-from lsp_ray.runtime.job import Job, prepare_job
+from lsp_ray.runtime.prepare.job import Job, prepare_job
 from tests.signalled import WAYS, Run, To, assert_same_end, assert_saved, tiny_options, wait_until
 from tests.tiny_jobs import run_on_threads
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lsp_ray.device.backend import CpuBackend, Fence
-from lsp_ray.runtime.slots import Slot, new_slot_buffer
+from lsp_ray.runtime.transport.slots import Slot, new_slot_buffer
 from lsp_ray.trace import WorkStream
 from tests.happens_before import Clock, HappensBefore, RaceError, address
 

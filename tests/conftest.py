@@ -9,7 +9,7 @@ import pytest
 import ray
 from hypothesis import HealthCheck, settings
 
-from lsp_ray.runtime.cluster import ray_cluster
+from lsp_ray.runtime.cluster.private_cluster import ray_cluster
 
 # how long an example takes says how busy the machine is, and nothing about the code
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])

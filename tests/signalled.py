@@ -16,8 +16,8 @@ from typing import Literal
 
 import psutil
 
-from lsp_ray.runtime.checkpoint import checkpoints
-from lsp_ray.runtime.saved_run import read_saved_run
+from lsp_ray.runtime.checkpoints.checkpoint import checkpoints
+from lsp_ray.runtime.checkpoints.saved_run import read_saved_run
 from tests.tiny import write_tiny_jsonl, write_tiny_model
 
 DEADLINE_S = 180.0

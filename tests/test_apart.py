@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from lsp_ray.device.trained_file import trained_digest
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.load import load_model
-from lsp_ray.runtime.checkpoint import STATE, TRAINED, checkpoints
+from lsp_ray.runtime.checkpoints.checkpoint import STATE, TRAINED, checkpoints
 from lsp_ray.runtime.fine_tune import Summary
-from lsp_ray.runtime.job import Job, prepare_job, resumed
+from lsp_ray.runtime.prepare.job import Job, prepare_job, resumed
 from tests.tiny_jobs import assert_same_bits, run_on_threads, saved_weights, tiny_config, tiny_job, weights_after
 
 APART = {"delta": "apart"}

@@ -12,7 +12,7 @@ import pytest
 from lsp_ray.config import LspConfig
 from lsp_ray.errors import ConfigError
 from lsp_ray.plan.auto_dim import throttled, why_no_larger, with_subspace_dim
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.sim.advice import largest_hidden_dim
 from lsp_ray.sim.hardware_profile import load_hardware
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape

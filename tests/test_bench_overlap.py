@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lsp_ray.hardware import BACKWARD_SHARE, MACHINES
-from lsp_ray.runtime.throttle import Throttle, emulating
+from lsp_ray.runtime.actors.throttle import Throttle, emulating
 from lsp_ray.schedule.ops import LayerSeconds
 from scripts.bench_overlap import Found, figures_of
 from scripts.live_session import Block, LiveSession

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from lsp_ray.device.evaluate import mean_loss
 from lsp_ray.models.load import load_model
-from lsp_ray.runtime.checkpoint import checkpoints
-from lsp_ray.runtime.job import resumed
-from lsp_ray.runtime.loss_watch import LossWatch
-from lsp_ray.runtime.step_totals import StepTotals
+from lsp_ray.runtime.checkpoints.checkpoint import checkpoints
+from lsp_ray.runtime.prepare.job import resumed
+from lsp_ray.runtime.watch.loss_watch import LossWatch
+from lsp_ray.runtime.watch.step_totals import StepTotals
 from tests.test_progress import STEP
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job
 

@@ -16,7 +16,7 @@ from lsp_ray.methods.lsp import lsp_units
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import num_targets, summed_loss
-from lsp_ray.runtime.event_log import read_event_log
+from lsp_ray.runtime.drive.event_log import read_event_log
 from tests.loopback import Loopback
 from tests.test_worker import LEARNING_RATES, LSP, batch, distance, square_llama
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from lsp_ray.runtime.cluster import environment_of_ray
-from lsp_ray.runtime.malloc_arenas import SETTINGS
+from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS
+from lsp_ray.runtime.cluster.private_cluster import environment_of_ray
 
 DASHBOARD_PORT = 8265
 
@@ -23,7 +23,7 @@ LOOK = """
 import json, socket, time, urllib.error, urllib.request
 from pathlib import Path
 import psutil, ray
-from lsp_ray.runtime.cluster import ray_cluster
+from lsp_ray.runtime.cluster.private_cluster import ray_cluster
 
 def answers(port):
     with socket.socket() as tried:
@@ -101,7 +101,7 @@ def test_what_ray_starts_waits_passively_and_has_few_arenas(seen: dict[str, Any]
 
 ALLOCATE = """
 import ctypes, sys, threading
-from lsp_ray.runtime.malloc_arenas import limit_arenas
+from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p

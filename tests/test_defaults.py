@@ -15,9 +15,9 @@ from lsp_ray.data.dataset import Shape
 from lsp_ray.data.tokenize import tokenize_rows
 from lsp_ray.errors import ConfigError
 from lsp_ray.output_folder import claimed
-from lsp_ray.runtime.job import Job, prepare_job, resumed
-from lsp_ray.runtime.job_notes import method_notes
-from lsp_ray.runtime.saved_run import check_same_run, with_saved_choices
+from lsp_ray.runtime.checkpoints.saved_run import check_same_run, with_saved_choices
+from lsp_ray.runtime.prepare.job import Job, prepare_job, resumed
+from lsp_ray.runtime.prepare.job_notes import method_notes
 from tests.test_data_tokenize import FORGETFUL_TEMPLATE, assistant, rows_of, user
 from tests.tiny import tiny_tokenizer, write_tiny_jsonl
 from tests.tiny_jobs import run_on_threads, tiny_config

@@ -20,7 +20,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from lsp_ray.config import RunConfig
-from lsp_ray.runtime.live_metrics import BIAS, BIAS_OF_LAYER, COUNTERS, GAUGES, PREFIX, STEPS
+from lsp_ray.runtime.watch.live_metrics import BIAS, BIAS_OF_LAYER, COUNTERS, GAUGES, PREFIX, STEPS
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 UNIT = DEPLOY / "lsp-ray@.service"

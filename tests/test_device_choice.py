@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lsp_ray.config import RunConfig
-from lsp_ray.runtime.device_choice import BF16_PAYS, bf16_over_float32, choose_bf16
+from lsp_ray.runtime.prepare.device_choice import BF16_PAYS, bf16_over_float32, choose_bf16
 
 
 @pytest.mark.parametrize(

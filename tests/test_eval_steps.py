@@ -12,7 +12,7 @@ from transformers import TrainerState
 from lsp_ray.device.evaluate import mean_loss
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.models.load import load_model
-from lsp_ray.runtime.ledger import Ledger, OpReport
+from lsp_ray.runtime.drive.ledger import Ledger, OpReport
 from lsp_ray.trace import Span, WorkStream
 from tests.tiny_jobs import run_on_threads, tiny_job
 

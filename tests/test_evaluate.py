@@ -18,7 +18,7 @@ from lsp_ray.data.final_numbers import final_number
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, number_scores, predict
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.load import load_model
-from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.special_tokens import SpecialTokens
 from tests.tiny import Family, tiny_model, write_tiny_jsonl
 from tests.tiny_jobs import run_on_threads, tiny_config, tiny_job

@@ -17,7 +17,7 @@ from lsp_ray.models.load import load_model, load_skeleton, load_tokenizer
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.models.save import save_model
 from lsp_ray.projection.projector_file import load_projectors
-from lsp_ray.runtime.event_log import MAX_STEPS, EventLog, read_event_log
+from lsp_ray.runtime.drive.event_log import MAX_STEPS, EventLog, read_event_log
 from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.ops import DeltaDue, GradientReady
 from lsp_ray.schedule.policy import POLICIES

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lsp_ray.config import GaloreConfig, Method
-from lsp_ray.runtime.job import Job, prepare_job
+from lsp_ray.runtime.prepare.job import Job, prepare_job
 from lsp_ray.sim.store import size_text
 from tests.tiny import HIDDEN_SIZE, tiny_tokenizer, write_tiny_jsonl
 from tests.tiny_jobs import Recorder, run_on_threads, saved_weights, tiny_config

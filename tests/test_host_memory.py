@@ -13,9 +13,9 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
 from lsp_ray.plan.plan import workload_of
 from lsp_ray.plan.skeleton import shape_of
-from lsp_ray.runtime.host_memory import HostMemory, check_memory, read_host_memory
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.shard_pool import new_pair, new_undo
+from lsp_ray.runtime.actors.shard_pool import new_pair, new_undo
+from lsp_ray.runtime.prepare.host_memory import HostMemory, check_memory, read_host_memory
+from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.sim.memory import host_memory
 from lsp_ray.sim.store import SPARE_BYTES
 from lsp_ray.sim.workload import ON_QUANTIZED

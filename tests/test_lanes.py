@@ -15,7 +15,7 @@ import ray
 import torch
 
 from lsp_ray.errors import ConfigError, DeadlineError, OutOfDeviceMemoryError, WorkerLostError
-from lsp_ray.runtime.lanes import Lane, Order, bounded, connect, open_lanes, serve
+from lsp_ray.runtime.transport.lanes import Lane, Order, bounded, connect, open_lanes, serve
 
 pytestmark = pytest.mark.usefixtures("cluster")
 

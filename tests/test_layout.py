@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lsp_ray.config import RuntimeConfig
-from lsp_ray.runtime.layout import plan_layout
+from lsp_ray.runtime.prepare.layout import plan_layout
 
 SIZES = st.lists(st.integers(1, 1000), min_size=1, max_size=40)
 

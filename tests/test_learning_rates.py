@@ -10,8 +10,8 @@ from transformers import get_scheduler
 
 from lsp_ray.config import RunConfig, SchedulerType
 from lsp_ray.errors import ConfigError
-from lsp_ray.runtime.job import resumed
-from lsp_ray.runtime.learning_rates import learning_rates
+from lsp_ray.runtime.prepare.job import resumed
+from lsp_ray.runtime.prepare.learning_rates import learning_rates
 from tests.test_resume import lines
 from tests.tiny_jobs import run_on_threads, tiny_job
 

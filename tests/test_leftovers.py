@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lsp_ray.runtime.leftovers import clear_leftovers, note_session, own_folder
+from lsp_ray.runtime.cluster.leftovers import clear_leftovers, note_session, own_folder
 
 KILLED = """
 import os, signal
 from pathlib import Path
-from lsp_ray.runtime.leftovers import note_session, own_folder
+from lsp_ray.runtime.cluster.leftovers import note_session, own_folder
 
 with own_folder() as folder:
     session = folder.parent / "session_killed"

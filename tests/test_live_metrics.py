@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from lsp_ray.runtime.live_metrics import COUNTERS, GAUGES, PREFIX, LiveMetrics
+from lsp_ray.runtime.watch.live_metrics import COUNTERS, GAUGES, PREFIX, LiveMetrics
 from lsp_ray.trace import StepMetrics
 
 IN_NO_METRIC = {"step", "bias", "bias_by_layer"}  # counted by itself; made from these

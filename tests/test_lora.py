@@ -16,7 +16,7 @@ from lsp_ray.methods.lora import add_adapters, check_lora
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_model
 from lsp_ray.models.loss import num_targets, summed_loss
-from lsp_ray.runtime.device_side import DeviceSide
+from lsp_ray.runtime.actors.device_side import DeviceSide
 from tests.tiny import CLASSIFIERS, Family, task_of, tiny_model
 from tests.tiny_jobs import run_on_threads, tiny_job
 

@@ -27,7 +27,7 @@ from lsp_ray.methods.projected_matrix import ProjectedMatrix
 from lsp_ray.models.load import load_model
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.projection.projector_file import FILE_NAME, save_projectors
-from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.prepare.job import Job
 from tests.linears import normal
 from tests.tiny import assert_same_weights, tiny_model, tiny_tokenizer
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job

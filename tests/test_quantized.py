@@ -23,8 +23,8 @@ from lsp_ray.models.load import load_model, load_tokenizer
 from lsp_ray.models.loss import num_targets, summed_loss
 from lsp_ray.models.quantized import dense_weight, is_quantized_linear
 from lsp_ray.models.trained import load_trained
-from lsp_ray.runtime.checkpoint import TRAINED, checkpoints
-from lsp_ray.runtime.job import Job, prepare_job, resumed
+from lsp_ray.runtime.checkpoints.checkpoint import TRAINED, checkpoints
+from lsp_ray.runtime.prepare.job import Job, prepare_job, resumed
 from lsp_ray.trainer import LSPTrainer
 from tests.tiny_jobs import run_on_threads, tiny_config, tiny_job
 

@@ -14,9 +14,9 @@ from transformers import TrainerState
 
 from lsp_ray.config import GaloreConfig
 from lsp_ray.errors import CheckpointError, ConfigError, StoppedError
-from lsp_ray.runtime.checkpoint import Checkpoints, checkpoints
-from lsp_ray.runtime.job import resumed
-from lsp_ray.runtime.saved_run import check_same_run
+from lsp_ray.runtime.checkpoints.checkpoint import Checkpoints, checkpoints
+from lsp_ray.runtime.checkpoints.saved_run import check_same_run
+from lsp_ray.runtime.prepare.job import resumed
 from lsp_ray.runtime.training import NeverStop
 from lsp_ray.trace import StepMetrics
 from tests.tiny import Family

@@ -17,12 +17,12 @@ from lsp_ray.errors import DeadlineError, NonFiniteLossError, StaleSlotError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.runtime.event_log import read_event_log
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
+from lsp_ray.runtime.actors.shard_actor import ShardActor
+from lsp_ray.runtime.actors.shard_pool import new_pair, new_undo
+from lsp_ray.runtime.drive.event_log import read_event_log
 from lsp_ray.runtime.fine_tune import fine_tune
-from lsp_ray.runtime.ray_workers import RayWorkers
-from lsp_ray.runtime.shard_actor import ShardActor
-from lsp_ray.runtime.shard_pool import new_pair, new_undo
-from lsp_ray.runtime.slots import Slot, new_slot, new_slot_buffer
+from lsp_ray.runtime.transport.slots import Slot, new_slot, new_slot_buffer
 from lsp_ray.schedule.delta_room import DeltaRoom
 from tests.killers import Killer
 from tests.tiny_jobs import Recorder, run_job, run_on_threads, saved_weights, tiny_job

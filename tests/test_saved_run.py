@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from lsp_ray.config import LspConfig, RunConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.runtime.checkpoint import FACTS, checkpoints
-from lsp_ray.runtime.job import Job, resumed
-from lsp_ray.runtime.saved_run import find_checkpoint, read_saved_run, with_saved_choices
-from lsp_ray.runtime.thread_workers import ThreadWorkers
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
+from lsp_ray.runtime.checkpoints.checkpoint import FACTS, checkpoints
+from lsp_ray.runtime.checkpoints.saved_run import find_checkpoint, read_saved_run, with_saved_choices
+from lsp_ray.runtime.prepare.job import Job, resumed
 from tests.tiny_jobs import run_on_threads, tiny_job
 
 LINE = r"resume_from_checkpoint must (hold a whole checkpoint \(.+\)|be last or the checkpoint-N folder .*), got '.+'"

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from lsp_ray.run import parse
-from lsp_ray.runtime.checkpoint import checkpoints
-from lsp_ray.runtime.job import prepare_job
+from lsp_ray.runtime.checkpoints.checkpoint import checkpoints
+from lsp_ray.runtime.prepare.job import prepare_job
 from lsp_ray.runtime.stop_signal import ECHO_S, StopSignal
 from tests.signalled import Run, To, assert_same_end, assert_saved, tiny_options, wait_until
 from tests.tiny_jobs import run_on_threads

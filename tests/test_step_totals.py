@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerState
 
-from lsp_ray.runtime.metrics_file import metrics_file, read_metrics
-from lsp_ray.runtime.step_totals import StepTotals
-from lsp_ray.runtime.trainer_state import write_trainer_state
+from lsp_ray.runtime.checkpoints.trainer_state import write_trainer_state
+from lsp_ray.runtime.watch.metrics_file import metrics_file, read_metrics
+from lsp_ray.runtime.watch.step_totals import StepTotals
 from lsp_ray.trace import StepMetrics
 from tests.test_progress import STEP
 from tests.tiny_jobs import Recorder, run_on_threads, tiny_job

@@ -10,9 +10,9 @@ import ray
 import torch
 
 from lsp_ray.errors import WorkerLostError
-from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.persistence import ClosableWorkers, fine_tune_persistently
-from lsp_ray.runtime.ray_workers import RayWorkers
+from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.training import NeverStop
 from tests.killers import Killer, actor_processes
 from tests.tiny_jobs import run_on_threads, saved_weights, tiny_job

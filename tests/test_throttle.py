@@ -12,8 +12,8 @@ from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.hardware import BACKWARD_SHARE, MACHINES, EmulatedMachine
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_model
-from lsp_ray.runtime.thread_workers import ThreadWorkers
-from lsp_ray.runtime.throttle import Throttle, emulating, slower_by_themselves
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
+from lsp_ray.runtime.actors.throttle import Throttle, emulating, slower_by_themselves
 from lsp_ray.schedule.ops import LayerSeconds
 from lsp_ray.schedule.policy import Sequential
 from lsp_ray.trace import WorkStream

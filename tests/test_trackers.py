@@ -12,8 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lsp_ray.errors import ConfigError, TrackerError
-from lsp_ray.runtime.job import Job, resumed
-from lsp_ray.runtime.trackers import check_tracker, scalars
+from lsp_ray.runtime.prepare.job import Job, resumed
+from lsp_ray.runtime.watch.trackers import check_tracker, scalars
 from lsp_ray.trace import StepMetrics
 from tests.test_progress import STEP
 from tests.tiny_jobs import run_on_threads, tiny_job

@@ -33,7 +33,7 @@ from lsp_ray.models.load import load_model, load_skeleton
 from lsp_ray.models.processor_files import copy_processor_files
 from lsp_ray.models.text_reach import parts_of, unreached_by_text
 from lsp_ray.plan.skeleton import shape_of
-from lsp_ray.runtime.job import Job, prepare_job, resumed
+from lsp_ray.runtime.prepare.job import Job, prepare_job, resumed
 from lsp_ray.trainer import LSPTrainer
 from tests.tiny import FAMILIES, HIDDEN_SIZE, Family, tiny_model, tiny_tokenizer, write_tiny_jsonl
 from tests.tiny_jobs import Recorder, run_on_threads, saved_weights, tiny_config

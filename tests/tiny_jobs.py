@@ -10,9 +10,9 @@ import torch
 
 from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig
 from lsp_ray.models.load import load_model
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
-from lsp_ray.runtime.job import Job, prepare_job
-from lsp_ray.runtime.thread_workers import ThreadWorkers
+from lsp_ray.runtime.prepare.job import Job, prepare_job
 from lsp_ray.runtime.training import FineTuneWorkers, Stop
 from lsp_ray.trace import StepMetrics
 from tests.tiny import CLASSIFIERS, Family, write_tiny_jsonl, write_tiny_model

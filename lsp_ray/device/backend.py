@@ -9,8 +9,8 @@ The contract, which a checking backend in the tests proves for whole training ru
   first; or by a host thread that returned from `Fence.synchronize` before it submits the second or tells another.
 - A buffer of `empty` is let go when every stream's access is ordered before later work of the stream it was made for,
   or after `hand_over` to the stream.
-- A host slot is taken and released by `Slot` (runtime/slots.py): `to_write` once its last reader is done, `publish`
-  once the write is done (a copy is, when its fence was synchronized), `to_read` after that.
+- A host slot is taken and released by `Slot` (runtime/transport/slots.py): `to_write` once its last reader is done,
+  `publish` once the write is done (a copy is, when its fence was synchronized), `to_read` after that.
 """
 
 from __future__ import annotations

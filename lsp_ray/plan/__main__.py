@@ -100,7 +100,7 @@ def _measured(
     from lsp_ray.config import RunConfig
     from lsp_ray.plan.measure import measure
     from lsp_ray.plan.plan import workload_of
-    from lsp_ray.runtime.device_choice import choose_bf16
+    from lsp_ray.runtime.prepare.device_choice import choose_bf16
 
     cores, device = len(os.sched_getaffinity(0)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = choose_bf16(RunConfig(bf16=config.bf16), "cuda" if device.type == "cuda" else "cpu", _note)

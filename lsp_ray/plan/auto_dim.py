@@ -14,9 +14,9 @@ from lsp_ray.models.resolve import resolve_config
 from lsp_ray.plan.measure import measure
 from lsp_ray.plan.skeleton import quantized_bits, shape_of
 from lsp_ray.plan.typical_batch import typical_batch
-from lsp_ray.runtime.device_choice import choose_bf16, choose_device
-from lsp_ray.runtime.layout import divide_cores
-from lsp_ray.runtime.throttle import Throttle, emulating
+from lsp_ray.runtime.actors.throttle import Throttle, emulating
+from lsp_ray.runtime.prepare.device_choice import choose_bf16, choose_device
+from lsp_ray.runtime.prepare.layout import divide_cores
 from lsp_ray.sim.advice import DIM_STEP, largest_dim, largest_hidden_dim
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.forecast import simulate

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from lsp_ray.config import Bits, Method, PolicyName, RuntimeConfig
 from lsp_ray.plan.options import SHORTEST, PlanConfig
 from lsp_ray.plan.typical_batch import TypicalBatch
-from lsp_ray.runtime.layout import divide_cores
+from lsp_ray.runtime.prepare.layout import divide_cores
 from lsp_ray.sim.advice import Advice, Choices, advise, why_nothing_fits
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lsp_ray.output_folder import INTERNALS
-from lsp_ray.runtime.checkpoint import checkpoints
-from lsp_ray.runtime.device_side import SetupReport
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.step_totals import StepTotals
+from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.checkpoints.checkpoint import checkpoints
+from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.training import FineTuneWorkers, Listener, NeverStop, Stop, Training
+from lsp_ray.runtime.watch.step_totals import StepTotals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

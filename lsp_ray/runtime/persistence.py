@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from lsp_ray.errors import StoppedError, WorkerLostError
-from lsp_ray.runtime.checkpoint import checkpoints, way_on
+from lsp_ray.runtime.checkpoints.checkpoint import checkpoints, way_on
+from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
-from lsp_ray.runtime.job import Job, resumed
-from lsp_ray.runtime.malloc_arenas import give_back_free
+from lsp_ray.runtime.prepare.job import Job, resumed
 from lsp_ray.runtime.training import FineTuneWorkers, Listener, Stop
 from lsp_ray.trace import StepMetrics
 

@@ -11,19 +11,19 @@ from typing import Protocol
 
 from lsp_ray.errors import StoppedError
 from lsp_ray.output_folder import INTERNALS
-from lsp_ray.runtime.checkpoint import Checkpoints, way_on
-from lsp_ray.runtime.device_side import SetupReport
-from lsp_ray.runtime.driver import Driver, Workers
-from lsp_ray.runtime.event_log import EventLog
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.loss_watch import LossWatch
-from lsp_ray.runtime.metrics_file import METRICS, Sink, read_metrics
-from lsp_ray.runtime.saved_run import SavedRun
-from lsp_ray.runtime.sinks import open_sinks
-from lsp_ray.runtime.step_totals import StepTotals
-from lsp_ray.runtime.throttle import Throttle, slower_by_themselves
-from lsp_ray.runtime.trainer_state import write_trainer_state
+from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.throttle import Throttle, slower_by_themselves
+from lsp_ray.runtime.checkpoints.checkpoint import Checkpoints, way_on
+from lsp_ray.runtime.checkpoints.saved_run import SavedRun
+from lsp_ray.runtime.checkpoints.trainer_state import write_trainer_state
+from lsp_ray.runtime.drive.driver import Driver, Workers
+from lsp_ray.runtime.drive.event_log import EventLog
+from lsp_ray.runtime.drive.ledger import ClosedStep
+from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.watch.loss_watch import LossWatch
+from lsp_ray.runtime.watch.metrics_file import METRICS, Sink, read_metrics
+from lsp_ray.runtime.watch.sinks import open_sinks
+from lsp_ray.runtime.watch.step_totals import StepTotals
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.trace import StepMetrics
 from lsp_ray.trace_file import TraceFile, trace_file

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import torch
 
-from lsp_ray.runtime.cluster import ray_cluster
-from lsp_ray.runtime.device_side import SetupReport
-from lsp_ray.runtime.gpu_actor import GpuActor
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.ray_workers import RayWorkers
+from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.gpu_actor import GpuActor
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
+from lsp_ray.runtime.cluster.private_cluster import ray_cluster
+from lsp_ray.runtime.prepare.job import Job
 from scripts.gpu_bench_parts.random_model import made_on
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig
-from lsp_ray.runtime.driver import Driver, Workers
-from lsp_ray.runtime.job import Job, prepare_job
-from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.thread_workers import ThreadWorkers
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
+from lsp_ray.runtime.drive.driver import Driver, Workers
+from lsp_ray.runtime.drive.ledger import ClosedStep
+from lsp_ray.runtime.prepare.job import Job, prepare_job
 from lsp_ray.schedule.policy import POLICIES
 from scripts.gpu_bench_parts.phases import Phase, Ran, reset_peak, synchronize
 from scripts.gpu_bench_parts.random_model import made_on, random_rows

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.models.load import load_config, silenced
-from lsp_ray.runtime import job_checks, model_files
+from lsp_ray.runtime.actors import model_files
+from lsp_ray.runtime.prepare import job_checks
 from scripts.gpu_bench_parts.settings import Size
 
 NUM_ROWS = 64

@@ -21,10 +21,10 @@ from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.models.load import load_config
 from lsp_ray.plan.measure import measure
 from lsp_ray.plan.skeleton import shape_of
-from lsp_ray.runtime.driver import Driver
-from lsp_ray.runtime.job import prepare_job
-from lsp_ray.runtime.ledger import ClosedStep
-from lsp_ray.runtime.thread_workers import ThreadWorkers
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
+from lsp_ray.runtime.drive.driver import Driver
+from lsp_ray.runtime.drive.ledger import ClosedStep
+from lsp_ray.runtime.prepare.job import prepare_job
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from lsp_ray.runtime.slots import Slot, new_slot
+from lsp_ray.runtime.transport.slots import Slot, new_slot
 from lsp_ray.trace import WorkStream
 from scripts.gpu_checks.check import Bench, Check, require
 

@@ -94,7 +94,7 @@ class _Bench:
         from lsp_ray.models.layers import find_layers
         from lsp_ray.models.load import load_model
         from lsp_ray.run import parse
-        from lsp_ray.runtime.job import prepare_job
+        from lsp_ray.runtime.prepare.job import prepare_job
 
         if gpu_name():
             torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, see CudaBackend

@@ -13,12 +13,12 @@ from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
-from lsp_ray.runtime.malloc_arenas import give_back_free
-from lsp_ray.runtime.shard_actor import LANE, ShardActor, SlotPair
-from lsp_ray.runtime.slots import new_slot_buffer
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.shard_actor import LANE, ShardActor, SlotPair
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
+from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
+from lsp_ray.runtime.transport.slots import new_slot_buffer
 from lsp_ray.schedule.ops import Op
 from lsp_ray.sim.store import payload_bytes, state_numel
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lsp_ray.config import ReportTo, RunConfig
 from lsp_ray.errors import ConfigError, TrackerError
-from lsp_ray.runtime.metrics_file import METRICS, Sink, read_metrics
+from lsp_ray.runtime.watch.metrics_file import METRICS, Sink, read_metrics
 from lsp_ray.trace import StepMetrics
 
 _WANDB_ID = Path("wandb") / "run_id"

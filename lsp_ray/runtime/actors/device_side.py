@@ -38,13 +38,13 @@ from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
-from lsp_ray.runtime.beginning import damaged_updates
-from lsp_ray.runtime.checkpoint import STATE, TRAINED, writing
-from lsp_ray.runtime.job import SAMPLE_TOKENS, Job
-from lsp_ray.runtime.kept_back import load_kept_back, save_kept_back
-from lsp_ray.runtime.model_files import ModelFiles, apart, save_linears
-from lsp_ray.runtime.saved_run import FIELD, SavedRun, reading
-from lsp_ray.runtime.throttle import Throttle, emulating
+from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
+from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
+from lsp_ray.runtime.actors.throttle import Throttle, emulating
+from lsp_ray.runtime.checkpoints.checkpoint import STATE, TRAINED, writing
+from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, reading
+from lsp_ray.runtime.prepare.beginning import damaged_updates
+from lsp_ray.runtime.prepare.job import SAMPLE_TOKENS, Job
 from lsp_ray.schedule.ops import DeltaDue, GradientReady
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class DeviceSide:
             self._files.save_beginning(folder, self.worker.units, self._linears)
 
     def save_state(self, folder: Path) -> None:
-        """Between two steps: write this side's part of a checkpoint, see `runtime.checkpoint`.
+        """Between two steps: write this side's part of a checkpoint, see `runtime.checkpoints.checkpoint`.
 
         Raises:
             CheckpointError: It cannot be written.

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.prepare.job import Job
 
 _SHARED_MEMORY = Path("/dev/shm")
 _CGROUP = Path("/sys/fs/cgroup")  # version 2; as a container sees its own

@@ -19,10 +19,10 @@ from ray.exceptions import RayError
 
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
-from lsp_ray.runtime.leftovers import note_session, own_folder
-from lsp_ray.runtime.malloc_arenas import SETTINGS as FEW_ARENAS
-from lsp_ray.runtime.malloc_arenas import limit_arenas
-from lsp_ray.runtime.ray_process import starting_apart
+from lsp_ray.runtime.cluster.leftovers import note_session, own_folder
+from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS as FEW_ARENAS
+from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
+from lsp_ray.runtime.cluster.ray_process import starting_apart
 
 END_TIMEOUT_S = 10.0  # a killed process is gone at once, unless the kernel is busy with what it held
 

@@ -13,15 +13,15 @@ import ray
 from lsp_ray.errors import DeadlineError, WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
-from lsp_ray.runtime.answers import answer
-from lsp_ray.runtime.device_side import SetupReport
-from lsp_ray.runtime.driver import Completion
-from lsp_ray.runtime.gpu_actor import COMPUTE, CONCURRENCY_GROUPS, D2H, H2D, LANES, NEWS, GpuActor
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.lanes import POLL_S, START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
-from lsp_ray.runtime.ledger import OpReport
-from lsp_ray.runtime.shard_pool import ShardPool, new_pair
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.gpu_actor import COMPUTE, CONCURRENCY_GROUPS, D2H, H2D, LANES, NEWS, GpuActor
+from lsp_ray.runtime.actors.shard_pool import ShardPool, new_pair
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.drive.driver import Completion
+from lsp_ray.runtime.drive.ledger import OpReport
+from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.transport.answers import answer
+from lsp_ray.runtime.transport.lanes import POLL_S, START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import WorkStream
 

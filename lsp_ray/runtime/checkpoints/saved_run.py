@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.runtime.checkpoint import FACTS, FORMAT, STATE, TRAINED, checkpoints, checksum
+from lsp_ray.runtime.checkpoints.checkpoint import FACTS, FORMAT, STATE, TRAINED, checkpoints, checksum
 
 FIELD = "resume_from_checkpoint"
 LAST = "last"

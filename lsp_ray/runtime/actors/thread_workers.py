@@ -15,14 +15,14 @@ from lsp_ray.optim.adamw import AdamWState
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.runtime.checkpoint import STATE, writing
-from lsp_ray.runtime.device_side import DeviceSide, SetupReport
-from lsp_ray.runtime.driver import Completion
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.ledger import OpReport
-from lsp_ray.runtime.saved_run import reading
-from lsp_ray.runtime.slots import new_slot
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing
+from lsp_ray.runtime.checkpoints.saved_run import reading
+from lsp_ray.runtime.drive.driver import Completion
+from lsp_ray.runtime.drive.ledger import OpReport
+from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.transport.slots import new_slot
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import Span, WorkStream
 

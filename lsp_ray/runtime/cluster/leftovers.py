@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lsp_ray.output_folder import SAVING
-from lsp_ray.runtime.checkpoint import unfinished
+from lsp_ray.runtime.checkpoints.checkpoint import unfinished
 
 PREFIX = "lsp_ray-"
 _LOCK, _SESSION = "lock", "session"

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lsp_ray.config import RunConfig
-from lsp_ray.runtime.live_metrics import LiveMetrics
-from lsp_ray.runtime.metrics_file import METRICS, Sink, metrics_file
-from lsp_ray.runtime.trackers import TRACKERS
+from lsp_ray.runtime.watch.live_metrics import LiveMetrics
+from lsp_ray.runtime.watch.metrics_file import METRICS, Sink, metrics_file
+from lsp_ray.runtime.watch.trackers import TRACKERS
 from lsp_ray.trace import StepMetrics
 
 

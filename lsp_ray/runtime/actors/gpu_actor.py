@@ -10,12 +10,12 @@ from pathlib import Path
 import ray
 
 from lsp_ray.device.step_report import StepReport
-from lsp_ray.runtime.device_side import DeviceSide, SetupReport
-from lsp_ray.runtime.job import Job
-from lsp_ray.runtime.lanes import connect, serve, tell
-from lsp_ray.runtime.ledger import OpReport
-from lsp_ray.runtime.shard_actor import OpenPair, SlotPair
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
+from lsp_ray.runtime.actors.shard_actor import OpenPair, SlotPair
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.drive.ledger import OpReport
+from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.transport.lanes import connect, serve, tell
 from lsp_ray.schedule.ops import DeltaDue, GradientReady
 
 CONCURRENCY_GROUPS = {"progress": 1}  # beside the default group of one thread, which computes

@@ -19,7 +19,7 @@ from lsp_ray.models.layers import Layer
 from lsp_ray.models.load import check_weights, load_config, load_model, num_positions, num_token_rows
 from lsp_ray.models.quantized import check_quantizer, quantization_of
 from lsp_ray.models.save import check_saving
-from lsp_ray.runtime.device_choice import Device
+from lsp_ray.runtime.prepare.device_choice import Device
 
 
 def check_model(

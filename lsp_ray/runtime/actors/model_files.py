@@ -21,8 +21,8 @@ from lsp_ray.models.load import load_model
 from lsp_ray.models.save import save_description, save_model
 from lsp_ray.output_folder import INTERNALS
 from lsp_ray.projection.projector_file import FILE_NAME, save_projectors
-from lsp_ray.runtime.beginning import UPDATES
-from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.prepare.beginning import UPDATES
+from lsp_ray.runtime.prepare.job import Job
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -25,12 +25,12 @@ from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.optim.sums import SummedPart
-from lsp_ray.runtime.checkpoint import STATE, writing
-from lsp_ray.runtime.lanes import connect, serve
-from lsp_ray.runtime.ledger import OpReport
-from lsp_ray.runtime.saved_run import SavedRun, reading
-from lsp_ray.runtime.slots import Slot
-from lsp_ray.runtime.throttle import Throttle
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing
+from lsp_ray.runtime.checkpoints.saved_run import SavedRun, reading
+from lsp_ray.runtime.drive.ledger import OpReport
+from lsp_ray.runtime.transport.lanes import connect, serve
+from lsp_ray.runtime.transport.slots import Slot
 from lsp_ray.sim.store import state_numel
 from lsp_ray.trace import Span, WorkStream
 

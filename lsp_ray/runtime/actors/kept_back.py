@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lsp_ray.runtime.job import Job
+from lsp_ray.runtime.prepare.job import Job
 
 _NAME = "deltas.safetensors"
 

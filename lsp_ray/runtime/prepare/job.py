@@ -30,14 +30,14 @@ from lsp_ray.models.resolve import resolve_model
 from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
-from lsp_ray.runtime.beginning import check_beginning
-from lsp_ray.runtime.device_choice import Device, choose_bf16, choose_device
-from lsp_ray.runtime.job_checks import check_method, check_model, check_sizes, with_delta
-from lsp_ray.runtime.job_notes import data_notes, method_notes, model_notes
-from lsp_ray.runtime.layout import Layout, plan_layout
-from lsp_ray.runtime.learning_rates import learning_rates
-from lsp_ray.runtime.metrics_file import METRICS, read_metrics
-from lsp_ray.runtime.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
+from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
+from lsp_ray.runtime.prepare.beginning import check_beginning
+from lsp_ray.runtime.prepare.device_choice import Device, choose_bf16, choose_device
+from lsp_ray.runtime.prepare.job_checks import check_method, check_model, check_sizes, with_delta
+from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_notes
+from lsp_ray.runtime.prepare.layout import Layout, plan_layout
+from lsp_ray.runtime.prepare.learning_rates import learning_rates
+from lsp_ray.runtime.watch.metrics_file import METRICS, read_metrics
 from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.store import payload_bytes, store_bytes

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lsp_ray.device.step_report import StepReport
-from lsp_ray.runtime.event_log import EventLog
-from lsp_ray.runtime.layer_times import LayerTimes
-from lsp_ray.runtime.ledger import ClosedStep, Ledger, OpReport
+from lsp_ray.runtime.drive.event_log import EventLog
+from lsp_ray.runtime.drive.layer_times import LayerTimes
+from lsp_ray.runtime.drive.ledger import ClosedStep, Ledger, OpReport
 from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepJudged
 from lsp_ray.schedule.policy import Policy
 

@@ -26,8 +26,8 @@ import ray
 import torch
 
 from lsp_ray.errors import DeadlineError, LspRayError, OutOfDeviceMemoryError, WorkerLostError
-from lsp_ray.runtime.answers import answer
-from lsp_ray.runtime.leftovers import own_folder
+from lsp_ray.runtime.cluster.leftovers import own_folder
+from lsp_ray.runtime.transport.answers import answer
 
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 DEATH_TIMEOUT_S = 5.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at

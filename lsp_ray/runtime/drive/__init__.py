@@ -1,0 +1,1 @@
+"""The loop between a policy that decides and workers that act, and its books."""

@@ -1,0 +1,1 @@
+"""How orders and payloads cross from process to process."""
