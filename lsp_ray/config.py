@@ -206,7 +206,9 @@ class RunConfig:
     per_device_train_batch_size: int = 4
     """Examples in a micro-batch."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches in an optimizer update."""
+    """Micro-batches in an optimizer update, of each replica."""
+    num_replicas: int = 1
+    """Equal parts of an update, with micro-batches and compressed gradients of their own: more examples, same bits."""
     learning_rate: float = 1e-4
     """Peak learning rate; full fine-tuning's carries over to lsp, for a classifier at most a quarter of it."""
     lr_scheduler_type: SchedulerType = "linear"
@@ -270,7 +272,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _no_nulls(self)
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_eval_samples"):
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "num_replicas",
+            "max_eval_samples",
+        ):
             _at_least(name, getattr(self, name), 1)
         _at_least("max_seq_length", self.max_seq_length, 8)
         for name in ("save_total_limit", "early_stopping_patience", "logging_steps"):
@@ -324,12 +331,25 @@ class RunConfig:
         if 0 < self.lsp.check_every < shortest:
             bound = f"be 0 or at least {shortest}, so that a refit ends in time"
             raise ConfigError("lsp.check_every", bound, self.lsp.check_every)
+        if self.num_replicas > 1 and not self.offloads:
+            bound = f"be 1 with method {self.method}, which sends nothing; gradient_accumulation_steps does the same"
+            raise ConfigError("num_replicas", bound, self.num_replicas)
         self._check_best()
 
     def _check_best(self) -> None:
         if self.eval_steps == 0 and (self.load_best_model_at_end or self.early_stopping_patience is not None):
             name = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
             raise ConfigError("eval_steps", f"be at least 1 with {name}, which goes by eval loss", self.eval_steps)
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Of all replicas together."""
+        return self.gradient_accumulation_steps * self.num_replicas
+
+    @property
+    def examples_per_step(self) -> int:
+        """Of all micro-batches together."""
+        return self.per_device_train_batch_size * self.micro_batches_per_step
 
     @property
     def steps(self) -> int:

@@ -34,6 +34,10 @@ class StaleSlotError(LspRayError):
     """A slot held another step's payload than its reader expected: a scheduling bug, never ignored."""
 
 
+class ForeignSlotError(LspRayError):
+    """A slot of another node was opened, where it is a copy that nobody writes to: a bug, never ignored."""
+
+
 class DeadlineError(LspRayError, TimeoutError):
     """A wait ran past its deadline; names what was waited for."""
 

@@ -241,7 +241,8 @@ def _plan_line(job: Job) -> str:
             f"{rows} × {columns}" for rows, columns in sorted(set(job.subspace_dims.values()), reverse=True)
         )
         parts.append(f"{len(job.subspace_dims)} projected matrices that send {sent}")
-    parts.append(f"{job.num_steps} steps of {config.per_device_train_batch_size * config.gradient_accumulation_steps}")
+    in_parts = f" in {config.num_replicas} replicas" if config.num_replicas > 1 else ""
+    parts.append(f"{job.num_steps} steps of {config.examples_per_step}{in_parts}")
     if job.payload_sizes:
         parts.append(f"{size_text(job.bytes_each_way)} each way a step")
         parts.append(f"{layout.num_shards} shard(s) × {layout.shard_threads} thread(s)")

@@ -38,13 +38,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One stretch of work of one stream for one layer of one step."""
+    """One stretch of work of one stream for one layer of one step; `part` as in `schedule.ops.Op`."""
 
     stream: WorkStream
     step: int
     layer: int
     start_s: float
     end_s: float
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +256,10 @@ def wait_parts(waits: Iterable[Wait], spans: Iterable[Span]) -> Iterator[WaitPar
     Until its payload was down the wait is d2h's, until its update was done the CPU's, and the rest h2d's;
     queueing for a stream counts as that stream's. Empty parts are left out.
     """
-    ends = {(span.stream, span.step, span.layer): span.end_s for span in spans}
+    ends: dict[tuple[WorkStream, int, int], float] = {}
+    for span in spans:  # the last of a layer's parts counts, and of an update that was made twice the second time
+        key = span.stream, span.step, span.layer
+        ends[key] = max(span.end_s, ends.get(key, span.end_s))
     for wait in waits:
         down = _within(ends.get((WorkStream.D2H, wait.step, wait.layer), wait.start_s), wait)
         updated = max(down, _within(ends.get((WorkStream.CPU, wait.step, wait.layer), wait.start_s), wait))

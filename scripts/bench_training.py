@@ -87,19 +87,28 @@ class DenseMap:
 class MappedShard(OptimizerShard):
     """An optimizer shard whose Adam runs behind the maps of each unit's targets."""
 
+    is_plain = False
+
     def __init__(self, maps_of_unit: Mapping[int, Sequence[DenseMap]]) -> None:
         super().__init__({unit: sum(part.numel for part in maps) for unit, maps in maps_of_unit.items()})
         self._maps_of_unit = maps_of_unit
 
     def update(
-        self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float, grad_scale: float = 1.0
+        self,
+        layer: int,
+        grads: Sequence[torch.Tensor],
+        delta: torch.Tensor,
+        *,
+        learning_rate: float,
+        grad_scale: float = 1.0,
     ) -> None:
-        """See `OptimizerShard`."""
+        """See `OptimizerShard`; of one gradient."""
+        (grad,) = grads
         maps = self._maps_of_unit[layer]
         parts = grad.split([math.prod(part.shape) for part in maps])
         small = torch.cat([part.down(grad_part) for part, grad_part in zip(maps, parts, strict=True)])
         step = torch.empty_like(small)
-        super().update(layer, small, step, learning_rate=learning_rate, grad_scale=grad_scale)
+        super().update(layer, [small], step, learning_rate=learning_rate, grad_scale=grad_scale)
         steps = step.split([part.numel for part in maps])
         torch.cat([part.up(step_part) for part, step_part in zip(maps, steps, strict=True)], out=delta)
 
@@ -107,18 +116,27 @@ class MappedShard(OptimizerShard):
 class SentShard(OptimizerShard):
     """An optimizer shard to which gradients and deltas go as they cross the link."""
 
+    is_plain = False
+
     def __init__(self, sizes: Mapping[int, int], payload_dtype: PayloadDtype, seed: int) -> None:
         self._wire, self._rounding = Codec(payload_dtype), Rounding(seed, torch.device("cpu"))
         super().__init__(sizes, codec=self._wire)
 
     def update(
-        self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float, grad_scale: float = 1.0
+        self,
+        layer: int,
+        grads: Sequence[torch.Tensor],
+        delta: torch.Tensor,
+        *,
+        learning_rate: float,
+        grad_scale: float = 1.0,
     ) -> None:
-        """See `OptimizerShard`; both are float32 here."""
+        """See `OptimizerShard`; of one gradient, float32 here, as the delta is."""
+        (grad,) = grads
         down, up = (torch.empty(self._wire.wire_numel(grad.numel()), dtype=self._wire.dtype) for _ in range(2))
         noise = self._rounding.noise(step=int(self.states[layer].step), key=layer)
         self._wire.encode_(down, grad, noise if self._wire.is_coarse else None)
-        super().update(layer, down, up, learning_rate=learning_rate, grad_scale=grad_scale)
+        super().update(layer, [down], up, learning_rate=learning_rate, grad_scale=grad_scale)
         delta.copy_(self._wire.decode(up, grad.numel()))
 
 

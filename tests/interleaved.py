@@ -189,7 +189,7 @@ class InterleavedRun:
     def _update(self, op: Op) -> None:
         gradient, up = self._down[op.layer].to_read(op.step), self._up[op.layer]
         self._shard.carry_over(op.layer, self._reprojections[op.layer])
-        self._shard.update(op.layer, gradient, up.to_write(), learning_rate=self._learning_rates[op.step])
+        self._shard.update(op.layer, [gradient], up.to_write(), learning_rate=self._learning_rates[op.step])
         up.publish(op.step)
 
     def _prefetch(self, op: Op) -> None:

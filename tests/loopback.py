@@ -74,7 +74,7 @@ class Loopback:
             self.gradients[ready.layer] = slot.clone()
             delta = torch.empty_like(slot)
             rate, scale = self._learning_rates[step], report.grad_scale
-            self._shard.update(ready.layer, slot, delta, learning_rate=rate, grad_scale=scale)
+            self._shard.update(ready.layer, [slot], delta, learning_rate=rate, grad_scale=scale)
             self.deltas[ready.layer] = delta
-            self.worker.prefetch(step, ready.layer, delta)
+            self.worker.prefetch(step, ready.layer, delta, is_void=scale == 0.0)
         return report

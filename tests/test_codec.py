@@ -97,7 +97,7 @@ def test_what_is_not_finite_reaches_the_shard_as_that(codec: Codec, bad: float, 
     assert not through(gradient, codec, step).isfinite().all()
     assert through(gradient, codec, step)[:128].isfinite().all()
     shard, delta = OptimizerShard({0: 200}, codec=codec), wire_of(normal(200), codec)
-    shard.update(0, wire_of(gradient, codec, step), delta, learning_rate=1.0)
+    shard.update(0, [wire_of(gradient, codec, step)], delta, learning_rate=1.0)
     assert not codec.decode(delta, 200).any()
     assert not any(tensor.any() for tensor in shard.states[0].tensors().values())
 
@@ -113,8 +113,8 @@ def test_what_was_sent_and_what_is_kept_add_up_to_adams_steps(seed: int, skipped
         wire = wire_of(normal(numel, seed + step), step=step)
         delta, kept = torch.empty_like(wire), error.clone()
         step_exactly, scale = torch.empty(numel), 0.0 if step in skipped else 1.0
-        exact.update(0, INT8.decode(wire, numel), step_exactly, learning_rate=1e-3, grad_scale=scale)
-        coarse.update(0, wire, delta, learning_rate=1e-3, grad_scale=scale)
+        exact.update(0, [INT8.decode(wire, numel)], step_exactly, learning_rate=1e-3, grad_scale=scale)
+        coarse.update(0, [wire], delta, learning_rate=1e-3, grad_scale=scale)
         total += step_exactly
         sent += INT8.decode(delta, numel)
         if step in skipped:
@@ -131,8 +131,8 @@ def test_an_update_in_parts_is_adams_step_of_what_was_decoded(codec: Codec) -> N
     wire, step = wire_of(normal(numel), codec), torch.empty(numel)
     for _ in range(2):
         delta = torch.empty_like(wire)
-        exact.update(0, codec.decode(wire, numel).float(), step, learning_rate=1e-3, grad_scale=0.5)
-        encoded.update(0, wire, delta, learning_rate=1e-3, grad_scale=0.5)
+        exact.update(0, [codec.decode(wire, numel).float()], step, learning_rate=1e-3, grad_scale=0.5)
+        encoded.update(0, [wire], delta, learning_rate=1e-3, grad_scale=0.5)
     for name, tensor in exact.states[0].tensors().items():
         assert torch.equal(encoded.states[0].tensors()[name], tensor)
     if not codec.is_coarse:

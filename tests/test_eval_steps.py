@@ -39,8 +39,16 @@ def test_the_eval_loss_after_a_step_is_that_of_its_checkpoint(tmp_path: Path, po
 
 
 def report(step: int, start_s: float, end_s: float) -> StepReport:
-    values: dict[str, Any] = dict.fromkeys(("forward_s", "backward_s", "grad_norm", "loss"), 1.0)
-    values |= {"num_tokens": 1, "waits": (), "grad_scale": 1.0, "peak_device_bytes": None, "bias": None, "compute": ()}
+    values: dict[str, Any] = dict.fromkeys(("forward_s", "backward_s", "grad_norm"), 1.0)
+    values |= {
+        "losses": {0: 1.0},
+        "num_tokens": 1,
+        "waits": (),
+        "grad_scale": 1.0,
+        "peak_device_bytes": None,
+        "bias": None,
+        "compute": (),
+    }
     return StepReport(step=step, start_s=start_s, end_s=end_s, **values)
 
 

@@ -280,7 +280,7 @@ def test_the_projectors_of_another_model_are_refused_before_any_actor(tmp_path: 
 def test_an_event_log_ends_before_its_first_event_past_the_last_step_it_holds(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        log = EventLog(file, "delayed", [0, 0])
+        log = EventLog(file, "delayed", [0, 0], POLICIES["delayed"]([0, 0]))
         for step in (MAX_STEPS - 1, MAX_STEPS, MAX_STEPS - 1):
             log.write(GradientReady(step=step, layer=0), [])
     _, decisions = read_event_log(path)

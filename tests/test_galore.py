@@ -62,7 +62,7 @@ def test_five_updates_are_those_of_the_papers_algorithm(shape: tuple[int, int]) 
     delta = torch.empty(math.prod(shape))
     for step in range(5):
         grad_AB = torch.randn(shape, generator=generator)
-        shard.update(0, grad_AB.reshape(-1), delta, learning_rate=0.01 * (step + 1))
+        shard.update(0, [grad_AB.reshape(-1)], delta, learning_rate=0.01 * (step + 1))
         # both are products in float32, summed in another order
         expected_AB = reference.step(grad_AB, 0.01 * (step + 1))
         torch.testing.assert_close(delta.view(shape), expected_AB, rtol=1e-4, atol=1e-6)
@@ -76,8 +76,8 @@ def test_what_is_no_larger_than_the_rank_trains_as_without_projection() -> None:
     delta, plain_delta = torch.empty(unit.numel), torch.empty(unit.numel)
     for _ in range(3):
         grad = torch.randn(unit.numel, generator=generator)
-        shard.update(0, grad, delta, learning_rate=0.1)
-        plain.update(0, grad, plain_delta, learning_rate=0.1)
+        shard.update(0, [grad], delta, learning_rate=0.1)
+        plain.update(0, [grad], plain_delta, learning_rate=0.1)
         assert torch.equal(delta[:34], plain_delta[:34])
         assert not torch.allclose(delta[34:], plain_delta[34:])
 
@@ -90,7 +90,7 @@ def test_the_state_is_as_small_as_the_paper_says() -> None:
 
 def test_a_gradient_that_is_not_finite_is_neither_decomposed_nor_counted() -> None:
     shard, delta = GaloreShard([unit_of((5, 9))], GALORE, CPU), torch.ones(45)
-    shard.update(0, torch.full((45,), math.nan), delta, learning_rate=0.1)
+    shard.update(0, [torch.full((45,), math.nan)], delta, learning_rate=0.1)
     assert not delta.any()
     assert shard.states[0].step == 0
 

@@ -13,9 +13,9 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
 from lsp_ray.plan.plan import workload_of
 from lsp_ray.plan.skeleton import shape_of
-from lsp_ray.runtime.actors.shard_pool import new_pair, new_undo
 from lsp_ray.runtime.prepare.host_memory import HostMemory, check_memory, read_host_memory
 from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.transport.unit_slots import new_undo, new_unit_slots
 from lsp_ray.sim.memory import host_memory
 from lsp_ray.sim.store import SPARE_BYTES
 from lsp_ray.sim.workload import ON_QUANTIZED
@@ -80,10 +80,10 @@ def test_the_shared_memory_forecast_is_what_a_run_allocates(
     other = tiny_job(folder, method=method, galore=GaloreConfig(rank=8), runtime=runtime, **changes)
     sums = other.sums or [None] * len(other.payload_sizes)
     pairs = [
-        new_pair(unit, numel, other.codec, parts)
+        new_unit_slots(unit, numel, other.codec, parts)
         for unit, (numel, parts) in enumerate(zip(other.payload_sizes, sums, strict=True))
     ]
-    slots = {ref for pair in pairs for ref in (pair.down, pair.up, pair.state)}
+    slots = {ref for pair in pairs for ref in (*pair.down, pair.up, pair.state)}
     for index in range(other.layout.num_shards):
         owned = [pairs[unit] for unit in other.layout.units_of(index)]
         slots |= set(new_undo(owned, is_shared=not other.speculates).values())

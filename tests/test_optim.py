@@ -100,7 +100,7 @@ def run_layers(shards: list[OptimizerShard], shard_of_layer: list[int], order: l
         for layer in order:
             delta = torch.empty(NUMEL_OF_LAYER[layer])
             shard = shards[shard_of_layer[layer]]
-            shard.update(layer, layer_grads[layer][step], delta, learning_rate=learning_rate(step))
+            shard.update(layer, [layer_grads[layer][step]], delta, learning_rate=learning_rate(step))
             deltas[layer].append(delta)
     return {layer: torch.cat(parts) for layer, parts in deltas.items()}
 
@@ -121,15 +121,15 @@ def test_any_split_of_the_layers_and_any_order_give_bit_identical_deltas(
 
 def test_a_shard_uses_the_constants_it_was_given() -> None:
     grad, plain, damped = torch.ones(1), torch.empty(1), torch.empty(1)
-    OptimizerShard({0: 1}).update(0, grad, plain, learning_rate=0.5)
-    OptimizerShard({0: 1}, AdamWHyper(eps=1.0)).update(0, grad, damped, learning_rate=0.5)
+    OptimizerShard({0: 1}).update(0, [grad], plain, learning_rate=0.5)
+    OptimizerShard({0: 1}, AdamWHyper(eps=1.0)).update(0, [grad], damped, learning_rate=0.5)
     torch.testing.assert_close(torch.cat([plain, damped]), torch.tensor([-0.5, -0.25]))
 
 
 def test_a_gradient_that_is_not_finite_reaches_neither_moments_nor_weights() -> None:
     shard = OptimizerShard({0: 4})
     delta = torch.ones(4)
-    shard.update(0, torch.tensor([1.0, float("nan"), 0.0, 0.0]), delta, learning_rate=1.0)
+    shard.update(0, [torch.tensor([1.0, float("nan"), 0.0, 0.0])], delta, learning_rate=1.0)
     assert not delta.any()
     assert not shard.states[0].exp_avg.any()
     assert shard.states[0].step == 0
@@ -137,5 +137,5 @@ def test_a_gradient_that_is_not_finite_reaches_neither_moments_nor_weights() -> 
 
 def test_finite_numbers_whose_squares_overflow_are_a_gradient_like_any_other() -> None:
     delta = torch.zeros(4)
-    OptimizerShard({0: 4}).update(0, torch.full((4,), 1e20), delta, learning_rate=1.0, grad_scale=1e-20)
+    OptimizerShard({0: 4}).update(0, [torch.full((4,), 1e20)], delta, learning_rate=1.0, grad_scale=1e-20)
     torch.testing.assert_close(delta, torch.full((4,), -1.0))

@@ -19,10 +19,10 @@ from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.actors.shard_actor import ShardActor
-from lsp_ray.runtime.actors.shard_pool import new_pair, new_undo
 from lsp_ray.runtime.drive.event_log import read_event_log
 from lsp_ray.runtime.fine_tune import fine_tune
 from lsp_ray.runtime.transport.slots import Slot, new_slot, new_slot_buffer
+from lsp_ray.runtime.transport.unit_slots import new_undo, new_unit_slots
 from lsp_ray.schedule.delta_room import DeltaRoom
 from tests.killers import Killer
 from tests.tiny_jobs import Recorder, run_job, run_on_threads, saved_weights, tiny_job
@@ -49,7 +49,7 @@ class Lane:
 
     def __init__(self, payload_dtype: PayloadDtype) -> None:
         self.codec = Codec(payload_dtype)
-        self.pair = new_pair(4, NUMEL, self.codec)
+        self.pair = new_unit_slots(4, NUMEL, self.codec)
         self.slots = self.pair.open()
         self.undo = new_undo([self.pair], is_shared=False)
         self.reference = OptimizerShard({4: NUMEL}, codec=self.codec)
@@ -59,14 +59,14 @@ class Lane:
 
     def send(self, step: int) -> torch.Tensor:
         gradient = torch.randn(NUMEL, generator=torch.Generator().manual_seed(step))
-        self.codec.encode_(self.slots.down.to_write(), gradient)
-        self.slots.down.publish(step)
-        return self.slots.down.payload.clone()
+        self.codec.encode_(self.slots.down[0].to_write(), gradient)
+        self.slots.down[0].publish(step)
+        return self.slots.down[0].payload.clone()
 
     def expected(self, step: int, grad_scale: float = 1.0, change: tuple[Reprojection, ...] = ()) -> torch.Tensor:
         delta = torch.empty_like(self.slots.up.payload)
         self.reference.carry_over(4, change)
-        self.reference.update(4, self.slots.down.to_read(step), delta, learning_rate=1e-3, grad_scale=grad_scale)
+        self.reference.update(4, self.slots.gradients(step), delta, learning_rate=1e-3, grad_scale=grad_scale)
         return delta
 
     def assert_same_state(self) -> None:

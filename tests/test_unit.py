@@ -88,7 +88,7 @@ def test_a_step_of_adamw_in_place_is_a_shards_delta_added() -> None:
         else:
             delta = torch.empty(28)
             shard = OptimizerShard({0: 28}, states={0: state})
-            shard.update(0, unit.take_gradient().float(), delta, learning_rate=0.1, grad_scale=0.5)
+            shard.update(0, [unit.take_gradient().float()], delta, learning_rate=0.1, grad_scale=0.5)
             unit.apply(delta, update(weight_decay=0.5))
         assert all(parameter.grad is None for parameter in module.parameters())
         weights.append(list(module.parameters()))

@@ -56,7 +56,6 @@ class Deltas:
         self.link: TokenBucket | None = None
         self._mailbox = DeltaMailbox()
         self._unapplied: list[deque[int]] = [deque() for _ in units]  # unit -> steps whose deltas it has not got yet
-        self._void: set[int] = set()  # steps that were skipped
         self._trace = ComputeTrace(backend, is_on=False)
         self._waits: list[Wait] = []
 
@@ -71,14 +70,19 @@ class Deltas:
         assert len(unapplied) <= self._staleness, f"unit {unit.name} has not got its delta of step {unapplied[0]}"
         unapplied.append(step)
 
-    def void(self, step: int) -> None:
-        """Say that nothing that comes of `step` is to be added: neither deltas nor what weights lose to decay."""
-        self._void = {made for made in self._void if made >= step - 1 - self._staleness} | {step}
-
-    def prefetch(self, step: int, unit: int, slot: torch.Tensor, watch: Callable[[torch.Tensor], None] | None) -> Span:
+    def prefetch(
+        self,
+        step: int,
+        unit: int,
+        slot: torch.Tensor,
+        watch: Callable[[torch.Tensor], None] | None,
+        *,
+        is_void: bool = False,
+    ) -> Span:
         """Copy the unit's delta of `step` from the host slot to the device; called on the h2d thread.
 
-        `watch` is shown the device's buffer.
+        `watch` is shown the device's buffer. Void is what comes of a step that is skipped: nothing is added, nor lost
+        to weight decay.
         """
         start_s = time.monotonic()
         delta = self._backend.empty(WorkStream.H2D, slot.numel(), slot.dtype)
@@ -89,7 +93,7 @@ class Deltas:
         if self.link is not None:  # the forward must not get it before its time
             fence.synchronize()
             self.link.take(slot.nbytes, start_s=start_s)
-        self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence))
+        self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence, is_void=is_void))
         fence.synchronize()  # on return the slot may be written again
         return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
 
@@ -111,7 +115,7 @@ class Deltas:
             arrived.fence.synchronize()
             with self._backend.launch(WorkStream.GPU, reads=(arrived.delta,)):
                 copies[key] = arrived.delta.cpu()
-            if key[0] in self._void:
+            if arrived.is_void:
                 copies[key] = copies[key].new_empty(0)
         return copies
 
@@ -131,6 +135,6 @@ class Deltas:
         self._backend.wait(WorkStream.GPU, arrived.fence)
         self._trace.begin(Phase.APPLY, unit.index)
         self._backend.hand_over(arrived.delta, WorkStream.GPU)
-        if step not in self._void:
+        if not arrived.is_void:
             with torch.no_grad(), self._backend.launch(WorkStream.GPU, reads=(arrived.delta,)):
                 unit.apply(self._codec.decode(arrived.delta, unit.numel), self._update_of(step))

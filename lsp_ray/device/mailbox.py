@@ -13,10 +13,11 @@ from lsp_ray.errors import DeadlineError, LspRayError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivedDelta:
-    """A unit's encoded delta on the device, complete once `fence` is passed."""
+    """A unit's encoded delta on the device, complete once `fence` is passed; void, it is not to be added."""
 
     delta: torch.Tensor
     fence: Fence
+    is_void: bool = False
 
 
 class DeltaMailbox:

@@ -23,6 +23,8 @@ from lsp_ray.projection.block_factor import is_launched
 from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.trace import Span, WorkStream
 
+_UNIT_BITS = 24  # units are fewer than 2 to this
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Payload:
@@ -57,12 +59,17 @@ class Payloads:
         self._on_gradients = on_gradients
         self._codec, self._rounding, self._see = codec, rounding, see
         self.link: TokenBucket | None = None
-        self._payloads: dict[tuple[int, int], _Payload] = {}
+        self._payloads: dict[tuple[int, int, int], _Payload] = {}  # by step, unit and part
         self._announcements: list[Future[None]] = []
         self._lock = threading.Lock()
 
     def announce(
-        self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...], flat: torch.Tensor | None = None
+        self,
+        step: int,
+        unit: Unit,
+        reprojections: tuple[Reprojection, ...],
+        flat: torch.Tensor | None = None,
+        part: int = 0,
     ) -> None:
         """Gather the unit's gradients and tell that they are ready.
 
@@ -71,9 +78,10 @@ class Payloads:
             unit: The layer.
             reprojections: The matrices of which this payload is the first in a new subspace.
             flat: The gradients, where they are not at the leaves.
+            part: Of the step.
         """
-        fence = self._gather(step, unit, reprojections, flat)
-        ready = GradientReady(step=step, layer=unit.index)
+        fence = self._gather(step, unit, reprojections, flat, part)
+        ready = GradientReady(step=step, layer=unit.index, part=part)
         self._announcements.append(self._backend.when_passed(fence, lambda: self._on_gradients(ready)))
 
     def settle(self) -> None:
@@ -82,13 +90,13 @@ class Payloads:
         for told in announcements:
             told.result()
 
-    def send(self, step: int, unit: int, slot: torch.Tensor) -> tuple[Span, tuple[Reprojection, ...]]:
-        """Copy the unit's payload of `step` into the host slot; called on the d2h thread.
+    def send(self, step: int, unit: int, slot: torch.Tensor, part: int = 0) -> tuple[Span, tuple[Reprojection, ...]]:
+        """Copy the unit's payload of a part of `step` into the host slot; called on the d2h thread.
 
         With the span comes what `announce` was given: these moments must follow before the update.
         """
         with self._lock:
-            payload = self._payloads.pop((step, unit))
+            payload = self._payloads.pop((step, unit, part))
         payload.fence.synchronize()  # the span then holds the copy alone, not the compute before it
         start_s = time.monotonic()
         self._backend.wait(WorkStream.D2H, payload.fence)
@@ -96,18 +104,19 @@ class Payloads:
         self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
         if self.link is not None:
             self.link.take(slot.nbytes, start_s=start_s)
-        span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+        end_s = time.monotonic()
+        span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=end_s, part=part)
         return span, payload.reprojections
 
     def _gather(
-        self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...], flat: torch.Tensor | None
+        self, step: int, unit: Unit, reprojections: tuple[Reprojection, ...], flat: torch.Tensor | None, part: int
     ) -> Fence:
         """Apart from `announce`: once `send` may run, `send` alone must hold the buffer and decide when it goes."""
         gradient = self._backend.empty(WorkStream.GPU, self._codec.wire_numel(unit.numel), self._codec.dtype)
         with self._backend.launch(WorkStream.GPU, writes=(gradient,)), torch.no_grad():
             if self._codec.is_coarse:
-                # a key of the unit's own: those of targets, which round weights, begin at 0
-                bits = self._rounding.noise(step=step, key=-1 - unit.index)
+                # a key of its own: those of targets, which round weights, begin at 0
+                bits = self._rounding.noise(step=step, key=-1 - unit.index - (part << _UNIT_BITS))
                 whole = unit.take_gradient() if flat is None else flat
                 self._codec.encode_(gradient, whole, bits)
                 self._see(unit, unit.split(whole))
@@ -120,5 +129,7 @@ class Payloads:
                 self._see(unit, [gradient] if is_launched(gradient) else unit.split(gradient))
         fence = self._backend.record(WorkStream.GPU)
         with self._lock:
-            self._payloads[step, unit.index] = _Payload(gradient=gradient, fence=fence, reprojections=reprojections)
+            self._payloads[step, unit.index, part] = _Payload(
+                gradient=gradient, fence=fence, reprojections=reprojections
+            )
         return fence

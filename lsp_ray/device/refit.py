@@ -12,8 +12,9 @@ All of it happens at steps that the configuration alone decides, so neither a sc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -128,6 +129,17 @@ class Refitter:
                 if new is not None:
                     self._takeovers.setdefault(group.unit, []).append((group, new))
             self._fits = []
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Within the context nothing observes what passes through the linears."""
+        modules = [module for group in (*self._sampled, *self._learning) for module in group.modules]
+        observers = [(module.lesson, module.probe) for module in modules]
+        for module in modules:
+            module.lesson = module.probe = None
+        yield
+        for module, (lesson, probe) in zip(modules, observers, strict=True):
+            module.lesson, module.probe = lesson, probe
 
     def has_new(self, unit: int) -> bool:
         """Whether `switch` would change anything."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lsp_ray.device.refit import BiasReport
@@ -10,14 +11,16 @@ from lsp_ray.trace import ComputeSpan, Wait
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What the compute stream did in one step; `loss` is the mean over the step's targets.
+    """What the compute stream did in one step.
 
+    `losses` are the shares of the parts that it computed, by their number, in the mean over the step's targets.
     `forward_s` is the first micro-batch's forward without its waits, `backward_s` the last one's backward: between
-    them lie the deadlines and the arrivals of a step. `grad_norm`, `grad_scale`: see `Verdict`. `notes` are for people.
+    them lie the deadlines and the arrivals of a step. `grad_norm`, `grad_scale`: see `Verdict`; where the step has
+    several parts, the norm is not known here, and the scale 0 says that a part is not finite. `notes` are for people.
     """
 
     step: int
-    loss: float
+    losses: Mapping[int, float]
     num_tokens: int
     start_s: float
     end_s: float
@@ -30,3 +33,8 @@ class StepReport:
     bias: BiasReport | None
     compute: tuple[ComputeSpan, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """The mean over the step's targets, as far as it was computed here."""
+        return sum(self.losses[part] for part in sorted(self.losses))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,11 +15,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lsp_ray.device.backend import Backend
+from lsp_ray.device.backend import Backend, Stamp
 from lsp_ray.device.block_graphs import BlockGraphs
 from lsp_ray.device.compute_trace import ComputeTrace
 from lsp_ray.device.deltas import Deltas
 from lsp_ray.device.judge import Judge, Verdict
+from lsp_ray.device.local_updates import judged, update_in_place
 from lsp_ray.device.memory import LiveStorage, peak_of
 from lsp_ray.device.payloads import Payloads
 from lsp_ray.device.refit import Refitter
@@ -54,6 +56,8 @@ class DeviceWorker:
         staleness: The delta of step t is added before the forward of step t + 1 + staleness.
         codec: Of what crosses the link; default: float32 as it is.
         graphs: Whether blocks are launched as graphs where they can be.
+        num_parts: Equal parts of a step, each of which is sent by itself.
+        own_parts: Those that are computed here, in order; default: all.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class DeviceWorker:
         staleness: int = 0,
         codec: Codec | None = None,
         graphs: bool = False,
+        num_parts: int = 1,
+        own_parts: range | None = None,
     ) -> None:
         self.model = model
         self.units = units
@@ -92,7 +98,9 @@ class DeviceWorker:
         self._codec = codec = codec or Codec()
         self._deltas = Deltas(units, backend, codec, update_of=self._update, staleness=staleness, on_due=on_due)
         self._payloads = Payloads(backend, on_gradients, codec, self._rounding, self._judge.see)
-        self._step = -1
+        self._num_parts = num_parts
+        self._own_parts = range(num_parts) if own_parts is None else own_parts
+        self._step, self._part = -1, 0
         self._staleness = staleness
         self._missing: list[set[int]] = []  # unit -> positions of targets whose gradient is incomplete; empty: unarmed
         self._trace = ComputeTrace(backend, is_on=False)
@@ -111,7 +119,8 @@ class DeviceWorker:
 
         Args:
             step: Number of the update, counted from 0.
-            micro_batches: Their gradients add up to that of one large batch.
+            micro_batches: Of the whole step: all parts' in order, as many each. Their gradients add up to that of one
+                large batch.
             host_slots: Host memory that does not count as the device's.
 
         Raises:
@@ -127,18 +136,21 @@ class DeviceWorker:
             self._live = None
         return replace(report, peak_device_bytes=live.peak_bytes)
 
-    def send(self, step: int, unit: int, slot: torch.Tensor) -> tuple[Span, tuple[Reprojection, ...]]:
-        """Copy the unit's payload of `step` into the host slot; called on the d2h thread.
+    def send(self, step: int, unit: int, slot: torch.Tensor, part: int = 0) -> tuple[Span, tuple[Reprojection, ...]]:
+        """Copy the unit's payload of a part of `step` into the host slot; called on the d2h thread.
 
         With the span come the matrices that this payload is the first of in a new subspace: their moments must follow
         before the update.
         """
-        return self._payloads.send(step, unit, slot)
+        return self._payloads.send(step, unit, slot, part)
 
-    def prefetch(self, step: int, unit: int, slot: torch.Tensor) -> Span:
-        """Copy the unit's delta of `step` from the host slot to the device; called on the h2d thread."""
+    def prefetch(self, step: int, unit: int, slot: torch.Tensor, *, is_void: bool = False) -> Span:
+        """Copy the unit's delta of `step` from the host slot to the device; called on the h2d thread.
+
+        Void is what comes of a step that is skipped: it is not added, and weights do not decay.
+        """
         live = self._live
-        return self._deltas.prefetch(step, unit, slot, live.watch if live is not None else None)
+        return self._deltas.prefetch(step, unit, slot, live.watch if live is not None else None, is_void=is_void)
 
     def abandon(self, error: LspRayError) -> None:
         """Let a forward that waits for a delta, now or later, fail with this error: nobody will bring it."""
@@ -189,24 +201,18 @@ class DeviceWorker:
         waits = self._deltas.begin_step(trace)
         if self._refitter is not None:
             self._refitter.before_step(step)
-        torch.manual_seed(mixed(self._seed, step))  # dropout depends on the step alone, not on what ran before
         total_targets = max(1, sum(num_targets(batch) for batch in micro_batches))
+        size = len(micro_batches) // self._num_parts
+        parts = {part: micro_batches[part * size : (part + 1) * size] for part in self._own_parts}
+        forward: tuple[Stamp, float] | None = None
         began = self._backend.stamp()
-        for position, batch in enumerate(micro_batches):
-            if self._graphs is not None:
-                self._graphs.begin(
-                    batch, may_record=step > self._measured_step, payload_dtype=self._flat_dtype(len(micro_batches))
-                )
-            loss = summed_loss(self.model, self._on_device(batch)) / total_targets
-            weight = self._judge.weigh(loss)
-            forward_end, waited_s = self._backend.stamp(), sum(wait.end_s - wait.start_s for wait in waits)
-            if position == 0:
-                forward = forward_end, waited_s
-            if position == len(micro_batches) - 1:
-                self._arm()
-            trace.begin_backward()
-            loss.backward(weight)
-            trace.end_backward()
+        for part, batches in parts.items():
+            with self._begun(part):
+                for position, batch in enumerate(batches):
+                    forward_end = self._pass(batch, size, total_targets, is_last=position == size - 1)
+                    forward = forward or (forward_end, sum(wait.end_s - wait.start_s for wait in waits))
+                self._announce_rest()
+        assert forward is not None, "a step has parts, and a part micro-batches"
         verdict = self._conclude()
         trace_end = trace.end()
         # without it the next forward's waiting would hold what the device still computes; the first layer's delta
@@ -216,8 +222,8 @@ class DeviceWorker:
         end_s = time.monotonic()
         return StepReport(
             step=step,
-            loss=verdict.loss,
-            num_tokens=sum(num_tokens(batch) for batch in micro_batches),
+            losses=verdict.losses,
+            num_tokens=sum(num_tokens(batch) for batches in parts.values() for batch in batches),
             start_s=start_s,
             end_s=end_s,
             forward_s=began.seconds_until(forward[0]) - forward[1],
@@ -231,6 +237,32 @@ class DeviceWorker:
             notes=self._graphs.refusals() if self._graphs is not None else (),
         )
 
+    def _begun(self, part: int) -> AbstractContextManager[None]:
+        """Begin a part; within the context it is computed. Projectors are measured and learned on the first alone.
+
+        As much data as a step of one part has, and the same whoever computes the others.
+        """
+        self._part = part
+        self._judge.begin(part)
+        # dropout depends on step and part alone, not on what ran before
+        torch.manual_seed(mixed(self._seed, self._step, *([part] if part else [])))
+        return self._refitter.looking_away() if part and self._refitter is not None else nullcontext()
+
+    def _pass(self, batch: Batch, size: int, total_targets: int, *, is_last: bool) -> Stamp:
+        """Forward and backward of a micro-batch, of so many in a part; returns the end of the forward."""
+        if self._graphs is not None:
+            may_record = self._step > self._measured_step
+            self._graphs.begin(batch, may_record=may_record, payload_dtype=self._flat_dtype(size))
+        loss = summed_loss(self.model, self._on_device(batch)) / total_targets
+        weight = self._judge.weigh(loss)
+        forward_end = self._backend.stamp()
+        if is_last:
+            self._arm()
+        self._trace.begin_backward()
+        loss.backward(weight)
+        self._trace.end_backward()
+        return forward_end
+
     def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self._backend.device, non_blocking=True) for name, tensor in batch.items()}
 
@@ -240,13 +272,14 @@ class DeviceWorker:
         return self._codec.dtype if is_sent else None
 
     def _conclude(self) -> Verdict:
-        """After the last backward: send or use what is left, and judge the step."""
-        if self._local_shard is not None:
-            return self._update_in_place(self._local_shard)
-        self._announce_rest()
-        verdict = self._judge.verdict(self._step, self._learning_rates[self._step])
-        if verdict.grad_scale == 0.0:
-            self._deltas.void(self._step)
+        """After the last backward: judge the step, and make the updates that are made here."""
+        update = self._update(self._step)
+        if self._local_shard is None:
+            is_whole = self._num_parts == 1
+            return self._judge.verdict(self._step, update.learning_rate, is_whole=is_whole)
+        verdict = judged(self._judge, self.units, update)
+        scale = verdict.grad_scale
+        update_in_place(self._local_shard, self.units, update, scale, self._backend, self._trace)
         return verdict
 
     # gradients on their way down
@@ -277,8 +310,9 @@ class DeviceWorker:
 
     def _announce(self, unit: Unit, flat: torch.Tensor | None = None) -> None:
         """Gather the unit's gradients, at the leaves or in `flat`, into one payload and tell that it is ready."""
-        self._deltas.expect(self._step, unit)
-        self._payloads.announce(self._step, unit, self._reprojections.pop(unit.index, ()), flat)
+        if self._part == self._own_parts[0]:
+            self._deltas.expect(self._step, unit)
+        self._payloads.announce(self._step, unit, self._reprojections.pop(unit.index, ()), flat, self._part)
 
     def _take_gradients(self, unit: Unit, flat: torch.Tensor) -> None:
         """What the hooks do, for gradients that a graph left in one piece, all of the unit's at once."""
@@ -291,11 +325,11 @@ class DeviceWorker:
         self._trace.gradient_done(unit.index)
 
     def _announce_rest(self) -> None:
-        """Units that this step's forward did not use in full send zeros for what is missing.
+        """Units that this part's forward did not use in full send zeros for what is missing.
 
         Adam's moments of such a unit decay, where torch would skip a parameter without a gradient.
         """
-        for unit in reversed(self.units):
+        for unit in reversed(self.units if self._missing else ()):
             if self._missing[unit.index]:
                 self._apply_due(unit)  # no forward has asked for it
                 self._announce(unit)
@@ -322,35 +356,6 @@ class DeviceWorker:
         """Let new projectors take over: the gradient of the step under way is the first in theirs."""
         assert self._refitter is not None
         self._reprojections[unit.index] = self._refitter.switch(unit.index)
-
-    def _update_in_place(self, shard: OptimizerShard) -> Verdict:
-        """Native's update after the backward, one unit at a time."""
-        for unit in self.units:
-            self._judge.see(unit, [target.leaf.grad for target in unit.targets if target.leaf.grad is not None])
-        verdict = self._judge.verdict(self._step, self._learning_rates[self._step])
-        if verdict.grad_scale == 0.0:
-            for target in (target for unit in self.units for target in unit.targets):
-                target.leaf.grad = None
-            return verdict
-        update = self._update(self._step)
-        with torch.no_grad():
-            for unit in self.units:
-                self._trace.begin(Phase.APPLY, unit.index)
-                if shard.is_plain:
-                    unit.adamw_(shard.states[unit.index], update, grad_scale=verdict.grad_scale, hyper=shard.hyper)
-                    continue
-                buffers = (self._backend.empty(WorkStream.GPU, unit.numel, torch.float32) for _ in range(2))
-                gradient, delta = buffers
-                unit.take_gradient(gradient)
-                shard.update(
-                    unit.index,
-                    gradient,
-                    delta,
-                    learning_rate=update.learning_rate,
-                    grad_scale=verdict.grad_scale,
-                )
-                unit.apply(delta, update)
-        return verdict
 
     def _update(self, step: int) -> Update:
         return Update(

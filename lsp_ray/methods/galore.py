@@ -98,9 +98,16 @@ class GaloreShard(OptimizerShard):
         self._gap = galore.update_proj_gap
 
     def update(
-        self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float, grad_scale: float = 1.0
+        self,
+        layer: int,
+        grads: Sequence[torch.Tensor],
+        delta: torch.Tensor,
+        *,
+        learning_rate: float,
+        grad_scale: float = 1.0,
     ) -> None:
-        """See `OptimizerShard`."""
+        """See `OptimizerShard`; of one gradient."""
+        (grad,) = grads
         if not is_usable(grad, grad_scale):  # a decomposition would fail
             delta.zero_()
             return
@@ -112,7 +119,7 @@ class GaloreShard(OptimizerShard):
             parts[position] = matrix.down(parts[position])
         small = torch.cat(parts)
         small_delta = torch.empty_like(small)
-        super().update(layer, small, small_delta, learning_rate=learning_rate, grad_scale=grad_scale)
+        super().update(layer, [small], small_delta, learning_rate=learning_rate, grad_scale=grad_scale)
         steps = list(small_delta.split(self._small_sizes(layer)))
         for position, matrix in self._projected[layer].items():
             steps[position] = matrix.up(steps[position])

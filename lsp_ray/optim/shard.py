@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from lsp_ray.optim.adamw import AdamWHyper, AdamWState, adamw_delta_
 from lsp_ray.optim.codec import Codec
+from lsp_ray.optim.parts import square_sum, tree_sum
 from lsp_ray.optim.reproject import Reprojection, reproject_
 from lsp_ray.optim.sums import SummedPart, sum_up_
 
-_PART = 1 << 19  # encoded values at a time
+_SLICE = 1 << 19  # encoded values at a time
 
 
 class OptimizerShard:
@@ -27,6 +29,7 @@ class OptimizerShard:
         codec: Of the gradients and deltas.
         sums: Each layer's parts, where the answer to a gradient is the sum of all steps; default: it is the step.
         weight_decay: Of these sums.
+        num_parts: In which a layer's gradient comes; they are added up here.
 
     Attributes:
         hyper: AdamW's constants.
@@ -44,6 +47,7 @@ class OptimizerShard:
         codec: Codec | None = None,
         sums: Mapping[int, Sequence[SummedPart]] | None = None,
         weight_decay: float = 0.0,
+        num_parts: int = 1,
     ) -> None:
         self.hyper = hyper or AdamWHyper()
         self._codec = codec or Codec()
@@ -54,70 +58,91 @@ class OptimizerShard:
             for layer, numel in numel_of_layer.items()
         }
         self._sums, self._weight_decay = sums, weight_decay
-        in_parts = sums is not None or self._codec.dtype != torch.float32
-        self._scratch_2P = torch.empty(2, _PART if in_parts else 0, device=device)
+        is_whole = sums is None and self._codec.dtype == torch.float32 and num_parts == 1
+        self._scratch_2P = torch.empty(2, 0 if is_whole else _SLICE, device=device)
 
     def update(
-        self, layer: int, grad: torch.Tensor, delta: torch.Tensor, *, learning_rate: float, grad_scale: float = 1.0
-    ) -> None:
-        """Write the step for `grad` times `grad_scale`, or the sum of all steps, into `delta`.
+        self,
+        layer: int,
+        grads: Sequence[torch.Tensor],
+        delta: torch.Tensor,
+        *,
+        learning_rate: float,
+        grad_scale: float = 1.0,
+    ) -> float | None:
+        """Write the step for the sum of `grads` times `grad_scale`, or the sum of all steps, into `delta`.
 
-        Both are flat, encoded, of the layer's payload length, and stay the caller's. Where the scale is 0, or `grad`
+        All are flat, encoded, of the layer's payload length, and stay the caller's. Where the scale is 0, or the sum
         holds NaN or infinity, the step is none at all: the state stays as it is and the step is zero. Whoever made the
         gradient says that it is not finite; here it may be there before that is known.
+
+        Returns:
+            See `square_sum`.
         """
         state = self.states[layer]
+        if self._scratch_2P.numel() == 0:
+            self._update_whole(state, grads[0], delta, learning_rate, grad_scale)
+            return None
+        squares = self.square_sum(layer, grads)
+        if squares is not None:
+            is_finite = math.isfinite(squares)
+        else:
+            is_finite = all(is_usable(self._decoded(grads, *part), grad_scale) for part in state.parts(_SLICE))
         if self._sums is not None:
-            self._add_up(state, self._sums[layer], grad, delta, learning_rate, grad_scale)
-        elif self._codec.dtype != torch.float32:
-            self._update_encoded(state, grad, delta, learning_rate, grad_scale)
-        elif not is_usable(grad, grad_scale):
+            self._add_up(state, self._sums[layer], grads, delta, learning_rate, grad_scale if is_finite else 0.0)
+        elif not is_finite or grad_scale == 0.0:
             delta.zero_()
         else:
-            seen = grad if grad_scale == 1.0 else grad * grad_scale
-            adamw_delta_(delta, seen, state, learning_rate=learning_rate, hyper=self.hyper)
+            for first, part, step in self._steps(state, grads, learning_rate, grad_scale):
+                self._encode(step, delta, first, part)
+        return squares
+
+    def square_sum(self, layer: int, grads: Sequence[torch.Tensor]) -> float | None:
+        """The square sum of the sum of `grads`, before any scale; None for a single one, whose maker knows it."""
+        if len(grads) == 1:
+            return None
+        return sum(square_sum(self._decoded(grads, *part)) for part in self.states[layer].parts(_SLICE))
 
     def carry_over(self, layer: int, changes: Sequence[Reprojection]) -> None:
         """Let the state of a layer's matrices that have new projectors follow them."""
         for change in changes:
             reproject_(self.states[layer], change)
 
-    def _update_encoded(
+    def _update_whole(
         self, state: AdamWState, grad: torch.Tensor, delta: torch.Tensor, learning_rate: float, grad_scale: float
     ) -> None:
-        """The same in parts, whose float32 copies stay in a cache and always in the same memory."""
-        if not self._is_usable(state, grad, grad_scale):
+        if not is_usable(grad, grad_scale):
             delta.zero_()
             return
-        for first, part, step in self._steps(state, grad, learning_rate, grad_scale):
-            self._encode(step, delta, first, part)
+        seen = grad if grad_scale == 1.0 else grad * grad_scale
+        adamw_delta_(delta, seen, state, learning_rate=learning_rate, hyper=self.hyper)
 
     def _add_up(
         self,
         state: AdamWState,
         parts: Sequence[SummedPart],
-        grad: torch.Tensor,
+        grads: Sequence[torch.Tensor],
         delta: torch.Tensor,
         learning_rate: float,
         grad_scale: float,
     ) -> None:
         """The same where the sum is the answer: nothing that is left out of it once is missing the next time."""
-        if self._is_usable(state, grad, grad_scale):
-            for first, _, step in self._steps(state, grad, learning_rate, grad_scale):
+        if grad_scale != 0.0:
+            for first, _, step in self._steps(state, grads, learning_rate, grad_scale):
                 sum_up_(state, parts, first, step, learning_rate=learning_rate, decay=self._weight_decay)
-        for first, part in state.parts(_PART):
+        for first, part in state.parts(_SLICE):
             assert part.total is not None
             self._codec.encode_(delta, part.total, first=first)
 
-    def _is_usable(self, state: AdamWState, grad: torch.Tensor, grad_scale: float) -> bool:
-        return all(is_usable(self._decoded(grad, *part), grad_scale) for part in state.parts(_PART))
-
     def _steps(
-        self, state: AdamWState, grad: torch.Tensor, learning_rate: float, grad_scale: float
+        self, state: AdamWState, grads: Sequence[torch.Tensor], learning_rate: float, grad_scale: float
     ) -> Iterator[tuple[int, AdamWState, torch.Tensor]]:
-        """Yield AdamW's step in parts, with the position and the state of each; the state advances."""
-        for first, part in state.parts(_PART):
-            seen = self._decoded(grad, first, part)
+        """Yield AdamW's step in slices, with the position and the state of each; the state advances.
+
+        So float32 copies stay in a cache and always in the same memory.
+        """
+        for first, part in state.parts(_SLICE):
+            seen = self._decoded(grads, first, part)
             step = self._scratch_2P[1, : seen.numel()]
             if grad_scale != 1.0:
                 seen *= grad_scale
@@ -125,9 +150,11 @@ class OptimizerShard:
             yield first, part, step
         state.step += 1
 
-    def _decoded(self, grad: torch.Tensor, first: int, part: AdamWState) -> torch.Tensor:
+    def _decoded(self, grads: Sequence[torch.Tensor], first: int, part: AdamWState) -> torch.Tensor:
         numel = part.exp_avg.numel()
-        return self._scratch_2P[0, :numel].copy_(self._codec.decode(grad, numel, first))
+        out = self._scratch_2P[0, :numel]
+        decoded = [self._codec.decode(grad, numel, first) for grad in grads]
+        return out.copy_(decoded[0] if len(decoded) == 1 else tree_sum([values.float() for values in decoded]))
 
     def _encode(self, step: torch.Tensor, delta: torch.Tensor, first: int, part: AdamWState) -> None:
         """Send Q(δ + e); what that leaves out is the next e, so that nothing is lost for good."""

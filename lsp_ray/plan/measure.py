@@ -193,7 +193,7 @@ def _update_bytes_per_s(model: ModelShape, workload: Workload, timer: _Timer) ->
     def update() -> None:
         for layer in layers:
             undo.states[layer].copy_(shard.states[layer])
-            shard.update(layer, down[layer], up[layer], learning_rate=1e-4)
+            shard.update(layer, [down[layer]], up[layer], learning_rate=1e-4)
 
     merged = replace(workload, bits=None, apart=False)  # as this shard keeps no sum
     return merged.update_bytes * numel * len(layers) / timer.seconds(update)

@@ -19,6 +19,7 @@ from lsp_ray.runtime.checkpoints.trainer_state import write_trainer_state
 from lsp_ray.runtime.drive.driver import Driver, Workers
 from lsp_ray.runtime.drive.event_log import EventLog
 from lsp_ray.runtime.drive.ledger import ClosedStep
+from lsp_ray.runtime.drive.step_judge import StepJudge
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.watch.loss_watch import LossWatch
 from lsp_ray.runtime.watch.metrics_file import METRICS, Sink, read_metrics
@@ -243,15 +244,26 @@ class Training:
                 else:
                     log.write(closed)
 
+            layout = job.layout
+            policy = POLICIES[job.config.policy](
+                shard_of_unit, speculates=job.speculates, room=job.delta_room, gpu_of_part=layout.gpu_of_part
+            )
+            judge = StepJudge(
+                len(job.payload_sizes),
+                num_parts=len(layout.gpu_of_part),
+                num_gpus=layout.num_gpus,
+                max_grad_norm=job.config.max_grad_norm,
+                skips=job.config.on_nonfinite == "skip",
+                first_step=job.first_step,
+            )
             driver = Driver(
                 self._workers,
-                POLICIES[job.config.policy](shard_of_unit, speculates=job.speculates, room=job.delta_room),
+                policy,
                 job.learning_rates,
+                judge=judge,
                 on_step=on_step,
                 first_step=job.first_step,
-                event_log=EventLog(
-                    events, job.config.policy, shard_of_unit, speculates=job.speculates, room=job.delta_room
-                ),
+                event_log=EventLog(events, job.config.policy, shard_of_unit, policy),
             )
             yield driver, log
 

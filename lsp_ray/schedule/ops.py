@@ -11,28 +11,32 @@ from lsp_ray.trace import WorkStream
 class Op:
     """One layer's work on one stream for one step.
 
-    D2H copies the layer's payload down, CPU updates its optimizer state, H2D copies its delta up.
+    D2H copies the payload down, CPU updates its optimizer state, H2D copies its delta up. `part` is, of D2H, the
+    part of the step whose payload it is, of H2D the GPU to which the delta comes up; an update is of all parts.
     """
 
     stream: WorkStream
     step: int
     layer: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientReady:
-    """The backward pass of `step` has completed the gradients of `layer`."""
+    """The backward pass of a part of `step` has completed the part's gradients of `layer`."""
 
     step: int
     layer: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaDue:
-    """The device has come to where it adds the delta of `step` to `layer`; only told to who bounds what waits there."""
+    """A GPU has come to where it adds the delta of `step` to `layer`; only told to who bounds what waits there."""
 
     step: int
     layer: int
+    gpu: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,9 @@
 """Policies: events in, actions out. Layer 0 is the shallowest, the first that the next forward needs.
 
-Every layer passes through the same three operations (D2H, CPU, H2D). A lane executes them: one for each
-direction of the link and one for each shard. A policy decides in which order a lane takes what is ready.
+Every layer passes through the same three operations (D2H, CPU, H2D). A step has equal parts, of which a GPU computes
+one or more in turn: each part's payload goes down by itself, the update is of their sum, and its delta comes up to
+every GPU. A lane executes operations: one for each direction of each GPU's link and one for each shard. A policy
+decides in which order a lane takes what is ready.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from lsp_ray.trace import WorkStream
 _WAY = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)
 _NEXT_STREAM = {WorkStream.D2H: WorkStream.CPU, WorkStream.CPU: WorkStream.H2D}
 
-Lane = tuple[WorkStream, int]  # the stream and, on the CPU, the shard
+Lane = tuple[WorkStream, int]  # the stream and the GPU, of the CPU the shard
 
 
 class Policy(ABC):
@@ -41,7 +43,8 @@ class Policy(ABC):
             more would take decisions too early.
         speculates: Whether updates are launched before their step is judged. Their deltas then go up only after that,
             and the updates are launched a second time where the step does not stand.
-        room: For deltas on the device; None does not bound them.
+        room: For deltas on a GPU; None does not bound them.
+        gpu_of_part: The GPU that computes each part of a step; GPUs are numbered from 0 without a gap.
 
     Attributes:
         staleness: Steps by which a delta is late on purpose: that of step t is added before the forward of step
@@ -57,16 +60,24 @@ class Policy(ABC):
         depth: int = 2,
         speculates: bool = False,
         room: DeltaRoom | None = None,
+        gpu_of_part: Sequence[int] = (0,),
     ) -> None:
         self.speculates = speculates
         self.room = room
-        self._due: tuple[int, int] | None = None  # step and layer of the furthest delta that the device has come to
+        self.gpu_of_part = tuple(gpu_of_part)
+        self._parts = {
+            WorkStream.D2H: range(len(gpu_of_part)),
+            WorkStream.CPU: range(1),
+            WorkStream.H2D: range(len(set(gpu_of_part))),
+        }
+        self._due: dict[int, tuple[int, int]] = {}  # GPU -> step and layer of the furthest delta that it has come to
         self.num_layers = len(shard_of_layer)
         self._shard_of_layer = tuple(shard_of_layer)
         self._depth = depth
         self._ready: dict[Lane, list[Op]] = {}
         self._in_flight: Counter[Lane] = Counter()
-        self._num_done: Counter[tuple[WorkStream, int]] = Counter()
+        self._num_done: Counter[tuple[WorkStream, int]] = Counter()  # layers, with all their parts
+        self._parts_done: Counter[tuple[WorkStream, int, int]] = Counter()  # of a layer that has some to do
         self._to_do: set[Op] = set()  # announced by a gradient and not done
         self._last_judged = -1
         self._early: dict[Op, bool] = {}  # updates launched before their step was judged -> whether they have ended
@@ -75,13 +86,16 @@ class Policy(ABC):
     def handle(self, event: Event) -> list[Action]:
         """Return the operations to launch now that `event` happened."""
         match event:
-            case GradientReady(step=step, layer=layer):
-                self._due = self._due or (step, 0)
-                ops = [Op(stream=stream, step=step, layer=layer) for stream in _WAY]
-                self._to_do.update(ops)
-                self._enqueue(ops[0])
-            case DeltaDue(step=step, layer=layer):
-                self._due = max(self._due or (step, layer), (step, layer))
+            case GradientReady(step=step, layer=layer, part=part):
+                for gpu in self._parts[WorkStream.H2D]:
+                    self._due.setdefault(gpu, (step, 0))
+                down = Op(stream=WorkStream.D2H, step=step, layer=layer, part=part)
+                self._to_do.add(down)
+                for stream in _NEXT_STREAM.values():  # announced by the first part; none can have begun before the last
+                    self._to_do.update(self._ops(stream, step, layer))
+                self._enqueue(down)
+            case DeltaDue(step=step, layer=layer, gpu=gpu):
+                self._due[gpu] = max(self._due.get(gpu, (step, layer)), (step, layer))
             case OpDone(op=op):
                 self._complete(op)
             case CostsMeasured():
@@ -131,12 +145,18 @@ class Policy(ABC):
 
     def _finish(self, op: Op) -> None:
         self._to_do.remove(op)
+        layer = op.stream, op.step, op.layer
+        self._parts_done[layer] += 1
+        if self._parts_done[layer] < len(self._parts[op.stream]):
+            return
+        del self._parts_done[layer]
         self._num_done[op.stream, op.step] += 1
         if self.all_done(WorkStream.H2D, op.step):  # nobody will ask for this step any more
             for stream in _WAY:
                 del self._num_done[stream, op.step]
         if op.stream in _NEXT_STREAM:
-            self._enqueue(Op(stream=_NEXT_STREAM[op.stream], step=op.step, layer=op.layer))
+            for after in self._ops(_NEXT_STREAM[op.stream], op.step, op.layer):
+                self._enqueue(after)
 
     def _take(self, lane: Lane) -> list[Op]:
         queue = self._ready[lane]
@@ -159,17 +179,30 @@ class Policy(ABC):
         """Whether the device may hold the delta, if `op` brings one up."""
         if self.room is None or op.stream is not WorkStream.H2D:
             return True
-        assert self._due is not None, "a gradient was there before its delta"
-        delta = op.step, op.layer
-        return delta <= self._due or self.room.holds(self._due, delta)
+        due, delta = self._due[op.part], (op.step, op.layer)
+        return delta <= due or self.room.holds(due, delta)
 
     def _finds_slot(self, op: Op) -> bool:
-        """Whether the slot that `op` writes has been read: a layer has one for each direction, whatever the step."""
+        """Whether the slot that `op` writes has been read by all its readers: it is the same in every step."""
         reader = _NEXT_STREAM.get(op.stream)
-        return reader is None or Op(stream=reader, step=op.step - 1, layer=op.layer) not in self._to_do
+        return reader is None or self._to_do.isdisjoint(self._ops(reader, op.step - 1, op.layer))
+
+    def _ops(self, stream: WorkStream, step: int, layer: int) -> list[Op]:
+        """A layer's on a stream."""
+        return [Op(stream=stream, step=step, layer=layer, part=part) for part in self._parts[stream]]
 
     def _lane(self, op: Op) -> Lane:
-        return op.stream, self._shard_of_layer[op.layer] if op.stream is WorkStream.CPU else 0
+        return lane_of(op, self._shard_of_layer, self.gpu_of_part)
+
+
+def lane_of(op: Op, shard_of_layer: Sequence[int], gpu_of_part: Sequence[int]) -> Lane:
+    """Return who executes an operation, see `Policy`."""
+    match op.stream:
+        case WorkStream.D2H:
+            return op.stream, gpu_of_part[op.part]
+        case WorkStream.CPU:
+            return op.stream, shard_of_layer[op.layer]
+    return op.stream, op.part
 
 
 class LayerwiseFcfs(Policy):
@@ -206,9 +239,10 @@ class Layerwise(Policy):
         depth: int = 2,
         speculates: bool = False,
         room: DeltaRoom | None = None,
+        gpu_of_part: Sequence[int] = (0,),
         transition_layer: int | None = None,
     ) -> None:
-        super().__init__(shard_of_layer, depth=depth, speculates=speculates, room=room)
+        super().__init__(shard_of_layer, depth=depth, speculates=speculates, room=room, gpu_of_part=gpu_of_part)
         self._learns = transition_layer is None
         self.transition_layer = self.num_layers // 2 if transition_layer is None else transition_layer
 

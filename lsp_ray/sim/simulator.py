@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, Op, OpDone
-from lsp_ray.schedule.policy import Lane, Policy
+from lsp_ray.schedule.policy import Lane, Policy, lane_of
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask, device_tasks
 from lsp_ray.sim.event_queue import EventQueue
@@ -139,7 +139,7 @@ class Simulator:
         assert self._policy is not None, "without a policy nothing is announced"
         for action in self._policy.handle(event):
             op = action.op
-            lane = op.stream, self._shard_of_layer[op.layer] if op.stream is WorkStream.CPU else 0
+            lane = lane_of(op, self._shard_of_layer, self._policy.gpu_of_part)
             self._lanes.setdefault(lane, _LaneState()).waiting.append(op)
             self._start_op(lane)
 

@@ -1,9 +1,9 @@
 """Shared memory that a run's slots take, counted before they are there.
 
-Each unit has a slot for its payload on the way down, one for its delta on the way up and one for its optimizer state
-(m, v, the number of updates and, where deltas are int8, what they have left out, or the sum of all updates). Beside
-them are undo slots: where updates may be taken back once their step is judged, one for each unit's state; else one for
-each shard, as large as its largest state.
+Each unit has a slot for its payload of each part of a step on the way down, one for its delta on the way up and one for
+its optimizer state (m, v, the number of updates and, where deltas are int8, what they have left out, or the sum of all
+updates). Beside them are undo slots: where updates may be taken back once their step is judged, one for each unit's
+state; else one for each shard, as large as its largest state.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def store_bytes(
     speculates: bool,
     payload_dtype: PayloadDtype,
     summed: bool = False,
+    num_parts: int = 1,
 ) -> int:
     """Return the size of the object store that a run needs.
 
@@ -57,6 +58,7 @@ def store_bytes(
         speculates: Whether updates may have to be made again, so that every unit's state is kept until then.
         payload_dtype: In which values cross the link.
         summed: Whether shards keep the sum of all updates.
+        num_parts: Of a step, each of which has slots of its own for the way down.
     """
     ways = [slot_bytes(payload_bytes(numel, payload_dtype)) for numel in payload_sizes]
     states = [slot_bytes(4 * state_numel(numel, payload_dtype, summed=summed)) for numel in payload_sizes]
@@ -64,7 +66,7 @@ def store_bytes(
     for shard, state in zip(shard_of_unit, states, strict=True):
         largest[shard] = max(state, largest.get(shard, 0))
     undo = sum(states) if speculates else sum(largest.values())
-    return 2 * sum(ways) + sum(states) + undo + SPARE_BYTES
+    return (num_parts + 1) * sum(ways) + sum(states) + undo + SPARE_BYTES
 
 
 def balanced(sizes: Sequence[int], num_shards: int) -> tuple[int, ...]:

@@ -125,6 +125,7 @@ class DeviceSide:
             staleness=job.staleness,
             codec=job.codec,
             graphs=self.backend.has_graphs and config.uses_graphs,
+            num_parts=config.num_replicas,
         )
         if config.torch_compile:
             self._compiled = CompiledBlocks(layers, self.backend.device)
@@ -279,7 +280,7 @@ class DeviceSide:
         if runtime.emulate is None or not self._job.payload_sizes:
             return Throttle(link_gbps=runtime.link_gbps)
         self.progress = "measuring the compute of a step"
-        size = self._job.config.gradient_accumulation_steps
+        size = self._job.config.gradient_accumulation_steps * len(self._job.layout.parts_of(0))
         batches = self._job.micro_batches.calibration(size * MEASURED_UPDATES)
         updates = [batches[first : first + size] for first in range(0, len(batches), size)]
         compute_s = compute_seconds(self._model, updates, self.backend)

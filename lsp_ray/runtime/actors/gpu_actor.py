@@ -11,11 +11,11 @@ import ray
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
-from lsp_ray.runtime.actors.shard_actor import OpenPair, SlotPair
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.lanes import connect, serve, tell
+from lsp_ray.runtime.transport.unit_slots import UnitSlots
 from lsp_ray.schedule.ops import DeltaDue, GradientReady
 
 CONCURRENCY_GROUPS = {"progress": 1}  # beside the default group of one thread, which computes
@@ -29,16 +29,16 @@ class GpuActor:
 
     Args:
         job: The run.
-        pairs: Slots of every unit, by index; none where nothing leaves the device.
+        slots: Of every unit, by index; none where nothing leaves the device.
     """
 
-    def __init__(self, job: Job, pairs: Sequence[SlotPair]) -> None:
+    def __init__(self, job: Job, slots: Sequence[UnitSlots]) -> None:
         self._news: Connection | None = None
         self._telling = threading.Lock()
         self._side = DeviceSide(job, self._tell)
-        self._slots: list[OpenPair] = [pair.open() for pair in pairs]
-        self._pairs = pairs if job.begins_with is not None else ()
-        self._host_payloads = [slot.payload for pair in self._slots for slot in (pair.down, pair.up)]
+        self._slots = [own.open() for own in slots]
+        self._to_begin = slots if job.begins_with is not None else ()
+        self._host_payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
 
     def __repr__(self) -> str:
         return "gpu"
@@ -59,9 +59,9 @@ class GpuActor:
     def setup(self) -> SetupReport:
         """See `DeviceSide.setup`."""
         report = self._side.setup(self._host_payloads)
-        for pair in self._pairs:  # before the shards' first update
-            self._side.copy_totals(pair.unit, pair.open_total())
-        self._pairs = ()
+        for own in self._to_begin:  # before the shards' first update
+            self._side.copy_totals(own.unit, own.open_total())
+        self._to_begin = ()
         return report
 
     def keep_to(self, throttle: Throttle) -> None:
@@ -100,17 +100,18 @@ class GpuActor:
         """See `DeviceSide.take_weights`."""
         self._side.take_weights(Path(checkpoint))
 
-    def send(self, step: int, unit: int) -> OpReport:
-        """Copy a unit's payload into its down-slot."""
-        slot = self._slots[unit].down
-        span, reprojections = self._side.worker.send(step, unit, slot.to_write())
+    def send(self, step: int, unit: int, part: int) -> OpReport:
+        """Copy a unit's payload into the part's down-slot."""
+        slot = self._slots[unit].down[part]
+        span, reprojections = self._side.worker.send(step, unit, slot.to_write(), part)
         slot.publish(step)
         return OpReport(span=span, size_bytes=slot.payload.nbytes, reprojections=reprojections)
 
-    def prefetch(self, step: int, unit: int) -> OpReport:
+    def prefetch(self, step: int, unit: int, is_void: bool) -> OpReport:
         """Copy a unit's delta out of its up-slot."""
         payload = self._slots[unit].up.to_read(step)
-        return OpReport(span=self._side.worker.prefetch(step, unit, payload), size_bytes=payload.nbytes)
+        span = self._side.worker.prefetch(step, unit, payload, is_void=is_void)
+        return OpReport(span=span, size_bytes=payload.nbytes)
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> str:

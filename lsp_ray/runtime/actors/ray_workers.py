@@ -15,13 +15,14 @@ from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.actors.device_side import SetupReport
 from lsp_ray.runtime.actors.gpu_actor import COMPUTE, CONCURRENCY_GROUPS, D2H, H2D, LANES, NEWS, GpuActor
-from lsp_ray.runtime.actors.shard_pool import ShardPool, new_pair
+from lsp_ray.runtime.actors.shard_pool import ShardPool
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.driver import Completion
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.answers import answer
 from lsp_ray.runtime.transport.lanes import POLL_S, START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
+from lsp_ray.runtime.transport.unit_slots import new_unit_slots
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import WorkStream
 
@@ -53,18 +54,18 @@ class RayWorkers:
         self._completion_timeout_s = completion_timeout_s
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
         sums: Sequence[Sequence[SummedPart] | None] = job.sums or [None] * len(job.payload_sizes)
-        pairs = [
-            new_pair(unit, numel, job.codec, parts)
+        slots = [
+            new_unit_slots(unit, numel, job.codec, parts, job.config.num_replicas)
             for unit, (numel, parts) in enumerate(zip(job.payload_sizes, sums, strict=True))
         ]
         actor = actor_class(self.gpu_actor, **CONCURRENCY_GROUPS).options(  # type: ignore[arg-type]  # classes are hashable
             num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0
         )
-        self._gpu: Any = actor.remote(job, pairs)
+        self._gpu: Any = actor.remote(job, slots)
         self._shards: ShardPool | None = None
         self._lanes: dict[str, Lane] = {}
         try:
-            self._shards = ShardPool(job, pairs, note) if pairs else None
+            self._shards = ShardPool(job, slots, note) if slots else None
             self._lanes = open_lanes(self._gpu, "gpu", LANES)
         except BaseException:
             self.close()
@@ -141,14 +142,14 @@ class RayWorkers:
         """See `Workers`."""
         match op.stream:
             case WorkStream.D2H:
-                lane, method = self._lanes[D2H], "send"
+                lane, method, more = self._lanes[D2H], "send", op.part
             case WorkStream.H2D:
-                lane, method = self._lanes[H2D], "prefetch"
+                lane, method, more = self._lanes[H2D], "prefetch", grad_scale == 0.0
             case _:
                 self._shard_pool.update(op, self._reprojections[op.layer], grad_scale)
                 return
         what = f"gpu: {method} of unit {op.layer}, step {op.step}"
-        lane.order(Order(what=what, method=method, args=(op.step, op.layer)))
+        lane.order(Order(what=what, method=method, args=(op.step, op.layer, more)))
 
     def next_completions(self) -> list[Completion]:
         """See `Workers`."""
@@ -174,7 +175,7 @@ class RayWorkers:
                 self._shard_pool.revive(lane, error)
                 return []
         result = lane.answer()
-        if isinstance(result, OpReport) and result.span.stream is WorkStream.D2H:
+        if isinstance(result, OpReport) and result.span.stream is WorkStream.D2H and result.span.part == 0:
             self._reprojections[result.span.layer] = result.reprojections
         return [] if result is None else [result]  # none: the last deltas have come up
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +18,25 @@ import ray
 import torch
 
 from lsp_ray.device.token_bucket import TokenBucket
-from lsp_ray.optim.adamw import AdamWState
-from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing
 from lsp_ray.runtime.checkpoints.saved_run import SavedRun, reading
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.transport.lanes import connect, serve
-from lsp_ray.runtime.transport.slots import Slot
-from lsp_ray.sim.store import state_numel
+from lsp_ray.runtime.transport.unit_slots import UnitSlots, state_in
 from lsp_ray.trace import Span, WorkStream
 
 LANE = "updates"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotPair:
-    """One unit's slots: object references of the way down, the way up and the state; length and codec of payloads.
-
-    `sums` are the parts of a payload whose updates the shard adds up; None where it does not.
-    """
-
-    unit: int
-    numel: int
-    codec: Codec
-    sums: Sequence[SummedPart] | None
-    down: ray.ObjectRef[Any]
-    up: ray.ObjectRef[Any]
-    state: ray.ObjectRef[Any]
-
-    def open(self) -> OpenPair:
-        """Map the slots of both ways into this process."""
-        numel, dtype = self.codec.wire_numel(self.numel), self.codec.dtype
-        ways = {"down": ray.get(self.down), "up": ray.get(self.up)}
-        return OpenPair(**{way: Slot(buffer, numel, f"{way} {self.unit}", dtype) for way, buffer in ways.items()})
-
-    def open_state(self) -> Slot:
-        """Map the state's slot into this process; see `state_numel`."""
-        return self.open_undo(self.state, "state")
-
-    def open_total(self) -> torch.Tensor:
-        """Map that part of the state's slot which is the sum of all updates."""
-        total = _state(self.open_state().payload, self.numel, summed=True).total
-        assert total is not None
-        return total
-
-    def open_undo(self, ref: ray.ObjectRef[Any], name: str = "undo") -> Slot:
-        """Map a slot that is large enough for the unit's state."""
-        numel = state_numel(self.numel, self.codec.payload_dtype, summed=self.sums is not None)
-        return Slot(ray.get(ref), numel, f"{name} {self.unit}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenPair:
-    """A unit's slots, mapped."""
-
-    down: Slot
-    up: Slot
 
 
 class ShardActor:
     """Thin shell over OptimizerShard.
 
     Args:
-        pairs: The units this shard owns.
+        slots: Of the units this shard owns.
         undo: By unit, a slot for a state to go back to; several units may share one that is large enough for each.
         num_threads: Threads of torch's operators here.
         weight_decay: Of updates that are added up here.
@@ -95,7 +45,7 @@ class ShardActor:
 
     def __init__(
         self,
-        pairs: Sequence[SlotPair],
+        slots: Sequence[UnitSlots],
         undo: Mapping[int, ray.ObjectRef[Any]],
         num_threads: int,
         index: int,
@@ -103,19 +53,24 @@ class ShardActor:
     ) -> None:
         self._index = index
         torch.set_num_threads(num_threads)
-        self._pairs: Mapping[int, OpenPair] = {pair.unit: pair.open() for pair in pairs}
-        self._slots = {pair.unit: pair.open_state() for pair in pairs}
-        self._undo = {pair.unit: pair.open_undo(undo[pair.unit]) for pair in pairs}
-        self._numel = {pair.unit: pair.numel for pair in pairs}
-        sums = {pair.unit: pair.sums for pair in pairs if pair.sums is not None}
+        self._opened = {own.unit: own.open() for own in slots}
+        self._states = {own.unit: own.open_state() for own in slots}
+        self._undo = {own.unit: own.open_undo(undo[own.unit]) for own in slots}
+        self._numel = {own.unit: own.numel for own in slots}
+        sums = {own.unit: own.sums for own in slots if own.sums is not None}
         states = {
-            unit: _state(slot.payload, self._numel[unit], summed=unit in sums) for unit, slot in self._slots.items()
+            unit: state_in(slot.payload, self._numel[unit], summed=unit in sums) for unit, slot in self._states.items()
         }
         self._shard = OptimizerShard(
-            self._numel, states=states, codec=pairs[0].codec, sums=sums or None, weight_decay=weight_decay
+            self._numel,
+            states=states,
+            codec=slots[0].codec,
+            sums=sums or None,
+            weight_decay=weight_decay,
+            num_parts=len(slots[0].down),
         )
         self._bucket: TokenBucket | None = None
-        for unit, slot in self._slots.items():
+        for unit, slot in self._states.items():
             if slot.generation is None:
                 self._put_back(unit)
 
@@ -134,7 +89,7 @@ class ShardActor:
         """Take the moments of a checkpoint."""
         with reading(saved.folder):
             load_moments(saved.moments, self._shard.states, num_updates=saved.step)
-        for slot in self._slots.values():
+        for slot in self._states.values():
             slot.publish(saved.step)
 
     def save(self, folder: str, shard_index: int) -> None:
@@ -150,44 +105,40 @@ class ShardActor:
         reprojections: Sequence[Reprojection] = (),
         grad_scale: float = 1.0,
     ) -> OpReport:
-        """Read the unit's gradient of `step` from its down-slot, write the delta into its up-slot."""
+        """Read the unit's gradients of `step` from its down-slots, write the delta into its up-slot."""
         start_s = time.monotonic()
-        pair, slot = self._pairs[unit], self._slots[unit]
-        gradient = pair.down.to_read(step)
+        own, slot = self._opened[unit], self._states[unit]
+        gradients = own.gradients(step)
         if slot.generation == step + 1 and grad_scale == 1.0:  # made by an actor that died before it could say so
-            return _report(step, unit, start_s)
+            return _report(step, unit, start_s, self._shard.square_sum(unit, gradients))
         if slot.generation == step + 1:  # made before the step was judged
             self._put_back(unit)
         self._keep(unit, step)
         self._shard.carry_over(unit, reprojections)
-        self._shard.update(unit, gradient, pair.up.to_write(), learning_rate=learning_rate, grad_scale=grad_scale)
+        delta = own.up.to_write()
+        squares = self._shard.update(unit, gradients, delta, learning_rate=learning_rate, grad_scale=grad_scale)
         if self._bucket is not None:
             self._bucket.take(self._numel[unit], start_s=start_s)
-        pair.up.publish(step)
+        own.up.publish(step)
         slot.publish(step + 1)
-        return _report(step, unit, start_s)
+        return _report(step, unit, start_s, squares)
 
     def _keep(self, unit: int, step: int) -> None:
         """Copy a state so that `_put_back` can undo what happens to it from now on."""
-        slot, undo = self._slots[unit], self._undo[unit]
+        slot, undo = self._states[unit], self._undo[unit]
         kept = slot.to_read(step)
         undo.to_write().copy_(kept)
         undo.publish(step)
         slot.to_write()
 
     def _put_back(self, unit: int) -> None:
-        slot, undo = self._slots[unit], self._undo[unit]
+        slot, undo = self._states[unit], self._undo[unit]
         step = undo.generation
         assert step is not None, "a state was changed before it was kept"
         slot.to_write().copy_(undo.payload)
         slot.publish(step)
 
 
-def _report(step: int, unit: int, start_s: float) -> OpReport:
-    return OpReport(span=Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic()))
-
-
-def _state(payload: torch.Tensor, numel: int, *, summed: bool) -> AdamWState:
-    names = ("exp_avg", "exp_avg_sq", "total" if summed else "error")  # the third, if kept
-    parts = dict(zip(names, payload[:-1].split(numel), strict=False))
-    return AdamWState(step=payload[-1], **parts)
+def _report(step: int, unit: int, start_s: float, squares: float | None) -> OpReport:
+    span = Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+    return OpReport(span=span, square_sum=squares)

@@ -7,20 +7,16 @@ from typing import Any
 
 import psutil
 import ray
-import torch
 
 from lsp_ray.errors import WorkerLostError
-from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection
-from lsp_ray.optim.sums import SummedPart
-from lsp_ray.runtime.actors.shard_actor import LANE, ShardActor, SlotPair
+from lsp_ray.runtime.actors.shard_actor import LANE, ShardActor
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
-from lsp_ray.runtime.transport.slots import new_slot_buffer
+from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo
 from lsp_ray.schedule.ops import Op
-from lsp_ray.sim.store import payload_bytes, state_numel
 
 MAX_DEATHS_IN_A_ROW = 3
 
@@ -30,22 +26,22 @@ class ShardPool:
 
     Args:
         job: The run.
-        pairs: Slots of every unit, by index.
+        slots: Of every unit, by index.
         note: Told, in a line, of a shard that died.
 
     Attributes:
         lanes: To each shard.
     """
 
-    def __init__(self, job: Job, pairs: Sequence[SlotPair], note: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, slots: Sequence[UnitSlots], note: Callable[[str], None]) -> None:
         self._job = job
         self._note = note
-        self._pairs = [[pairs[unit] for unit in job.layout.units_of(index)] for index in range(job.layout.num_shards)]
-        self._undo = [new_undo(own, is_shared=not job.speculates) for own in self._pairs]
+        self._slots = [[slots[unit] for unit in job.layout.units_of(index)] for index in range(job.layout.num_shards)]
+        self._undo = [new_undo(own, is_shared=not job.speculates) for own in self._slots]
         self._throttle = Throttle()
-        self._deaths = [0 for _ in self._pairs]
-        self._shards = [self._new(index) for index in range(len(self._pairs))]
-        self.lanes = [self._opened(index) for index in range(len(self._pairs))]
+        self._deaths = [0 for _ in self._slots]
+        self._shards = [self._new(index) for index in range(len(self._slots))]
+        self.lanes = [self._opened(index) for index in range(len(self._slots))]
 
     def set_up(self, throttle: Throttle) -> None:
         """Let every shard take the checkpoint's moments, if there is one, and keep to the throttle."""
@@ -117,12 +113,12 @@ class ShardPool:
         for shard, lane in zip(self._shards, self.lanes, strict=True):
             ray.kill(shard)
             lane.close()
-        self._pairs, self._undo = [], []
+        self._slots, self._undo = [], []
 
     def _new(self, index: int) -> Any:
         actor = actor_class(ShardActor).options(num_cpus=1, max_restarts=0)
         threads, decay = self._job.layout.shard_threads, self._job.config.weight_decay
-        return actor.remote(self._pairs[index], self._undo[index], threads, index, decay)
+        return actor.remote(self._slots[index], self._undo[index], threads, index, decay)
 
     def _opened(self, index: int) -> Lane:
         return open_lanes(self._shards[index], f"shard {index}", [LANE])[LANE]
@@ -130,28 +126,6 @@ class ShardPool:
     def _slow_down(self, index: int) -> None:
         args = (self._throttle, len(self.lanes))
         self.lanes[index].order(Order(what=f"shard {index}: throttle", method="keep_to", args=args))
-
-
-def new_pair(unit: int, numel: int, codec: Codec, sums: Sequence[SummedPart] | None = None) -> SlotPair:
-    """Allocate a unit's slots, for a payload of `numel` elements; `sim.store` counts them."""
-    wire_bytes, state_bytes = payload_bytes(numel, codec.payload_dtype), _state_bytes(numel, codec, sums)
-    down, up, state = (ray.put(new_slot_buffer(size)) for size in (wire_bytes, wire_bytes, state_bytes))
-    pair = SlotPair(unit=unit, numel=numel, codec=codec, sums=sums, down=down, up=up, state=state)
-    pair.open_state().publish(0)  # zeros: the state before the first update
-    return pair
-
-
-def new_undo(pairs: Sequence[SlotPair], *, is_shared: bool) -> dict[int, ray.ObjectRef[Any]]:
-    """Allocate, for a shard's units, a slot for each one's state: the same for all, or one each."""
-    sizes = [_state_bytes(pair.numel, pair.codec, pair.sums) for pair in pairs]
-    if not is_shared:
-        return {pair.unit: ray.put(new_slot_buffer(size)) for pair, size in zip(pairs, sizes, strict=True)}
-    shared = ray.put(new_slot_buffer(max(sizes)))
-    return {pair.unit: shared for pair in pairs}
-
-
-def _state_bytes(numel: int, codec: Codec, sums: Sequence[SummedPart] | None) -> int:
-    return torch.float32.itemsize * state_numel(numel, codec.payload_dtype, summed=sums is not None)
 
 
 def _wait_for_end(process: psutil.Process) -> None:

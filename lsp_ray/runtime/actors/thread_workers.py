@@ -22,7 +22,7 @@ from lsp_ray.runtime.checkpoints.saved_run import reading
 from lsp_ray.runtime.drive.driver import Completion
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.slots import new_slot
+from lsp_ray.runtime.transport.slots import OpenSlots, new_slot
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import Span, WorkStream
 
@@ -39,9 +39,15 @@ class ThreadWorkers:
         self._completions: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
         self.side = DeviceSide(job, self._completions.put)
         wires = [job.codec.wire_numel(numel) for numel in job.payload_sizes]
-        self._down = [new_slot(numel, f"down {unit}", job.codec.dtype) for unit, numel in enumerate(wires)]
-        self._up = [new_slot(numel, f"up {unit}", job.codec.dtype) for unit, numel in enumerate(wires)]
-        self._host_payloads = [slot.payload for slot in (*self._down, *self._up)]
+        dtype, num_parts = job.codec.dtype, job.config.num_replicas
+        self._slots = [
+            OpenSlots(
+                down=[new_slot(numel, f"down {unit}", dtype) for _ in range(num_parts)],
+                up=new_slot(numel, f"up {unit}", dtype),
+            )
+            for unit, numel in enumerate(wires)
+        ]
+        self._host_payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
         self._buckets: list[TokenBucket | None] = [None] * job.layout.num_shards
         self._reprojections: dict[int, Sequence[Reprojection]] = {}
         self._before: dict[int, tuple[int, AdamWState]] = {}  # unit -> its last update's step, the state before it
@@ -52,6 +58,7 @@ class ThreadWorkers:
                 codec=job.codec,
                 sums=None if job.sums is None else dict(enumerate(job.sums)),
                 weight_decay=job.config.weight_decay,
+                num_parts=num_parts,
             )
             for index in range(layout.num_shards)
         ]
@@ -119,7 +126,7 @@ class ThreadWorkers:
             case WorkStream.D2H:
                 future = self._d2h.submit(self._send, op)
             case WorkStream.H2D:
-                future = self._h2d.submit(self._prefetch, op)
+                future = self._h2d.submit(self._prefetch, op, is_void=grad_scale == 0.0)
             case _:
                 future = self._cpu[self._job.layout.shard_of_unit[op.layer]].submit(self._update, op, grad_scale)
         self._report(future)
@@ -139,31 +146,34 @@ class ThreadWorkers:
         self.side.close()
 
     def _send(self, op: Op) -> OpReport:
-        slot = self._down[op.layer]
-        span, reprojections = self.side.worker.send(op.step, op.layer, slot.to_write())
+        slot = self._slots[op.layer].down[op.part]
+        span, reprojections = self.side.worker.send(op.step, op.layer, slot.to_write(), op.part)
         slot.publish(op.step)
-        self._reprojections[op.layer] = reprojections  # read by this layer's next update, which this copy precedes
+        if op.part == 0:
+            self._reprojections[op.layer] = reprojections  # read by this layer's next update, which this copy precedes
         return OpReport(span=span, size_bytes=slot.payload.nbytes, reprojections=reprojections)
 
-    def _prefetch(self, op: Op) -> OpReport:
-        payload = self._up[op.layer].to_read(op.step)
-        return OpReport(span=self.side.worker.prefetch(op.step, op.layer, payload), size_bytes=payload.nbytes)
+    def _prefetch(self, op: Op, *, is_void: bool) -> OpReport:
+        payload = self._slots[op.layer].up.to_read(op.step)
+        span = self.side.worker.prefetch(op.step, op.layer, payload, is_void=is_void)
+        return OpReport(span=span, size_bytes=payload.nbytes)
 
     def _update(self, op: Op, grad_scale: float) -> OpReport:
         start_s = time.monotonic()
         index = self._job.layout.shard_of_unit[op.layer]
         shard, bucket = self._shards[index], self._buckets[index]
         learning_rate = self._job.learning_rates[op.step]
-        gradient, up = self._down[op.layer].to_read(op.step), self._up[op.layer]
+        own = self._slots[op.layer]
+        gradients, up = own.gradients(op.step), own.up
         if self._job.speculates:
             self._begin_from_before(shard, op)
         shard.carry_over(op.layer, self._reprojections[op.layer])
-        shard.update(op.layer, gradient, up.to_write(), learning_rate=learning_rate, grad_scale=grad_scale)
+        squares = shard.update(op.layer, gradients, up.to_write(), learning_rate=learning_rate, grad_scale=grad_scale)
         if bucket is not None:
             bucket.take(self._job.payload_sizes[op.layer], start_s=start_s)
         up.publish(op.step)
         span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=start_s, end_s=time.monotonic())
-        return OpReport(span=span)
+        return OpReport(span=span, square_sum=squares)
 
     def _begin_from_before(self, shard: OptimizerShard, op: Op) -> None:
         """Undo the step's update of this unit, if there was one already, and keep what it begins from."""

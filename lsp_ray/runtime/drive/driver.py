@@ -9,6 +9,7 @@ from lsp_ray.device.step_report import StepReport
 from lsp_ray.runtime.drive.event_log import EventLog
 from lsp_ray.runtime.drive.layer_times import LayerTimes
 from lsp_ray.runtime.drive.ledger import ClosedStep, Ledger, OpReport
+from lsp_ray.runtime.drive.step_judge import StepJudge
 from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepJudged
 from lsp_ray.schedule.policy import Policy
 
@@ -31,7 +32,7 @@ class Workers(Protocol):
     def launch(self, op: Op, grad_scale: float = 1.0) -> None:
         """Start an operation; returns at once. An update is made with gradients times `grad_scale`.
 
-        An update that is launched a second time takes the place of the first.
+        An update that is launched a second time takes the place of the first. A delta of the scale 0 is void.
         """
         ...
 
@@ -51,6 +52,7 @@ class Driver:
         workers: Who acts.
         policy: Who decides; for as many layers as there are units.
         learning_rates: One for every step.
+        judge: Fresh; for the policy's layers, parts and GPUs, and the first step. Default: of steps of one part.
         on_step: Called with each step, in order.
         first_step: The first to be run.
         event_log: Where events and decisions are written, so that they can be replayed.
@@ -62,6 +64,7 @@ class Driver:
         policy: Policy,
         learning_rates: Sequence[float],
         *,
+        judge: StepJudge | None = None,
         on_step: Callable[[ClosedStep], None],
         first_step: int = 0,
         event_log: EventLog | None = None,
@@ -72,11 +75,11 @@ class Driver:
         self._first_step = first_step
         self._num_started = first_step
         self._num_drained = first_step
-        self._num_run = first_step
+        self._judge = judge or StepJudge(policy.num_layers, first_step=first_step)
         self._event_log = event_log
         self._grad_scales: dict[int, float] = {}  # of steps that are judged and not closed
         self.times = LayerTimes(policy.num_layers)
-        self.ledger = Ledger(policy.num_layers, learning_rates, first_step)
+        self.ledger = Ledger(policy.num_layers, learning_rates, first_step, len(set(policy.gpu_of_part)))
 
     def train(self, end: int, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Run the steps before `end`, fewer where `should_stop` says so; on return their deltas have come up."""
@@ -92,7 +95,7 @@ class Driver:
 
     def _start_steps(self, end: int, should_stop: Callable[[], bool]) -> None:
         is_over = should_stop()
-        while not is_over and self._num_started < min(end, self._num_run + STEPS_AHEAD):
+        while not is_over and self._num_started < min(end, self._judge.num_run + STEPS_AHEAD):
             self._workers.start_step(self._num_started)
             self._num_started += 1
             is_over = should_stop()
@@ -104,19 +107,24 @@ class Driver:
 
     def _handle(self, completion: Completion) -> None:
         match completion:
-            case StepReport(step=step):
-                self.ledger.add_step(completion)
+            case StepReport():
                 self.times.add_step(completion)
-                self._num_run = step + 1
-                self._grad_scales[step] = completion.grad_scale
-                if self._policy.speculates:
-                    self._decide(StepJudged(step=step, stands=completion.grad_scale == 1.0))
+                self._add_judged(self._judge.add_step(completion))
             case OpReport(span=span):
                 self.ledger.add_op(completion)
                 self.times.add_op(span)
-                self._decide(OpDone(op=Op(stream=span.stream, step=span.step, layer=span.layer)))
+                self._decide(OpDone(op=Op(stream=span.stream, step=span.step, layer=span.layer, part=span.part)))
+                self._add_judged(self._judge.add_op(completion))
             case GradientReady() | DeltaDue():
                 self._decide(completion)
+
+    def _add_judged(self, report: StepReport | None) -> None:
+        if report is None:
+            return
+        self.ledger.add_step(report)
+        self._grad_scales[report.step] = report.grad_scale
+        if self._policy.speculates:
+            self._decide(StepJudged(step=report.step, stands=report.grad_scale == 1.0))
 
     def _tell_costs(self) -> None:
         """Tell the policy what layers cost, ever more rarely: after 1, 2, 4, 8 … steps."""

@@ -26,7 +26,8 @@ from lsp_ray.trace import WorkStream
 
 MAX_STEPS = 100  # enough to see and to replay what a policy does; a run of days must not fill the disk with it
 
-# a stream's name, "gradient" or "due", step, layer; "judged", step, whether it stands; "costs", step, layers' seconds
+# a stream's name, "gradient" or "due", step, layer, and the part or GPU unless it is 0; "judged", step, whether it
+# stands; "costs", step, layers' seconds
 _Row = list[Any]
 
 
@@ -43,25 +44,23 @@ class EventLog:
 
     Args:
         file: Open for writing; stays the caller's.
-        policy: Name in POLICIES.
+        name: The policy's, in POLICIES.
         shard_of_layer: As the policy has it.
-        speculates: As the policy has it.
-        room: As the policy has it.
+        policy: Whose decisions are logged.
     """
 
-    def __init__(
-        self,
-        file: TextIO,
-        policy: str,
-        shard_of_layer: Sequence[int],
-        *,
-        speculates: bool = False,
-        room: DeltaRoom | None = None,
-    ) -> None:
+    def __init__(self, file: TextIO, name: str, shard_of_layer: Sequence[int], policy: Policy) -> None:
         self._file = file
         self._is_full = False
-        header = {"policy": policy, "shard_of_layer": list(shard_of_layer), "speculates": speculates}
-        self._write(header | {"room": None if room is None else asdict(room)})
+        self._write(
+            {
+                "policy": name,
+                "shard_of_layer": list(shard_of_layer),
+                "speculates": policy.speculates,
+                "room": None if policy.room is None else asdict(policy.room),
+                "gpu_of_part": list(policy.gpu_of_part),
+            }
+        )
 
     def write(self, event: Event, actions: Sequence[Action]) -> None:
         """Append one decision, up to the first event of step MAX_STEPS: what follows would have no beginning."""
@@ -83,6 +82,7 @@ def read_event_log(path: Path) -> tuple[Policy, Iterator[Decision]]:
         header["shard_of_layer"],
         speculates=header["speculates"],
         room=None if room is None else DeltaRoom(sizes=tuple(room["sizes"]), num_bytes=room["num_bytes"]),
+        gpu_of_part=header.get("gpu_of_part", [0]),  # logs of before there were parts
     )
     return policy, (_decision(json.loads(line)) for line in lines[1:])
 
@@ -92,12 +92,13 @@ def _decision(line: dict[str, Any]) -> Decision:
 
 
 def _event(row: _Row) -> Event:
-    kind, step, subject = row
+    kind, step, subject, *more = row
+    part = more[0] if more else 0
     match kind:
         case "gradient":
-            return GradientReady(step=step, layer=subject)
+            return GradientReady(step=step, layer=subject, part=part)
         case "due":
-            return DeltaDue(step=step, layer=subject)
+            return DeltaDue(step=step, layer=subject, gpu=part)
         case "judged":
             return StepJudged(step=step, stands=subject)
         case "costs":
@@ -108,9 +109,9 @@ def _event(row: _Row) -> Event:
 def _event_row(event: Event) -> _Row:
     match event:
         case GradientReady():
-            return ["gradient", event.step, event.layer]
+            return _row("gradient", event.step, event.layer, event.part)
         case DeltaDue():
-            return ["due", event.step, event.layer]
+            return _row("due", event.step, event.layer, event.gpu)
         case CostsMeasured():
             return ["costs", event.step, [asdict(layer) for layer in event.layers]]
         case StepJudged():
@@ -119,9 +120,13 @@ def _event_row(event: Event) -> _Row:
 
 
 def _op_row(op: Op) -> _Row:
-    return [op.stream.value, op.step, op.layer]
+    return _row(op.stream.value, op.step, op.layer, op.part)
+
+
+def _row(kind: str, step: int, layer: int, part: int) -> _Row:
+    return [kind, step, layer, part] if part else [kind, step, layer]
 
 
 def _op(row: _Row) -> Op:
-    stream, step, layer = row
-    return Op(stream=WorkStream(stream), step=step, layer=layer)
+    stream, step, layer, *part = row
+    return Op(stream=WorkStream(stream), step=step, layer=layer, part=part[0] if part else 0)

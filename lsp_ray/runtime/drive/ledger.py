@@ -22,11 +22,13 @@ class OpReport:
     """A finished operation of a lane: its span and, of copies, the bytes it moved.
 
     `reprojections` come with a payload that is the first in new subspaces: its update must carry the moments over.
+    `square_sum` comes with an update of several parts' gradients: that of their sum, see `optim.parts`.
     """
 
     span: Span
     size_bytes: int = 0
     reprojections: tuple[Reprojection, ...] = ()
+    square_sum: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +45,13 @@ class Ledger:
 
     Args:
         num_units: Units that pass down, through their update and up in every step; 0 if nothing leaves the device.
+        num_gpus: To which each unit's delta comes up.
         learning_rates: One for every step.
         first_step: The first to be closed.
     """
 
-    def __init__(self, num_units: int, learning_rates: Sequence[float], first_step: int = 0) -> None:
-        self._num_units = num_units
+    def __init__(self, num_units: int, learning_rates: Sequence[float], first_step: int = 0, num_gpus: int = 1) -> None:
+        self._num_up = num_units * num_gpus
         self._learning_rates = learning_rates
         self._steps: dict[int, StepReport] = {}
         self._ops: dict[int, list[OpReport]] = {}
@@ -57,7 +60,7 @@ class Ledger:
         self.peak_device_bytes: int | None = None
 
     def add_step(self, report: StepReport) -> None:
-        """Note that a step's backward is done."""
+        """Note that a step's backward is done, on all GPUs, and judged."""
         self._steps[report.step] = report
         if report.peak_device_bytes is not None:
             self.peak_device_bytes = report.peak_device_bytes
@@ -76,7 +79,7 @@ class Ledger:
         report = self._steps.get(step)
         # the way up is a unit's last operation; updates may have been made twice
         num_up = sum(op.span.stream is WorkStream.H2D for op in self._ops.get(step, []))
-        if report is None or num_up < self._num_units:
+        if report is None or num_up < self._num_up:
             return None
         closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report), notes=report.notes)
         self.num_closed += 1

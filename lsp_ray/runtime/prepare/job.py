@@ -140,6 +140,7 @@ class Job:
             speculates=self.speculates,
             payload_dtype=self.codec.payload_dtype,
             summed=self.sums is not None,
+            num_parts=self.config.num_replicas,
         )
 
     @property
@@ -202,7 +203,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         tokenized,
         tokenizer,
         batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
+        accumulation=config.micro_batches_per_step,
         seed=config.seed,
         max_steps=config.steps,
         num_train_epochs=config.epochs,
@@ -237,7 +238,9 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         delta_room=delta_room(_wire_sizes(payload_sizes, config), _wire_sizes(full_payload_sizes(layers), config)),
         quantized=quantized,
         subspace_dims={name: size.dims for name, size in sizes.items()},
-        layout=plan_layout(config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda"),
+        layout=plan_layout(
+            config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda", num_parts=config.num_replicas
+        ),
         sample_inputs=sample_inputs,
         sample_expected=sample_expected,
         questions=tuple(find_questions(tokenized, tokenizer, config.max_eval_answers)),

@@ -43,15 +43,19 @@ def check_model(
 
 def check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
     """Refuse a batch that is larger than the data, and a warm-up that is longer than the run."""
-    batch_size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    batch_size = config.examples_per_step
     kind = "packed training" if config.packing else "training"
+    factors = [config.per_device_train_batch_size, config.gradient_accumulation_steps]
+    names = ""
+    if config.num_replicas > 1:
+        factors.append(config.num_replicas)
+        names = " and num_replicas"
     if batch_size > num_examples:
         raise ConfigError(
             "per_device_train_batch_size",
-            f"make, times gradient_accumulation_steps, at most the {num_examples} {kind} examples",
+            f"make, times gradient_accumulation_steps{names}, at most the {num_examples} {kind} examples",
             config.per_device_train_batch_size,
-            hint=f"{config.per_device_train_batch_size} × {config.gradient_accumulation_steps} = {batch_size} examples "
-            f"a step, there are {num_examples}",
+            hint=f"{' × '.join(map(str, factors))} = {batch_size} examples a step, there are {num_examples}",
         )
     if config.warmup_steps >= num_steps:
         raise ConfigError("warmup_steps", f"be below the {num_steps} steps of this run", config.warmup_steps)

@@ -104,7 +104,7 @@ def data_notes(tokenized: TokenizedRows, config: RunConfig, num_steps: int) -> I
 
 def _length_line(tokenized: TokenizedRows, config: RunConfig, num_steps: int) -> str:
     """How long a run is, and how long its examples."""
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    size = config.examples_per_step
     num_train = len(tokenized.train)
     epochs = num_steps * size / num_train if config.steps != -1 else config.epochs
     parts = [f"{num_train:,} examples, {_rounded(epochs)}, {num_steps:,} steps of {size}"]

@@ -14,11 +14,12 @@ GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU comput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Threads of each actor, and the shard that owns each unit."""
+    """Threads of each actor, the shard that owns each unit, and the GPU that computes each part of a step."""
 
     device_threads: int
     shard_threads: int
     shard_of_unit: tuple[int, ...]
+    gpu_of_part: tuple[int, ...] = (0,)
 
     @property
     def num_shards(self) -> int:
@@ -28,7 +29,17 @@ class Layout:
     @property
     def total_threads(self) -> int:
         """Threads of all actors together."""
-        return self.device_threads + self.num_shards * self.shard_threads
+        return self.num_gpus * self.device_threads + self.num_shards * self.shard_threads
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs, or CPU actors in their place, that compute."""
+        return len(set(self.gpu_of_part))
+
+    def parts_of(self, gpu: int) -> range:
+        """The parts of a step that a GPU computes, one after the other."""
+        first = self.gpu_of_part.index(gpu)
+        return range(first, first + self.gpu_of_part.count(gpu))
 
     def units_of(self, shard_index: int) -> list[int]:
         """The units that a shard owns."""
@@ -59,18 +70,22 @@ def divide_cores(runtime: RuntimeConfig, *, num_units: int, cores: int, on_gpu: 
     return CoreShares(num_shards=num_shards, shard_threads=shard_threads, device_threads=device_threads)
 
 
-def plan_layout(runtime: RuntimeConfig, payload_sizes: Sequence[int], *, cores: int, on_gpu: bool) -> Layout:
-    """Divide units and cores.
+def plan_layout(
+    runtime: RuntimeConfig, payload_sizes: Sequence[int], *, cores: int, on_gpu: bool, num_parts: int = 1
+) -> Layout:
+    """Divide units, parts and cores.
 
     Args:
         runtime: What was asked for; what is None is chosen here.
         payload_sizes: Elements of each unit's payload; empty if nothing leaves the device.
         cores: CPU cores this run may use.
         on_gpu: Whether a GPU computes; if not, the GPU actor needs most of the cores itself.
+        num_parts: Of a step.
     """
     shares = divide_cores(runtime, num_units=len(payload_sizes), cores=cores, on_gpu=on_gpu)
     return Layout(
         device_threads=shares.device_threads,
         shard_threads=shares.shard_threads,
         shard_of_unit=balanced(payload_sizes, shares.num_shards),
+        gpu_of_part=(0,) * num_parts,
     )

@@ -4,21 +4,27 @@ Ray promises neither that an object may be written nor that anyone notices: ther
 hand-over is by message, and the header's generation (the step of its payload) exposes a reader who came too early or
 too late.
 
-Layout: one page of header (int64 generation: 0 for no payload, else its step + 1), then the payload, both page-aligned
-so that each slot can be page-locked on its own.
+On another node the same object is a copy that nobody writes to, whose first generation would pass for step 0: a slot
+carries the number of its node, and is an error elsewhere.
+
+Layout: one page of header (int64 generation: 0 for no payload, else its step + 1; then the node's number, ASCII), then
+the payload, both page-aligned so that each slot can be page-locked on its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lsp_ray.errors import StaleSlotError
+from lsp_ray.errors import ForeignSlotError, StaleSlotError
 from lsp_ray.sim.store import PAGE_BYTES, slot_bytes
 
 _EMPTY = 0  # as in a new buffer
+_NODE = slice(8, 128)  # of the header: bytes
 
 
 def new_slot_buffer(num_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -40,6 +46,10 @@ class Slot:
         numel: Payload length in elements.
         name: For error messages.
         dtype: Of the payload's elements.
+        node: Where this process is; default: a slot that no other process has.
+
+    Raises:
+        ForeignSlotError: The slot is another node's.
     """
 
     def __init__(
@@ -48,6 +58,7 @@ class Slot:
         numel: int,
         name: str,
         dtype: torch.dtype = torch.float32,
+        node: str | None = None,
     ) -> None:
         self._buffer = buffer
         self._name = name
@@ -56,9 +67,17 @@ class Slot:
         writable = (ctypes.c_uint8 * buffer.nbytes).from_address(buffer.ctypes.data)
         memory = np.frombuffer(memoryview(writable), dtype=np.uint8)
         self._generation = memory[first : first + 8].view(np.int64)
+        self._node = memory[first : first + PAGE_BYTES][_NODE]
+        if node is not None and self._node.tobytes().rstrip(b"\0") != node.encode("ascii"):
+            raise ForeignSlotError(f"slot {name} is not of this node: what it holds here is a copy")
         payload_start = first + PAGE_BYTES
         payload = memory[payload_start : payload_start + dtype.itemsize * numel]
         self.payload = torch.from_numpy(payload).view(dtype)
+
+    def claim(self, node: str) -> None:
+        """Say of a new slot that it is this node's."""
+        number = node.encode("ascii")
+        self._node[: len(number)] = np.frombuffer(number, dtype=np.uint8)
 
     def to_write(self) -> torch.Tensor:
         """Return the flat payload for writing; until `publish` every reader is refused."""
@@ -86,3 +105,15 @@ class Slot:
             content = "no payload" if held is None else f"the payload of step {held}"
             raise StaleSlotError(f"slot {self._name} holds {content}, expected step {step}")
         return self.payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenSlots:
+    """A unit's slots, mapped; `down` by part of a step."""
+
+    down: Sequence[Slot]
+    up: Slot
+
+    def gradients(self, step: int) -> list[torch.Tensor]:
+        """The payloads of all parts of `step`, encoded, flat; see `Slot.to_read`."""
+        return [slot.to_read(step) for slot in self.down]
