@@ -158,6 +158,8 @@ class RuntimeConfig:
 
     num_shards: int | None = None
     """CPU shard actors that own the optimizer state; default: 1, from 16 cores on 2."""
+    num_gpus: int | Literal["auto"] = "auto"
+    """GPUs of this machine that compute, lsp and zero_offload alone several; auto: all, at most num_replicas."""
     policy: PolicyName | None = None
     """Order of transfers and updates; default: layerwise, for zero_offload sequential."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -180,6 +182,8 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         _no_nulls(self, "runtime.")
         _at_least("runtime.num_shards", self.num_shards, 1)
+        if self.num_gpus != "auto":
+            _at_least("runtime.num_gpus", self.num_gpus, 1)
         _at_least("runtime.device_threads", self.device_threads, 1)
         _at_least("runtime.shard_threads", self.shard_threads, 1)
         _above_zero("runtime.link_gbps", self.link_gbps)
@@ -207,8 +211,8 @@ class RunConfig:
     """Examples in a micro-batch."""
     gradient_accumulation_steps: int = 1
     """Micro-batches in an optimizer update, of each replica."""
-    num_replicas: int = 1
-    """Equal parts of an update, with micro-batches and compressed gradients of their own: more examples, same bits."""
+    num_replicas: int | None = None
+    """Equal parts of an update, each with micro-batches of its own, whichever GPU computes it; default: the GPUs."""
     learning_rate: float = 1e-4
     """Peak learning rate; full fine-tuning's carries over to lsp, for a classifier at most a quarter of it."""
     lr_scheduler_type: SchedulerType = "linear"
@@ -331,10 +335,21 @@ class RunConfig:
         if 0 < self.lsp.check_every < shortest:
             bound = f"be 0 or at least {shortest}, so that a refit ends in time"
             raise ConfigError("lsp.check_every", bound, self.lsp.check_every)
-        if self.num_replicas > 1 and not self.offloads:
-            bound = f"be 1 with method {self.method}, which sends nothing; gradient_accumulation_steps does the same"
-            raise ConfigError("num_replicas", bound, self.num_replicas)
+        self._check_replicas()
         self._check_best()
+
+    def _check_replicas(self) -> None:
+        num_gpus = 1 if self.runtime.num_gpus == "auto" else self.runtime.num_gpus
+        if not self.offloads:
+            if self.replicas > 1:
+                bound = f"be 1 with method {self.method}; gradient_accumulation_steps does the same"
+                raise ConfigError("num_replicas", bound, self.num_replicas)
+            if num_gpus > 1:
+                bound = f"be 1 with method {self.method}, which trains on one GPU; method lsp uses several"
+                raise ConfigError("runtime.num_gpus", bound, num_gpus)
+        if self.num_replicas is not None and num_gpus > self.num_replicas:
+            bound = f"be at most num_replicas ({self.num_replicas}), as a replica is computed by one GPU"
+            raise ConfigError("runtime.num_gpus", bound, num_gpus)
 
     def _check_best(self) -> None:
         if self.eval_steps == 0 and (self.load_best_model_at_end or self.early_stopping_patience is not None):
@@ -342,9 +357,14 @@ class RunConfig:
             raise ConfigError("eval_steps", f"be at least 1 with {name}, which goes by eval loss", self.eval_steps)
 
     @property
+    def replicas(self) -> int:
+        """`num_replicas` as a number; 1 until it is decided."""
+        return self.num_replicas or 1
+
+    @property
     def micro_batches_per_step(self) -> int:
         """Of all replicas together."""
-        return self.gradient_accumulation_steps * self.num_replicas
+        return self.gradient_accumulation_steps * self.replicas
 
     @property
     def examples_per_step(self) -> int:

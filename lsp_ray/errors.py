@@ -38,6 +38,10 @@ class ForeignSlotError(LspRayError):
     """A slot of another node was opened, where it is a copy that nobody writes to: a bug, never ignored."""
 
 
+class DivergedError(LspRayError):
+    """Two GPUs that train the same model have weights that differ: a bug, or a GPU that computes wrongly."""
+
+
 class DeadlineError(LspRayError, TimeoutError):
     """A wait ran past its deadline; names what was waited for."""
 

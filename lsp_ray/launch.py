@@ -128,8 +128,8 @@ def run_config(
             _show(job, progress)
             progress.phase("starting Ray")
             with ray_cluster(
-                num_actors=1 + job.layout.num_shards,
-                num_gpus=int(job.device == "cuda"),
+                num_actors=job.layout.num_gpus + job.layout.num_shards,
+                num_gpus=job.layout.num_gpus if job.device == "cuda" else 0,
                 store_bytes=job.store_bytes,
                 dashboard=config.runtime.dashboard,
             ) as cluster:
@@ -241,7 +241,7 @@ def _plan_line(job: Job) -> str:
             f"{rows} × {columns}" for rows, columns in sorted(set(job.subspace_dims.values()), reverse=True)
         )
         parts.append(f"{len(job.subspace_dims)} projected matrices that send {sent}")
-    in_parts = f" in {config.num_replicas} replicas" if config.num_replicas > 1 else ""
+    in_parts = f" in {config.replicas} replicas on {layout.num_gpus} GPU(s)" if config.replicas > 1 else ""
     parts.append(f"{job.num_steps} steps of {config.examples_per_step}{in_parts}")
     if job.payload_sizes:
         parts.append(f"{size_text(job.bytes_each_way)} each way a step")

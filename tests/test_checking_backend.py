@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def prepared(setting: Setting) -> tuple[PreTrainedModel, list[Unit], Refitter | 
     if not setting.refits:
         return model, units, None
     fit = ClosedFormFit(balanced=False)
-    options = {"check_every": CHECK_EVERY, "num_sketched": 1, "seed": 0}
+    options: dict[str, Any] = {"check_every": CHECK_EVERY, "num_sketched": 1, "seed": 0}
     return model, units, Refitter(units, fit, max_bias=0.0, **options)
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def modules_of(*units: Unit) -> list[ProjectedLinear]:
 
 
 def refitter_of(*units: Unit, max_bias: float = 0.0, seed: int = 0) -> Refitter:
-    options = {"check_every": EVERY, "num_sketched": NUM_SKETCHED, "seed": seed}
+    options: dict[str, Any] = {"check_every": EVERY, "num_sketched": NUM_SKETCHED, "seed": seed}
     return Refitter(units, ClosedFormFit(balanced=True), max_bias=max_bias, **options)
 
 

@@ -12,7 +12,7 @@ All of it happens at steps that the configuration alone decides, so neither a sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +20,12 @@ from statistics import fmean
 
 import torch
 
-from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.fits import Fit
-from lsp_ray.device.projected_linear import BiasProbe, InSubspace, SubspaceTarget, on_device, set_projectors
+from lsp_ray.device.projected_linear import BiasProbe, InSubspace
 from lsp_ray.device.rounding import mixed
+from lsp_ray.device.switch import Group, Switch, Takeover
 from lsp_ray.device.unit import Unit
-from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.projection.sparse_projector import SparseProjector
-from lsp_ray.projection.transition import transition
 
 SAMPLED_SHARE = 8  # one group in so many is measured in each period
 _CPU = torch.device("cpu")
@@ -57,34 +55,7 @@ class RefitState:
     fitted: Mapping[int, SparseProjector]
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A projected matrix and its place: its target's first payload element, its number."""
-
-    module: InSubspace
-    first: int
-    key: int
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The matrices of a unit that share Q; `key` is the first one's."""
-
-    unit: int
-    sites: tuple[Site, ...]
-
-    @property
-    def key(self) -> int:
-        """Numbers the group among all."""
-        return self.sites[0].key
-
-    @property
-    def modules(self) -> list[InSubspace]:
-        """The linears."""
-        return [site.module for site in self.sites]
-
-
-class Refitter:
+class Refitter(Switch):
     """See the module's text.
 
     Args:
@@ -94,6 +65,7 @@ class Refitter:
         max_bias: Bound of the relative bias (at its best scalar).
         num_sketched: Steps whose gradients a fit learns from.
         seed: Of samples, sketches and positions.
+        on_takeover: Told what takes over, at every step in which something might.
     """
 
     def __init__(
@@ -105,15 +77,15 @@ class Refitter:
         max_bias: float,
         num_sketched: int,
         seed: int,
+        on_takeover: Callable[[Takeover], None] | None = None,
     ) -> None:
+        super().__init__(units, check_every)
         assert num_sketched < check_every // 2, "the gradients of a refit must be there before it takes over"
-        self._fit, self._check_every, self._max_bias = fit, check_every, max_bias
-        self._num_sketched, self._seed = num_sketched, seed
-        self._groups = _groups(units)
+        self._fit, self._max_bias = fit, max_bias
+        self._num_sketched, self._seed, self._on_takeover = num_sketched, seed, on_takeover
         self._sampled: list[Group] = []
         self._learning: list[Group] = []
         self._fits: list[tuple[Group, Future[list[SparseProjector] | None]]] = []
-        self._takeovers: dict[int, list[tuple[Group, list[SparseProjector]]]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refit")
 
     def before_step(self, step: int) -> None:
@@ -123,12 +95,15 @@ class Refitter:
             self._sampled = self._sample(step)
             for module in (module for group in self._sampled for module in group.modules):
                 module.probe = BiasProbe()
-        if phase == self._check_every // 2:
+        if self.takes_over(step):
+            projectors: dict[int, SparseProjector] = {}
             for group, fit in self._fits:
                 new = fit.result()  # done long ago, unless fitting is slower than half a period of steps
-                if new is not None:
-                    self._takeovers.setdefault(group.unit, []).append((group, new))
+                projectors |= {site.key: own for site, own in zip(group.sites, new or (), strict=new is not None)}
             self._fits = []
+            if self._on_takeover is not None:
+                self._on_takeover(Takeover(step=step, projectors=projectors))
+            self.take_over(projectors)
 
     @contextmanager
     def looking_away(self) -> Iterator[None]:
@@ -140,28 +115,6 @@ class Refitter:
         yield
         for module, (lesson, probe) in zip(modules, observers, strict=True):
             module.lesson, module.probe = lesson, probe
-
-    def has_new(self, unit: int) -> bool:
-        """Whether `switch` would change anything."""
-        return unit in self._takeovers
-
-    def switch(self, unit: int) -> tuple[Reprojection, ...]:
-        """Give the unit's matrices their new projectors, if there are any; what is returned its shard must follow.
-
-        To be called once the deltas made for the old projectors are added, before the forward.
-        """
-        switched = []
-        for group, new in self._takeovers.pop(unit, ()):
-            projectors = on_device(group.modules, new)
-            right_HRR = transition(group.modules[0].projector.right, projectors[0].right)
-            for site, projector in zip(group.sites, projectors, strict=True):
-                left_GRR = transition(site.module.projector.left, projector.left)
-                switched.append(Reprojection(first=site.first, left_GRR=left_GRR, right_HRR=right_HRR))
-            for module in group.modules:
-                if isinstance(module, DeltaLinear):
-                    module.merge_()
-            set_projectors(group.modules, projectors)
-        return tuple(switched)
 
     def after_step(self, step: int) -> BiasReport | None:
         """Read what observed this step; returns the bias where it was measured."""
@@ -201,33 +154,15 @@ class Refitter:
         Raises:
             ValueError: Its matrices were others.
         """
-        for group in self._with_all(state.lessons):
+        for group in self.with_all(state.lessons):
             for site in group.sites:
                 site.module.lesson = self._fit.lesson(site.module.projector.shape, torch.Generator())
                 site.module.lesson.restore(state.lessons[site.key])
             self._learning.append(group)
-        for group in self._with_all(state.fitted):
+        for group in self.with_all(state.fitted):
             done: Future[list[SparseProjector] | None] = Future()
             done.set_result([state.fitted[site.key] for site in group.sites])
             self._fits.append((group, done))
-
-    def projector(self, key: int) -> SparseProjector:
-        """The projector in use of the matrix with this number.
-
-        Raises:
-            ValueError: There is none.
-        """
-        for site in (site for group in self._groups for site in group.sites):
-            if site.key == key:
-                return site.module.projector
-        raise ValueError(f"there is no matrix {key}")
-
-    def _with_all(self, keys: Mapping[int, object]) -> list[Group]:
-        """The groups that these numbers make up, in the order of the first ones."""
-        groups = [group for group in self._groups if any(site.key in keys for site in group.sites)]
-        if {site.key for group in groups for site in group.sites} != set(keys):
-            raise ValueError("linears that shared an input no longer do")
-        return sorted(groups, key=lambda group: list(keys).index(group.key))
 
     def _sample(self, step: int) -> list[Group]:
         order = torch.randperm(len(self._groups), generator=self._generator(step))
@@ -245,18 +180,6 @@ class Refitter:
 
     def _generator(self, *numbers: int) -> torch.Generator:
         return torch.Generator().manual_seed(mixed(self._seed, *numbers))
-
-
-def _groups(units: Sequence[Unit]) -> list[Group]:
-    groups: dict[tuple[int, int], list[Site]] = {}
-    num_sites = 0
-    for unit in units:
-        for first, target in zip(unit.offsets, unit.targets, strict=True):
-            if isinstance(target, SubspaceTarget):
-                site = Site(target.owner, first, num_sites)
-                groups.setdefault((unit.index, id(target.owner.projector.right)), []).append(site)
-                num_sites += 1
-    return [Group(unit, tuple(sites)) for (unit, _), sites in groups.items()]
 
 
 def _read_probe(module: InSubspace) -> float | None:

@@ -24,6 +24,7 @@ from lsp_ray.device.local_updates import judged, update_in_place
 from lsp_ray.device.memory import LiveStorage, peak_of
 from lsp_ray.device.payloads import Payloads
 from lsp_ray.device.refit import Refitter
+from lsp_ray.device.refit_follower import RefitFollower
 from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.token_bucket import TokenBucket
@@ -72,7 +73,7 @@ class DeviceWorker:
         on_gradients: Callable[[GradientReady], None],
         on_due: Callable[[DeltaDue], None] | None = None,
         local_shard: OptimizerShard | None = None,
-        refitter: Refitter | None = None,
+        refitter: Refitter | RefitFollower | None = None,
         judge: Judge | None = None,
         measured_step: int = 1,
         staleness: int = 0,

@@ -16,6 +16,7 @@ from lsp_ray.runtime.actors.throttle import Throttle, slower_by_themselves
 from lsp_ray.runtime.checkpoints.checkpoint import Checkpoints, way_on
 from lsp_ray.runtime.checkpoints.saved_run import SavedRun
 from lsp_ray.runtime.checkpoints.trainer_state import write_trainer_state
+from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.driver import Driver, Workers
 from lsp_ray.runtime.drive.event_log import EventLog
 from lsp_ray.runtime.drive.ledger import ClosedStep
@@ -311,6 +312,7 @@ class Training:
             write_trainer_state(staging, trainer, read_metrics(self._output_dir / METRICS, done))
 
         checkpoints.save(done, self._workers.save_state, write_log, saved.facts())
+        give_back_free()
         self._listener.note(f"{saved.folder.name}: training paused for {time.monotonic() - start_s:.2f} s")
         self._listener.saved(saved.folder)
 

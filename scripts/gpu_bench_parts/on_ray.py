@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.device_side import Decided, SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.cluster.private_cluster import ray_cluster
@@ -18,10 +18,10 @@ from scripts.gpu_bench_parts.random_model import made_on
 class RandomModelActor(GpuActor):
     """See `GpuActor`."""
 
-    def setup(self) -> SetupReport:
+    def setup(self, decided: Decided | None = None) -> SetupReport:
         """See `DeviceSide.setup`."""
         with made_on(torch.device(self._side.backend.device)):
-            return super().setup()
+            return super().setup(decided)
 
 
 class RandomModelWorkers(RayWorkers):

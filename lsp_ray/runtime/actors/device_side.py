@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -22,7 +22,10 @@ from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_file import load_refits, save_refits
+from lsp_ray.device.refit_follower import RefitFollower
 from lsp_ray.device.step_report import StepReport
+from lsp_ray.device.switch import Takeover
+from lsp_ray.device.trained_digest import trained_digest
 from lsp_ray.device.trained_file import load_trained, save_trained
 from lsp_ray.device.unit import SummedUnit, Unit
 from lsp_ray.device.worker import DeviceWorker
@@ -37,7 +40,9 @@ from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
+from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.actors.throttle import Throttle, emulating
@@ -66,17 +71,31 @@ class SetupReport:
     throttle: Throttle
 
 
+News = GradientReady | DeltaDue | Takeover
+"""What is told beside answers: a payload is ready to be sent, a delta is to be added, projectors take over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """What the first GPU decides for all: how much they are slowed down, and the projectors that were learned."""
+
+    throttle: Throttle
+    projectors: Mapping[str, SparseProjector]
+
+
 class DeviceSide:
     """Call `setup` first; construction does nothing slow.
 
     Args:
         job: The run.
-        tell: Told, on any thread, that a unit's payload is ready to be sent or a delta is to be added.
+        tell: Told of `News`, on any thread.
+        gpu: Its number; the first one learns projectors, measures and saves for all.
     """
 
     worker: DeviceWorker
 
-    def __init__(self, job: Job, tell: Callable[[GradientReady | DeltaDue], None]) -> None:
+    def __init__(self, job: Job, tell: Callable[[News], None], gpu: int = 0) -> None:
+        self._gpu = gpu
         self._job = job
         self._tell = tell
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
@@ -87,8 +106,8 @@ class DeviceSide:
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
 
-    def setup(self, host_slots: Sequence[torch.Tensor] = ()) -> SetupReport:
-        """Load, wrap and fit; lock the pages of the slots if a GPU copies from and to them."""
+    def setup(self, host_slots: Sequence[torch.Tensor] = (), decided: Decided | None = None) -> SetupReport:
+        """Load, wrap and fit, or take what the first GPU decided; lock the pages of the slots if a GPU copies there."""
         job, config = self._job, self._job.config
         torch.set_num_threads(job.layout.device_threads)
         self.progress = "loading the model"
@@ -103,8 +122,8 @@ class DeviceSide:
         layers = find_layers(self._model, job.unreached)
         if config.gradient_checkpointing:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
-        throttle = self._throttle(layers)
-        units, unfitted = self._build_units(layers)
+        throttle = self._throttle(layers) if decided is None else decided.throttle
+        units, unfitted = self._build_units(layers, decided)
         sent = [unit.numel for unit in units] if config.offloads else []
         assert sent == list(job.payload_sizes), "the model's units are not those that the job was planned for"
         self._refitter = self._new_refitter(units)
@@ -117,7 +136,7 @@ class DeviceSide:
             weight_decay=config.weight_decay,
             seed=config.seed,
             on_gradients=self._tell,
-            on_due=self._tell if job.delta_room is not None else None,
+            on_due=self._tell_due if job.delta_room is not None else None,
             local_shard=self._local_shard,
             refitter=self._refitter,
             judge=Judge(units, max_grad_norm=config.max_grad_norm, skips=config.on_nonfinite == "skip"),
@@ -125,7 +144,8 @@ class DeviceSide:
             staleness=job.staleness,
             codec=job.codec,
             graphs=self.backend.has_graphs and config.uses_graphs,
-            num_parts=config.num_replicas,
+            num_parts=len(job.layout.gpu_of_part),
+            own_parts=job.layout.parts_of(self._gpu),
         )
         if config.torch_compile:
             self._compiled = CompiledBlocks(layers, self.backend.device)
@@ -138,12 +158,35 @@ class DeviceSide:
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(unfitted=unfitted, num_pageable=len(pageable), throttle=throttle)
 
+    def decided(self) -> Decided:
+        """After `setup`: what other GPUs are to be given; its tensors are on the CPU."""
+        cpu = torch.device("cpu")
+        shared: dict[int, BlockFactor] = {}  # linears that share a right factor share it elsewhere, too
+
+        def right(projector: SparseProjector) -> BlockFactor:
+            return shared.setdefault(id(projector.right), projector.right.to(cpu, projector.dtype))
+
+        projectors = {name: linear.projector for name, linear in self._linears}
+        moved = {name: SparseProjector(own.left.to(cpu, own.dtype), right(own)) for name, own in projectors.items()}
+        return Decided(throttle=self._kept_to, projectors=moved)
+
+    def digest(self) -> int:
+        """Between two steps: a number that tells whether what is trained is the same on other GPUs."""
+        self.worker.settle()
+        return trained_digest(self.worker.units)
+
+    def take(self, takeover: Takeover) -> None:
+        """Let these projectors be the next ones, on a GPU that does not learn them; called on any thread."""
+        assert isinstance(self._refitter, RefitFollower), "the first GPU learns them itself"
+        self._refitter.take(takeover)
+
     def copy_totals(self, unit: int, total: torch.Tensor) -> None:
         """After `setup`: copy what the shard's sum is to begin with, see `SummedUnit`."""
         cast(SummedUnit, self.worker.units[unit]).copy_totals(total)
 
     def keep_to(self, throttle: Throttle) -> None:
         """Between two steps: slow the link down to this from now on."""
+        self._kept_to = throttle
         self.worker.slow_down(throttle.link())
 
     def run_step(self, step: int, host_slots: Sequence[torch.Tensor] = ()) -> StepReport:
@@ -243,7 +286,7 @@ class DeviceSide:
         with writing(folder):
             self._files.save(folder, self._model, self._tokenizer, self._adapters, self._linears, is_checkpoint=True)
             save_linears(state, self._linears)
-            if self._refitter is not None:
+            if isinstance(self._refitter, Refitter):
                 save_refits(state, self._refitter.state())
             if self._local_shard is not None:
                 save_moments(state / "moments-0.safetensors", self._local_shard.states)
@@ -263,7 +306,7 @@ class DeviceSide:
 
     def _restore(self, saved: SavedRun) -> None:
         with reading(saved.folder):
-            if self._refitter is not None:
+            if isinstance(self._refitter, Refitter):
                 load_refits(saved.state, self._refitter, field=FIELD)
             if self._local_shard is not None:
                 load_moments(saved.moments, self._local_shard.states, num_updates=saved.step)
@@ -286,7 +329,10 @@ class DeviceSide:
         compute_s = compute_seconds(self._model, updates, self.backend)
         return emulating(MACHINES[runtime.emulate], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
 
-    def _build_units(self, layers: Sequence[Layer]) -> tuple[list[Unit], list[str]]:
+    def _tell_due(self, due: DeltaDue) -> None:
+        self._tell(replace(due, gpu=self._gpu))
+
+    def _build_units(self, layers: Sequence[Layer], decided: Decided | None) -> tuple[list[Unit], list[str]]:
         config = self._job.config
         if config.method == "lora":
             self._adapters, units = lora.add_adapters(
@@ -300,6 +346,9 @@ class DeviceSide:
         units, self._linears = lsp_units(
             layers, config.lsp, seed=config.seed, shared=shared, dtype=self._job.dtype, quantized=self._job.quantized
         )
+        if decided is not None:
+            take_projectors(self._linears, decided.projectors)
+            return units, []
         if self._job.saved is not None:
             saved = load_projectors(self._job.saved.state / FILE_NAME, sizes, field=FIELD)
             take_projectors(self._linears, saved)
@@ -325,10 +374,12 @@ class DeviceSide:
             on_fitted=note,
         )
 
-    def _new_refitter(self, units: Sequence[Unit]) -> Refitter | None:
+    def _new_refitter(self, units: Sequence[Unit]) -> Refitter | RefitFollower | None:
         lsp, config = self._job.config.lsp, self._job.config
         if config.method != "lsp" or lsp.fit == "random" or lsp.check_every == 0:
             return None
+        if self._gpu > 0:
+            return RefitFollower(units, lsp.check_every)
         return Refitter(
             units,
             fit_of(lsp),
@@ -336,6 +387,7 @@ class DeviceSide:
             max_bias=lsp.max_bias,
             num_sketched=config.num_sketched_steps,
             seed=config.seed,
+            on_takeover=self._tell if self._job.layout.num_gpus > 1 else None,
         )
 
     def _new_local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:

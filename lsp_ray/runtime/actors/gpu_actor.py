@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import ray
 
 from lsp_ray.device.step_report import StepReport
-from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
+from lsp_ray.device.switch import Takeover
+from lsp_ray.runtime.actors.device_side import Decided, DeviceSide, News, SetupReport
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.lanes import connect, serve, tell
 from lsp_ray.runtime.transport.unit_slots import UnitSlots
-from lsp_ray.schedule.ops import DeltaDue, GradientReady
 
 CONCURRENCY_GROUPS = {"progress": 1}  # beside the default group of one thread, which computes
 COMPUTE, D2H, H2D, NEWS = LANES = ("compute", "d2h", "h2d", "news")
@@ -30,18 +31,21 @@ class GpuActor:
     Args:
         job: The run.
         slots: Of every unit, by index; none where nothing leaves the device.
+        gpu: Its number.
     """
 
-    def __init__(self, job: Job, slots: Sequence[UnitSlots]) -> None:
+    def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0) -> None:
         self._news: Connection | None = None
         self._telling = threading.Lock()
-        self._side = DeviceSide(job, self._tell)
+        self._name = "gpu" if job.layout.num_gpus == 1 else f"gpu-{gpu}"
+        self._gpu = gpu
+        self._side = DeviceSide(job, self._tell, gpu)
         self._slots = [own.open() for own in slots]
-        self._to_begin = slots if job.begins_with is not None else ()
+        self._to_begin = slots if job.begins_with is not None and gpu == 0 else ()
         self._host_payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
 
     def __repr__(self) -> str:
-        return "gpu"
+        return self._name
 
     def serve(self, address: str) -> None:
         """Carry out the driver's orders for as long as it lives."""
@@ -51,18 +55,30 @@ class GpuActor:
             threading.Thread(target=serve, args=(lanes[name], self), name=name, daemon=True).start()
         serve(lanes[COMPUTE], self)
 
-    def _tell(self, news: GradientReady | DeltaDue) -> None:
+    def _tell(self, news: News) -> None:
         assert self._news is not None, "nobody is there to be told"
         with self._telling:  # not always the same thread
             tell(self._news, news)
 
-    def setup(self) -> SetupReport:
+    def setup(self, decided: Decided | None = None) -> SetupReport:
         """See `DeviceSide.setup`."""
-        report = self._side.setup(self._host_payloads)
+        report = self._side.setup(self._host_payloads, decided)
         for own in self._to_begin:  # before the shards' first update
             self._side.copy_totals(own.unit, own.open_total())
         self._to_begin = ()
         return report
+
+    def decided(self) -> Decided:
+        """See `DeviceSide.decided`."""
+        return self._side.decided()
+
+    def digest(self) -> int:
+        """See `DeviceSide.digest`."""
+        return self._side.digest()
+
+    def take(self, takeover: Takeover) -> None:
+        """See `DeviceSide.take`."""
+        self._side.take(takeover)
 
     def keep_to(self, throttle: Throttle) -> None:
         """See `DeviceSide.keep_to`."""
@@ -111,7 +127,7 @@ class GpuActor:
         """Copy a unit's delta out of its up-slot."""
         payload = self._slots[unit].up.to_read(step)
         span = self._side.worker.prefetch(step, unit, payload, is_void=is_void)
-        return OpReport(span=span, size_bytes=payload.nbytes)
+        return OpReport(span=replace(span, part=self._gpu), size_bytes=payload.nbytes)
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> str:

@@ -9,13 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from lsp_ray.device.step_report import StepReport
+from lsp_ray.device.switch import Takeover
 from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.adamw import AdamWState
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
+from lsp_ray.runtime.actors.device_side import DeviceSide, News, SetupReport
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing
 from lsp_ray.runtime.checkpoints.saved_run import reading
@@ -37,9 +38,10 @@ class ThreadWorkers:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._completions: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
-        self.side = DeviceSide(job, self._completions.put)
+        assert job.layout.num_gpus == 1, "threads of one process are one GPU's"
+        self.side = DeviceSide(job, self._tell)
         wires = [job.codec.wire_numel(numel) for numel in job.payload_sizes]
-        dtype, num_parts = job.codec.dtype, job.config.num_replicas
+        dtype, num_parts = job.codec.dtype, job.config.replicas
         self._slots = [
             OpenSlots(
                 down=[new_slot(numel, f"down {unit}", dtype) for _ in range(num_parts)],
@@ -64,6 +66,10 @@ class ThreadWorkers:
         ]
         self._compute, self._d2h, self._h2d = (ThreadPoolExecutor(1, name) for name in ("compute", "d2h", "h2d"))
         self._cpu = [ThreadPoolExecutor(1, f"shard-{index}") for index in range(layout.num_shards)]
+
+    def _tell(self, news: News) -> None:
+        if not isinstance(news, Takeover):  # told where there are other GPUs
+            self._completions.put(news)
 
     def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`; progress is not told."""

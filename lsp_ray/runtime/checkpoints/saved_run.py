@@ -110,6 +110,8 @@ def with_saved_choices(config: RunConfig, folder: Path) -> RunConfig:
             config = replace(config, lsp=replace(config.lsp, subspace_dim=int(saved["lsp"]["subspace_dim"])))
         if config.bf16 is None:  # is measured, and may come out either way
             config = replace(config, bf16=bool(saved["bf16"]))
+        if config.num_replicas is None:  # else as many as there are GPUs
+            config = replace(config, num_replicas=int(saved.get("num_replicas") or 1))
         if config.max_seq_length is None:
             config = replace(config, max_seq_length=int(saved["max_seq_length"]))
         if config.max_steps is None and config.num_train_epochs is None:
@@ -150,7 +152,8 @@ def check_same_run(saved: SavedRun, config: Mapping[str, Any], *, device: str, s
         *([_GRAPHS] if device == "cpu" else []),
     }
     saved_config = dict(_flat(saved.config))
-    defaults = dict(_flat(asdict(RunConfig())))  # of options that there were not when the checkpoint was written
+    # of options that there were not when the checkpoint was written
+    defaults = dict(_flat(asdict(RunConfig(num_replicas=1))))
     for name, now in _flat(config):
         if name in without_effect:
             continue

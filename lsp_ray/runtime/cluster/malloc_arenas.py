@@ -10,22 +10,20 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
-NUM_ARENAS = 2
-SETTINGS = {"MALLOC_ARENA_MAX": str(NUM_ARENAS)}  # read when a process starts
+SETTINGS = {"MALLOC_ARENA_MAX": "2"}  # of actors, whose threads allocate at once; read when a process starts
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def limit_arenas() -> None:
-    """Do what SETTINGS does for a process that runs already: no more arenas from now on than these."""
+    """Let this process, which runs already, have no more than one from now on: its threads mostly wait."""
     with suppress(OSError, AttributeError):  # another C library, which has no arenas
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, NUM_ARENAS)
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back_free() -> None:
-    """Let the system have what is free in this process's heaps.
+    """Let the system have what is free in this process's heaps; takes less than a millisecond.
 
-    A new actor in a dead one's place takes megabytes for a while, between others that stay, so that the rest would
-    lie in holes.
+    A checkpoint, and an actor in a dead one's place, take megabytes for a while, between others that stay.
     """
     with suppress(OSError, AttributeError):  # as above
         ctypes.CDLL(None).malloc_trim(0)

@@ -43,7 +43,7 @@ def ray_cluster(
 
     Args:
         num_actors: Actors at once, each of which asks for one CPU.
-        num_gpus: 1 if a GPU computes.
+        num_gpus: GPUs that compute.
         store_bytes: Size of the object store.
         dashboard: Serve the dashboard on 127.0.0.1.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Literal
 
@@ -31,6 +32,33 @@ def choose_device(config: RunConfig) -> Device:
     if asked == "cuda" and not torch.cuda.is_available():
         raise ConfigError("runtime.device", "be cpu or auto where torch finds no GPU", asked)
     return asked
+
+
+def choose_gpus(config: RunConfig, device: Device, note: Callable[[str], None]) -> RunConfig:
+    """Return the run with its GPUs and replicas as numbers. On a CPU, actors that have GPUs' work count as such.
+
+    Args:
+        config: What was asked for.
+        device: Where the model runs.
+        note: Told of GPUs that are there and not used.
+
+    Raises:
+        ConfigError: More are asked for than there are.
+    """
+    there = torch.cuda.device_count() if device == "cuda" else None
+    asked = config.runtime.num_gpus
+    if asked == "auto":
+        most = config.num_replicas or there or 1
+        num_gpus = min(there or 1, most) if config.offloads else 1
+        if there is not None and there > num_gpus:
+            why = f"method {config.method} trains on one" if not config.offloads else f"num_replicas is {most}"
+            note(f"{num_gpus} of {there} GPUs computes, as {why}")
+    else:
+        num_gpus = asked
+        if there is not None and num_gpus > there:
+            raise ConfigError("runtime.num_gpus", f"be at most {there}, the GPUs of this machine", num_gpus)
+    runtime = replace(config.runtime, num_gpus=num_gpus)
+    return replace(config, runtime=runtime, num_replicas=config.num_replicas or num_gpus)
 
 
 def choose_bf16(

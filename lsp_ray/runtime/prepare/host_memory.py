@@ -47,7 +47,8 @@ def check_memory(job: Job, host: HostMemory) -> None:
             job.config.method,
             hint=f"{smaller} needs less; in Docker, --shm-size sets how much there is",
         )
-    needed_bytes = job.store_bytes + (0 if job.quantized else job.num_weights * job.dtype.itemsize)
+    models = 1 if job.device == "cuda" else job.layout.num_gpus  # a GPU's is in main memory for a while alone
+    needed_bytes = job.store_bytes + (0 if job.quantized else models * job.num_weights * job.dtype.itemsize)
     if needed_bytes > host.main_bytes:
         raise ConfigError(
             "model_name_or_path",

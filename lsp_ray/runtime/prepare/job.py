@@ -32,7 +32,7 @@ from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
 from lsp_ray.runtime.prepare.beginning import check_beginning
-from lsp_ray.runtime.prepare.device_choice import Device, choose_bf16, choose_device
+from lsp_ray.runtime.prepare.device_choice import Device, choose_bf16, choose_device, choose_gpus
 from lsp_ray.runtime.prepare.job_checks import check_method, check_model, check_sizes, with_delta
 from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.prepare.layout import Layout, plan_layout
@@ -140,7 +140,7 @@ class Job:
             speculates=self.speculates,
             payload_dtype=self.codec.payload_dtype,
             summed=self.sums is not None,
-            num_parts=self.config.num_replicas,
+            num_parts=self.config.replicas,
         )
 
     @property
@@ -151,6 +151,7 @@ class Job:
             num_shards=self.layout.num_shards or None,  # native has none
             policy=self.config.policy,
             device=self.device,
+            num_gpus="auto",  # free: another machine has as many as it has
             device_threads=self.layout.device_threads,
             shard_threads=self.layout.shard_threads,
             cuda_graphs=self.config.uses_graphs,
@@ -180,6 +181,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     if config.lsp.init_from is not None:  # an actor's working directory need not be this process's
         config = replace(config, lsp=replace(config.lsp, init_from=str(Path(config.lsp.init_from).absolute())))
     device = _device(config)
+    config = choose_gpus(config, device, note)
     dtype = torch.bfloat16 if choose_bf16(config, device, note) else torch.float32
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
     config, quantized = with_delta(config, load_config(model_folder), device, note)
@@ -239,7 +241,7 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         quantized=quantized,
         subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=plan_layout(
-            config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda", num_parts=config.num_replicas
+            config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda", num_parts=config.replicas
         ),
         sample_inputs=sample_inputs,
         sample_expected=sample_expected,

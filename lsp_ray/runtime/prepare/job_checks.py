@@ -47,8 +47,8 @@ def check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
     kind = "packed training" if config.packing else "training"
     factors = [config.per_device_train_batch_size, config.gradient_accumulation_steps]
     names = ""
-    if config.num_replicas > 1:
-        factors.append(config.num_replicas)
+    if config.replicas > 1:
+        factors.append(config.replicas)
         names = " and num_replicas"
     if batch_size > num_examples:
         raise ConfigError(

@@ -48,8 +48,9 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreShares:
-    """How many shards there are, and the threads of each actor."""
+    """How many shards and GPU actors there are, and the threads of each actor."""
 
+    num_gpus: int
     num_shards: int
     shard_threads: int
     device_threads: int
@@ -58,16 +59,19 @@ class CoreShares:
 def divide_cores(runtime: RuntimeConfig, *, num_units: int, cores: int, on_gpu: bool) -> CoreShares:
     """Divide the cores among the actors; see `plan_layout`. `num_units` is 0 if nothing leaves the device."""
     default = 2 if cores >= CORES_FOR_TWO_SHARDS else 1
+    num_gpus = 1 if runtime.num_gpus == "auto" else runtime.num_gpus
     num_shards = min(runtime.num_shards or default, max(1, num_units))
     if on_gpu:
-        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, cores)
-        shard_threads = runtime.shard_threads or max(1, (cores - device_threads) // num_shards)
+        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, max(1, cores // num_gpus))
+        shard_threads = runtime.shard_threads or max(1, (cores - num_gpus * device_threads) // num_shards)
     else:
         # compressed updates are small next to forward and backward: a quarter of the cores is enough for them
         shard_threads = runtime.shard_threads or max(1, cores // 4 // num_shards)
         left = cores - shard_threads * num_shards if num_units else cores
-        device_threads = runtime.device_threads or max(1, left)
-    return CoreShares(num_shards=num_shards, shard_threads=shard_threads, device_threads=device_threads)
+        device_threads = runtime.device_threads or max(1, left // num_gpus)
+    return CoreShares(
+        num_gpus=num_gpus, num_shards=num_shards, shard_threads=shard_threads, device_threads=device_threads
+    )
 
 
 def plan_layout(
@@ -87,5 +91,5 @@ def plan_layout(
         device_threads=shares.device_threads,
         shard_threads=shares.shard_threads,
         shard_of_unit=balanced(payload_sizes, shares.num_shards),
-        gpu_of_part=(0,) * num_parts,
+        gpu_of_part=tuple(part * shares.num_gpus // num_parts for part in range(num_parts)),
     )

@@ -1,0 +1,137 @@
+"""GpuPool: the GPU actors. The first one decides what all must have alike, and speaks for the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from lsp_ray.device.switch import Takeover
+from lsp_ray.errors import DivergedError
+from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.gpu_actor import COMPUTE, CONCURRENCY_GROUPS, D2H, H2D, LANES, NEWS, GpuActor
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.transport.answers import answer
+from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
+from lsp_ray.runtime.transport.unit_slots import UnitSlots
+
+
+class GpuPool:
+    """Starts an actor for every GPU of the layout.
+
+    Args:
+        job: The run.
+        kind: Of whose kind they are.
+        slots: Of every unit, by index.
+    """
+
+    def __init__(self, job: Job, kind: type[GpuActor], slots: Sequence[UnitSlots]) -> None:
+        actor = actor_class(kind, **CONCURRENCY_GROUPS).options(  # type: ignore[arg-type]  # classes are hashable
+            num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0
+        )
+        self._num_gpus = job.layout.num_gpus
+        self._actors: list[Any] = [actor.remote(job, slots, gpu) for gpu in range(self._num_gpus)]
+        self._lanes: list[dict[str, Lane]] = []
+
+    def open(self) -> None:
+        """Wait until all have started."""
+        for gpu, actor in enumerate(self._actors):
+            self._lanes.append(open_lanes(actor, self._name(gpu), LANES))
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """All, to wait for."""
+        return [lane for lanes in self._lanes for lane in lanes.values()]
+
+    def news(self, lane: Lane) -> bool:
+        """Whether it is one on which news come, and no answers."""
+        return any(lanes[NEWS] is lane for lanes in self._lanes)
+
+    def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
+        """See `DeviceSide.setup`. What the first one decides, the others are given."""
+        said = ""
+
+        def tell_progress() -> None:
+            nonlocal said
+            now = answer(self._actors[0].progress.remote(), "gpu: progress", START_TIMEOUT_S)
+            if now and now != said:
+                on_progress(now)
+                said = now
+
+        report: SetupReport = self.first("setup", "setup", meanwhile=tell_progress)
+        if self._num_gpus > 1:
+            decided = self.first("what is decided", "decided")
+            for gpu in range(1, self._num_gpus):
+                self._order(gpu, COMPUTE, "setup", "setup", decided)
+            self.wait()
+            self.check_alike()
+        return report
+
+    def first(self, what: str, method: str, *args: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        """Call a method of the first one and return what it does."""
+        return self._lanes[0][COMPUTE].call(f"{self._name(0)}: {what}", method, *args, meanwhile=meanwhile)
+
+    def wait(self) -> None:
+        """Wait for the long calls under way."""
+        for lanes in self._lanes:
+            while lanes[COMPUTE].owed:
+                lanes[COMPUTE].answer()
+
+    def keep_to(self, throttle: Throttle) -> None:
+        """See `DeviceSide.keep_to`."""
+        for gpu in range(self._num_gpus):
+            self._order(gpu, COMPUTE, "throttle", "keep_to", throttle)
+        self.wait()
+
+    def check_alike(self) -> None:
+        """Between two steps: compare what all train; nothing to do for one.
+
+        Raises:
+            DivergedError: It is not the same.
+        """
+        if self._num_gpus == 1:
+            return
+        for gpu in range(self._num_gpus):
+            self._order(gpu, COMPUTE, "digest", "digest")
+        digests = [lanes[COMPUTE].answer() for lanes in self._lanes]
+        for gpu, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise DivergedError(f"the weights of {self._name(gpu)} are not those of {self._name(0)}")
+
+    def take(self, takeover: Takeover) -> None:
+        """Pass on which projectors take over on the first one."""
+        for gpu in range(1, self._num_gpus):
+            self._order(gpu, H2D, "projectors", "take", takeover)
+
+    def start_step(self, step: int) -> None:
+        """Let all run it after those started before; returns at once."""
+        for gpu in range(self._num_gpus):
+            self._order(gpu, COMPUTE, f"step {step}", "run_step", step)
+
+    def drain(self) -> None:
+        """See `DeviceWorker.drain`; returns at once."""
+        for gpu in range(self._num_gpus):
+            self._order(gpu, COMPUTE, "the last deltas", "drain")
+
+    def send(self, gpu: int, step: int, unit: int, part: int) -> None:
+        """See `GpuActor.send`; returns at once."""
+        self._order(gpu, D2H, f"send of unit {unit}, step {step}", "send", step, unit, part)
+
+    def prefetch(self, gpu: int, step: int, unit: int, *, is_void: bool) -> None:
+        """See `GpuActor.prefetch`; returns at once."""
+        self._order(gpu, H2D, f"prefetch of unit {unit}, step {step}", "prefetch", step, unit, is_void)
+
+    def close(self) -> None:
+        """End the actors; what they held is lost."""
+        for actor in self._actors:
+            ray.kill(actor)
+        for lane in self.lanes:
+            lane.close()
+
+    def _order(self, gpu: int, lane: str, what: str, method: str, *args: Any) -> None:
+        self._lanes[gpu][lane].order(Order(what=f"{self._name(gpu)}: {what}", method=method, args=args))
+
+    def _name(self, gpu: int) -> str:
+        return "gpu" if self._num_gpus == 1 else f"gpu-{gpu}"

@@ -1,0 +1,20 @@
+"""A GPU actor that goes astray; in a module of its own, so that Ray's workers find it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from lsp_ray.device.step_report import StepReport
+from lsp_ray.device.unit import AddedTarget
+from lsp_ray.runtime.actors.gpu_actor import GpuActor
+
+
+class Astray(GpuActor):
+    """The second GPU's weights change once by something that no other GPU sees."""
+
+    def run_step(self, step: int) -> StepReport:
+        report = super().run_step(step)
+        if step == 1 and self._gpu == 1:
+            weight = cast("AddedTarget", self._side.worker.units[0].targets[0]).addition.weight
+            weight.data[(0,) * weight.ndim] += 1.0
+        return report

@@ -1,0 +1,97 @@
+"""Parts of a step on several GPU actors: the bits of one that computes them in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lsp_ray.config import RunConfig, RuntimeConfig
+from lsp_ray.errors import ConfigError, DivergedError
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
+from lsp_ray.runtime.persistence import fine_tune_persistently
+from lsp_ray.runtime.prepare.job import Job, resumed
+from lsp_ray.runtime.training import NeverStop
+from tests.astray import Astray
+from tests.killers import Killer
+from tests.tiny_jobs import Recorder, assert_same_bits, run_job, run_on_threads, saved_weights, tiny_job
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+REFITS: dict[str, Any] = {"check_every": 6, "max_bias": 0.0, "calibration_batches": 2}
+
+
+def job_on(num_gpus: int, folder: Path, **changes: Any) -> Job:
+    runtime = {"num_gpus": num_gpus, **changes.pop("runtime", {})}
+    return tiny_job(folder, **{"num_replicas": 3, "bf16": True, **changes}, runtime=runtime)
+
+
+def run_on_ray(job: Job, out: Path) -> Recorder:
+    workers = RayWorkers(job)
+    try:
+        return run_job(job, workers, out)[1]
+    finally:
+        workers.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lsp": {**REFITS, "delta": "apart"}, "max_steps": 10, "max_grad_norm": 1.8, "runtime": {"num_shards": 2}},
+        {"lsp": REFITS, "max_steps": 10, "runtime": {"policy": "delayed", "payload_dtype": "int8"}},
+    ],
+    ids=["apart, refits, clipped", "delayed, refits, int8"],
+)
+def test_two_gpus_train_to_the_bits_of_one(tmp_path: Path, changes: dict[str, Any]) -> None:
+    alone, together = job_on(1, tmp_path, **changes), job_on(2, tmp_path, **changes)
+    assert together.layout.gpu_of_part == (0, 0, 1)
+    _, expected = run_on_threads(alone, tmp_path / "alone")
+    found = run_on_ray(together, tmp_path / "together")
+    assert [step.loss for step in found.steps] == [step.loss for step in expected.steps]
+    assert [step.grad_norm for step in found.steps] == [step.grad_norm for step in expected.steps]
+    assert any(step.num_refitted for step in found.steps)
+    assert [step.bytes_h2d for step in found.steps] == [2 * step.bytes_h2d for step in expected.steps]
+    assert_same_bits(saved_weights(together, tmp_path / "together"), saved_weights(alone, tmp_path / "alone"))
+
+
+def test_a_checkpoint_of_one_gpu_goes_on_on_two_and_a_lost_gpu_changes_nothing(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"lsp": REFITS, "max_steps": 40, "save_steps": 4, "save_total_limit": None}
+    alone, together = job_on(1, tmp_path, **changes), job_on(2, tmp_path, **changes)
+    run_on_threads(alone, tmp_path / "alone")
+    out = tmp_path / "together"
+    out.mkdir()
+    killer = Killer({13: "GpuActor"})
+    job = resumed(together, tmp_path / "alone" / "checkpoint-4")
+    fine_tune_persistently(job, partial(RayWorkers, note=killer.note), out, killer, str, NeverStop())
+    assert killer.killed == ["GpuActor"]
+    assert_same_bits(saved_weights(together, out), saved_weights(alone, tmp_path / "alone"))
+
+
+class AstrayWorkers(RayWorkers):
+    gpu_actor = Astray
+
+
+def test_gpus_that_no_longer_agree_end_the_run_at_the_next_checkpoint(tmp_path: Path) -> None:
+    job = job_on(2, tmp_path, num_replicas=2, save_steps=3, max_steps=6)
+    workers = AstrayWorkers(job)
+    try:
+        with pytest.raises(DivergedError, match="the weights of gpu-1 are not those of gpu-0"):
+            run_job(job, workers, tmp_path / "out")
+    finally:
+        workers.close()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lora"}, "runtime.num_gpus must be 1 with method lora"),
+        ({"num_replicas": 1}, r"runtime.num_gpus must be at most num_replicas \(1\)"),
+    ],
+)
+def test_what_several_gpus_are_refused_for(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(RunConfig(runtime=RuntimeConfig(num_gpus=2)), **changes)
