@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LspRayError(Exception):
     """Root of every error that lsp_ray raises on purpose."""
@@ -48,6 +50,18 @@ class DeadlineError(LspRayError, TimeoutError):
 
 class WorkerLostError(LspRayError):
     """An actor died while its answer was awaited; names the actor and the step."""
+
+
+class GpuLostError(WorkerLostError):
+    """A GPU actor died; others that train the same model may live. `gpu` is its number."""
+
+    def __init__(self, message: str, gpu: int) -> None:
+        super().__init__(message)
+        self.gpu = gpu
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An exception with more arguments than a message does not copy itself."""
+        return GpuLostError, (str(self), self.gpu)
 
 
 class CheckpointError(LspRayError):

@@ -70,6 +70,28 @@ def test_a_checkpoint_of_one_gpu_goes_on_on_two_and_a_lost_gpu_changes_nothing(t
     assert_same_bits(saved_weights(together, out), saved_weights(alone, tmp_path / "alone"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_grad_norm": 1.8, "runtime": {"num_shards": 2}},
+        {"lsp": {"delta": "apart"}, "runtime": {"policy": "sequential"}},
+    ],
+    ids=["clipped", "apart"],
+)
+def test_a_lost_gpu_is_replaced_and_no_step_is_lost(tmp_path: Path, changes: dict[str, Any]) -> None:
+    changes = {"max_steps": 30, "save_steps": 0, **changes}
+    alone, together = job_on(1, tmp_path, **changes), job_on(2, tmp_path, **changes)
+    _, expected = run_on_threads(alone, tmp_path / "alone")
+    killer = Killer(dict.fromkeys((2, 9, 15), "GpuActor"))
+    (tmp_path / "killed").mkdir()
+    workers = partial(RayWorkers, note=killer.note)
+    fine_tune_persistently(together, workers, tmp_path / "killed", killer, str, NeverStop())
+    assert killer.killed == ["GpuActor"] * 3
+    assert len([note for note in killer.notes if "no step is lost" in note]) == 3
+    assert [step.loss for step in killer.steps] == [step.loss for step in expected.steps]
+    assert_same_bits(saved_weights(together, tmp_path / "killed"), saved_weights(alone, tmp_path / "alone"))
+
+
 class AstrayWorkers(RayWorkers):
     gpu_actor = Astray
 

@@ -106,7 +106,12 @@ class Deltas:
         """
         unapplied = self._unapplied[unit.index]
         while unapplied and unapplied[0] <= up_to:
-            self._apply(unit, unapplied.popleft())
+            self._apply(unit, unapplied[0])
+            unapplied.popleft()
+
+    def is_before(self, step: int) -> bool:
+        """Whether every unit expects the delta of `step` and has added it not yet."""
+        return all(list(unapplied) == [step] for unapplied in self._unapplied)
 
     def kept_back(self) -> dict[tuple[int, int], torch.Tensor]:
         """The deltas that have come and are not added yet, by (step, unit): encoded, on the CPU; empty if void."""

@@ -1,8 +1,8 @@
-"""What a run trains beside a base that stays as it is, in a safetensors file: adapters, or deltas that are kept apart.
+"""What a run trains, in a safetensors file: weights; beside a base that stays as it is, adapters or deltas kept apart.
 
-For each target UNIT.POSITION: the parameter, or the D of a linear; for each linear whose base took in what another
-projector's D was, base.UNIT.POSITION: the weight of that base. All are to the bit as they are on the device. Where
-another run may begin with it, the metadata say on which weights all of it stands.
+For each target UNIT.POSITION: the parameter, the weight of a linear, or its D; for each linear whose base took in what
+another projector's D was, base.UNIT.POSITION: the weight of that base. All are to the bit as they are on the device.
+Where another run may begin with it, the metadata say on which weights all of it stands.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lsp_ray.device.delta_linear import DeltaLinear, DeltaTarget
+from lsp_ray.device.projected_linear import ProjectedTarget
 from lsp_ray.device.unit import Target, Unit
 from lsp_ray.optim.sums import SummedPart
 
@@ -80,8 +81,13 @@ def check_trained(path: Path, sums: Sequence[Sequence[SummedPart]]) -> bool:
 
 def _tensors(units: Sequence[Unit]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, target in _named(units):
-        value = target.owner.delta_DE if isinstance(target, DeltaTarget) else target.leaf
-        yield name, value.detach()
+        match target:
+            case DeltaTarget():
+                yield name, target.owner.delta_DE.detach()
+            case ProjectedTarget():
+                yield name, target.owner.weight_MN.detach()
+            case _:
+                yield name, target.leaf.detach()
     for name, module in _delta_linears(units):
         if module.is_merged:
             yield f"{_BASE}{name}", module.weight.detach()

@@ -169,6 +169,10 @@ class DeviceWorker:
         if self._staleness and self._on_due is not None:
             self._on_due(DeltaDue(step=self._step, layer=len(self.units) - 1))
 
+    def is_before(self, step: int) -> bool:
+        """Whether the gradients of `step` have all been sent, and none of its deltas is added."""
+        return self._deltas.is_before(step)
+
     def settle(self) -> dict[tuple[int, int], torch.Tensor]:
         """Between two steps: add what the next forward would add first; return a copy of what it would not add yet.
 

@@ -76,7 +76,14 @@ class StepJudged:
     stands: bool
 
 
-Event = GradientReady | DeltaDue | OpDone | CostsMeasured | StepJudged
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepAgain:
+    """A GPU was replaced while `step` was the last that all have begun: all of it is told anew, and what follows."""
+
+    step: int
+
+
+Event = GradientReady | DeltaDue | OpDone | CostsMeasured | StepJudged | StepAgain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

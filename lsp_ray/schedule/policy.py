@@ -23,6 +23,7 @@ from lsp_ray.schedule.ops import (
     Launch,
     Op,
     OpDone,
+    StepAgain,
     StepJudged,
 )
 from lsp_ray.schedule.transition import transition_layer
@@ -70,30 +71,27 @@ class Policy(ABC):
             WorkStream.CPU: range(1),
             WorkStream.H2D: range(len(set(gpu_of_part))),
         }
-        self._due: dict[int, tuple[int, int]] = {}  # GPU -> step and layer of the furthest delta that it has come to
         self.num_layers = len(shard_of_layer)
         self._shard_of_layer = tuple(shard_of_layer)
         self._depth = depth
+        self._begin(-1)
+
+    def _begin(self, last_judged: int) -> None:
+        self._due: dict[int, tuple[int, int]] = {}  # GPU -> step and layer of the furthest delta that it has come to
         self._ready: dict[Lane, list[Op]] = {}
         self._in_flight: Counter[Lane] = Counter()
         self._num_done: Counter[tuple[WorkStream, int]] = Counter()  # layers, with all their parts
         self._parts_done: Counter[tuple[WorkStream, int, int]] = Counter()  # of a layer that has some to do
         self._to_do: set[Op] = set()  # announced by a gradient and not done
-        self._last_judged = -1
+        self._last_judged = last_judged
         self._early: dict[Op, bool] = {}  # updates launched before their step was judged -> whether they have ended
         self._void: set[Op] = set()  # updates under way that must be made again
 
     def handle(self, event: Event) -> list[Action]:
         """Return the operations to launch now that `event` happened."""
         match event:
-            case GradientReady(step=step, layer=layer, part=part):
-                for gpu in self._parts[WorkStream.H2D]:
-                    self._due.setdefault(gpu, (step, 0))
-                down = Op(stream=WorkStream.D2H, step=step, layer=layer, part=part)
-                self._to_do.add(down)
-                for stream in _NEXT_STREAM.values():  # announced by the first part; none can have begun before the last
-                    self._to_do.update(self._ops(stream, step, layer))
-                self._enqueue(down)
+            case GradientReady():
+                self._announce(event)
             case DeltaDue(step=step, layer=layer, gpu=gpu):
                 self._due[gpu] = max(self._due.get(gpu, (step, layer)), (step, layer))
             case OpDone(op=op):
@@ -102,6 +100,8 @@ class Policy(ABC):
                 self.learn(event)
             case StepJudged():
                 self._judge(event)
+            case StepAgain(step=step):
+                self._begin(step - 1)
         return [Launch(op=op) for lane in sorted(self._ready) for op in self._take(lane)]
 
     @abstractmethod
@@ -118,6 +118,15 @@ class Policy(ABC):
     def all_done(self, stream: WorkStream, step: int) -> bool:
         """Whether every layer has finished its operation on `stream` for `step`."""
         return self._num_done[stream, step] == self.num_layers
+
+    def _announce(self, ready: GradientReady) -> None:
+        for gpu in self._parts[WorkStream.H2D]:
+            self._due.setdefault(gpu, (ready.step, 0))
+        down = Op(stream=WorkStream.D2H, step=ready.step, layer=ready.layer, part=ready.part)
+        self._to_do.add(down)
+        for stream in _NEXT_STREAM.values():  # announced by the first part; none can have begun before the last
+            self._to_do.update(self._ops(stream, ready.step, ready.layer))
+        self._enqueue(down)
 
     def _enqueue(self, op: Op) -> None:
         self._ready.setdefault(self._lane(op), []).append(op)
@@ -173,7 +182,16 @@ class Policy(ABC):
         return ops
 
     def _may_start(self, op: Op) -> bool:
-        return self._finds_slot(op) and self._finds_room(op) and self.admits(op)
+        return self._finds_slot(op) and self._finds_room(op) and self._keeps_together(op) and self.admits(op)
+
+    def _keeps_together(self, op: Op) -> bool:
+        """Whether `op` lets no GPU go on to weights that another one, if it is lost, will never have.
+
+        The first layer's delta opens a step: it comes up once all payloads of the step before are down. So the others
+        still have the weights of the step that a lost one is missing in.
+        """
+        is_first = op.stream is WorkStream.H2D and op.layer == 0
+        return not is_first or len(self._parts[WorkStream.H2D]) == 1 or self.all_done(WorkStream.D2H, op.step)
 
     def _finds_room(self, op: Op) -> bool:
         """Whether the device may hold the delta, if `op` brings one up."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -40,9 +40,8 @@ from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
-from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.runtime.actors.decided import Decided, on_cpu
 from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.actors.throttle import Throttle, emulating
@@ -73,14 +72,6 @@ class SetupReport:
 
 News = GradientReady | DeltaDue | Takeover
 """What is told beside answers: a payload is ready to be sent, a delta is to be added, projectors take over."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
-    """What the first GPU decides for all: how much they are slowed down, and the projectors that were learned."""
-
-    throttle: Throttle
-    projectors: Mapping[str, SparseProjector]
 
 
 class DeviceSide:
@@ -150,25 +141,23 @@ class DeviceSide:
         if config.torch_compile:
             self._compiled = CompiledBlocks(layers, self.backend.device)
         self.keep_to(throttle)
-        self._take_up(job.saved)
+        first_step = self._take_up(job.saved, decided)
         self._is_set_up = True
         self._micro_batches = job.micro_batches.read_ahead(
-            job.num_steps - job.first_step, first_step=job.first_step, page_locked=job.device == "cuda"
+            job.num_steps - first_step, first_step=first_step, page_locked=job.device == "cuda"
         )
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(unfitted=unfitted, num_pageable=len(pageable), throttle=throttle)
 
     def decided(self) -> Decided:
         """After `setup`: what other GPUs are to be given; its tensors are on the CPU."""
-        cpu = torch.device("cpu")
-        shared: dict[int, BlockFactor] = {}  # linears that share a right factor share it elsewhere, too
+        return Decided(throttle=self._kept_to, projectors=on_cpu(self._linears))
 
-        def right(projector: SparseProjector) -> BlockFactor:
-            return shared.setdefault(id(projector.right), projector.right.to(cpu, projector.dtype))
-
-        projectors = {name: linear.projector for name, linear in self._linears}
-        moved = {name: SparseProjector(own.left.to(cpu, own.dtype), right(own)) for name, own in projectors.items()}
-        return Decided(throttle=self._kept_to, projectors=moved)
+    def hand_over(self, step: int, weights: Path) -> Decided:
+        """While the next forward waits for the first delta of `step`: leave all that it begins with in a file."""
+        assert self.worker.is_before(step), f"deltas of step {step} have been added"
+        save_trained(self.worker.units, weights)
+        return replace(self.decided(), step=step, weights=weights)
 
     def digest(self) -> int:
         """Between two steps: a number that tells whether what is trained is the same on other GPUs."""
@@ -296,13 +285,18 @@ class DeviceSide:
                 save_trained(self.worker.units, folder / TRAINED)
             save_kept_back(state, kept_back)
 
-    def _take_up(self, saved: SavedRun | None) -> None:
-        """Go on from a checkpoint, or begin with what another run trained, if the job says so."""
+    def _take_up(self, saved: SavedRun | None, decided: Decided | None) -> int:
+        """Go on from another GPU's weights or a checkpoint, or begin with what another run trained; returns where."""
+        if decided is not None and decided.weights is not None:
+            load_trained(self.worker.units, decided.weights)
+            self.worker.resume(decided.step, {})
+            return decided.step
         if saved is not None:
             self._restore(saved)
         elif self._job.begins_with is not None:
             with damaged_updates(self._job.config.lsp.init_from):
                 load_trained(self.worker.units, self._job.begins_with)
+        return self._job.first_step
 
     def _restore(self, saved: SavedRun) -> None:
         with reading(saved.folder):

@@ -12,7 +12,8 @@ import ray
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.switch import Takeover
-from lsp_ray.runtime.actors.device_side import Decided, DeviceSide, News, SetupReport
+from lsp_ray.runtime.actors.decided import Decided
+from lsp_ray.runtime.actors.device_side import DeviceSide, News, SetupReport
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
@@ -71,6 +72,10 @@ class GpuActor:
     def decided(self) -> Decided:
         """See `DeviceSide.decided`."""
         return self._side.decided()
+
+    def hand_over(self, step: int, weights: str) -> Decided:
+        """See `DeviceSide.hand_over`; on the thread of the way up, as the other one waits for what comes up."""
+        return self._side.hand_over(step, Path(weights))
 
     def digest(self) -> int:
         """See `DeviceSide.digest`."""

@@ -12,6 +12,7 @@ from lsp_ray.errors import DivergedError
 from lsp_ray.runtime.actors.device_side import SetupReport
 from lsp_ray.runtime.actors.gpu_actor import COMPUTE, CONCURRENCY_GROUPS, D2H, H2D, LANES, NEWS, GpuActor
 from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.cluster.leftovers import own_folder
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.answers import answer
 from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
@@ -28,12 +29,13 @@ class GpuPool:
     """
 
     def __init__(self, job: Job, kind: type[GpuActor], slots: Sequence[UnitSlots]) -> None:
-        actor = actor_class(kind, **CONCURRENCY_GROUPS).options(  # type: ignore[arg-type]  # classes are hashable
+        self._job, self._slots = job, slots
+        self._class = actor_class(kind, **CONCURRENCY_GROUPS).options(  # type: ignore[arg-type]  # classes are hashable
             num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0
         )
         self._num_gpus = job.layout.num_gpus
-        self._actors: list[Any] = [actor.remote(job, slots, gpu) for gpu in range(self._num_gpus)]
-        self._lanes: list[dict[str, Lane]] = []
+        self._actors: list[Any] = [self._class.remote(job, slots, gpu) for gpu in range(self._num_gpus)]
+        self._lanes: list[dict[str, Lane]] = []  # none of a GPU that is lost
 
     def open(self) -> None:
         """Wait until all have started."""
@@ -45,9 +47,42 @@ class GpuPool:
         """All, to wait for."""
         return [lane for lanes in self._lanes for lane in lanes.values()]
 
+    @property
+    def copying(self) -> list[Lane]:
+        """Those of both directions of the links."""
+        return [lanes[name] for lanes in self._lanes for name in (D2H, H2D) if name in lanes]
+
+    def gpu_of(self, lane: Lane) -> int | None:
+        """Whose lane it is; None: no GPU's."""
+        return next((gpu for gpu, lanes in enumerate(self._lanes) if lane in lanes.values()), None)
+
     def news(self, lane: Lane) -> bool:
         """Whether it is one on which news come, and no answers."""
-        return any(lanes[NEWS] is lane for lanes in self._lanes)
+        return any(lanes.get(NEWS) is lane for lanes in self._lanes)
+
+    def forget(self, gpu: int) -> list[Lane]:
+        """Take the lanes of one that is lost away; orders to it are for nobody until it is replaced."""
+        lanes, self._lanes[gpu] = self._lanes[gpu], {}
+        ray.kill(self._actors[gpu])
+        return list(lanes.values())
+
+    def replace(self, gpu: int, step: int) -> None:
+        """Start another one, with what the others have before a step that all of them have made."""
+        self._actors[gpu] = self._class.remote(self._job, self._slots, gpu)
+        with own_folder() as folder:
+            weights = str(folder / "weights.safetensors")
+            donor = next(own for own in range(self._num_gpus) if own != gpu)
+            what = f"{self._name(donor)}: weights for {self._name(gpu)}"
+            decided = self._lanes[donor][H2D].call(what, "hand_over", step, weights)
+            self._lanes[gpu] = open_lanes(self._actors[gpu], self._name(gpu), LANES)
+            self._lanes[gpu][COMPUTE].call(f"{self._name(gpu)}: setup", "setup", decided)
+
+    def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
+        """Let one run steps that the others have begun; returns at once."""
+        for step in steps:
+            self._order(gpu, COMPUTE, f"step {step}", "run_step", step)
+        if drains:
+            self._order(gpu, COMPUTE, "the last deltas", "drain")
 
     def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`. What the first one decides, the others are given."""
@@ -131,7 +166,8 @@ class GpuPool:
             lane.close()
 
     def _order(self, gpu: int, lane: str, what: str, method: str, *args: Any) -> None:
-        self._lanes[gpu][lane].order(Order(what=f"{self._name(gpu)}: {what}", method=method, args=args))
+        if self._lanes[gpu]:
+            self._lanes[gpu][lane].order(Order(what=f"{self._name(gpu)}: {what}", method=method, args=args))
 
     def _name(self, gpu: int) -> str:
         return "gpu" if self._num_gpus == 1 else f"gpu-{gpu}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lsp_ray.device.switch import Takeover
-from lsp_ray.errors import DeadlineError, WorkerLostError
+from lsp_ray.errors import DeadlineError, GpuLostError, WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.actors.device_side import SetupReport
@@ -51,6 +52,7 @@ class RayWorkers:
     ) -> None:
         self._job = job
         self._completion_timeout_s = completion_timeout_s
+        self._note = note
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
         sums: Sequence[Sequence[SummedPart] | None] = job.sums or [None] * len(job.payload_sizes)
         slots = [
@@ -135,6 +137,31 @@ class RayWorkers:
             case _:
                 self._shard_pool.update(op, self._reprojections[op.layer], grad_scale)
 
+    def forget(self, gpu: int) -> list[Completion]:
+        """See `Workers`."""
+        return [completion for lane in self._gpus.forget(gpu) for completion in self._left_in(lane)]
+
+    def can_replace(self, gpu: int, step: int) -> bool:
+        """See `Workers`. What is learned of projectors is on the first GPU alone; who takes over is told once."""
+        every = self._job.config.lsp.check_every if self._job.config.method == "lsp" else 0
+        is_learning = bool(every) and step >= every and step % every <= every // 2
+        is_told = bool(every) and any(at >= every and at % every == every // 2 for at in (step, step + 1))
+        return not self._job.staleness and not is_told and not (gpu == 0 and is_learning)
+
+    def is_idle(self) -> bool:
+        """See `Workers`."""
+        lanes = [*self._gpus.copying, *(self._shards.lanes if self._shards is not None else ())]
+        return not any(lane.owed for lane in lanes)
+
+    def replace(self, gpu: int, step: int) -> None:
+        """See `Workers`."""
+        self._gpus.replace(gpu, step)
+        self._note(f"gpu-{gpu} is replaced in step {step + 1}, and no step is lost")
+
+    def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
+        """See `Workers`."""
+        self._gpus.start_again(gpu, steps, drains=drains)
+
     def next_completions(self) -> list[Completion]:
         """See `Workers`."""
         deadline_s = time.monotonic() + self._completion_timeout_s
@@ -150,6 +177,15 @@ class RayWorkers:
                 raise DeadlineError(f"nothing happened for {self._completion_timeout_s:.0f} s; waiting for {pending}")
 
     def _received(self, lane: Lane) -> list[Completion]:
+        gpu = self._gpus.gpu_of(lane)
+        try:
+            return self._told(lane)
+        except WorkerLostError as error:
+            if gpu is None or self._job.layout.num_gpus == 1:
+                raise
+            raise GpuLostError(str(error), gpu) from error
+
+    def _told(self, lane: Lane) -> list[Completion]:
         if self._gpus.news(lane):
             news = lane.message()
             if isinstance(news, Takeover):
@@ -162,6 +198,17 @@ class RayWorkers:
             except WorkerLostError as error:
                 self._shards.revive(lane, error)
                 return []
+        return self._answered(lane)
+
+    def _left_in(self, lane: Lane) -> list[Completion]:
+        """What came on a lane before its other end was lost."""
+        found: list[Completion] = []
+        with suppress(WorkerLostError):
+            while lane.has_message():
+                found += self._answered(lane) if lane.owed else [lane.message()]
+        return [completion for completion in found if not isinstance(completion, Takeover)]
+
+    def _answered(self, lane: Lane) -> list[Completion]:
         result = lane.answer()
         if isinstance(result, OpReport) and result.span.stream is WorkStream.D2H and result.span.part == 0:
             self._reprojections[result.span.layer] = result.reprojections

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from lsp_ray.device.step_report import StepReport
+from lsp_ray.errors import GpuLostError
 from lsp_ray.runtime.drive.event_log import EventLog
 from lsp_ray.runtime.drive.layer_times import LayerTimes
 from lsp_ray.runtime.drive.ledger import ClosedStep, Ledger, OpReport
+from lsp_ray.runtime.drive.open_steps import OpenSteps, op_of
 from lsp_ray.runtime.drive.step_judge import StepJudge
-from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepJudged
+from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepAgain, StepJudged
 from lsp_ray.schedule.policy import Policy
+from lsp_ray.trace import Span
 
 STEPS_AHEAD = 2  # steps submitted at once: the device goes from one to the next without waiting for the driver
 
@@ -40,8 +44,33 @@ class Workers(Protocol):
         """Wait for something to happen and return it.
 
         Raises:
+            GpuLostError: A GPU's actor died, of workers that can replace one: see `ReplacingWorkers`.
             LspRayError: What was waited for failed, died or did not happen in time.
         """
+        ...
+
+
+class ReplacingWorkers(Workers, Protocol):
+    """Workers with several GPUs, one of which may be lost."""
+
+    def forget(self, gpu: int) -> list[Completion]:
+        """Let go of a GPU that is lost: nothing reaches it any more; returns what it had told before."""
+        ...
+
+    def can_replace(self, gpu: int, step: int) -> bool:
+        """Whether another actor can take its place in this step, with the bits that it would have had."""
+        ...
+
+    def is_idle(self) -> bool:
+        """Whether no copy and no update is under way."""
+        ...
+
+    def replace(self, gpu: int, step: int) -> None:
+        """Start another actor in the place of the one forgotten, with what the others have before this step."""
+        ...
+
+    def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
+        """Let a new actor run these steps, and `drain` after them; returns at once."""
         ...
 
 
@@ -77,6 +106,8 @@ class Driver:
         self._num_drained = first_step
         self._judge = judge or StepJudge(policy.num_layers, first_step=first_step)
         self._event_log = event_log
+        self._open = OpenSteps(policy.num_layers, policy.gpu_of_part)
+        self._made: set[Op] = set()  # of a step that is told anew: what need not be made again
         self._grad_scales: dict[int, float] = {}  # of steps that are judged and not closed
         self.times = LayerTimes(policy.num_layers)
         self.ledger = Ledger(policy.num_layers, learning_rates, first_step, len(set(policy.gpu_of_part)))
@@ -85,11 +116,12 @@ class Driver:
         """Run the steps before `end`, fewer where `should_stop` says so; on return their deltas have come up."""
         self._start_steps(end, should_stop)
         while self.ledger.num_closed < self._num_started:
-            for completion in self._workers.next_completions():
+            for completion in self._next_completions():
                 self._handle(completion)
                 self._start_steps(end, should_stop)
             while (closed := self.ledger.close_next()) is not None:
                 del self._grad_scales[closed.timeline.step]
+                self._open.close(closed.timeline.step)
                 self._on_step(closed)
                 self._tell_costs()
 
@@ -110,12 +142,16 @@ class Driver:
             case StepReport():
                 self.times.add_step(completion)
                 self._add_judged(self._judge.add_step(completion))
-            case OpReport(span=span):
+            case OpReport():
                 self.ledger.add_op(completion)
-                self.times.add_op(span)
-                self._decide(OpDone(op=Op(stream=span.stream, step=span.step, layer=span.layer, part=span.part)))
+                self.times.add_op(completion.span)
+                self._open.add(completion)
+                self._decide(OpDone(op=op_of(completion)))
                 self._add_judged(self._judge.add_op(completion))
-            case GradientReady() | DeltaDue():
+            case GradientReady():
+                self._open.announce(completion)
+                self._decide(completion)
+            case DeltaDue():
                 self._decide(completion)
 
     def _add_judged(self, report: StepReport | None) -> None:
@@ -134,7 +170,55 @@ class Driver:
 
     def _decide(self, event: Event) -> None:
         actions = self._policy.handle(event)
-        for action in actions:
-            self._workers.launch(action.op, self._grad_scales.get(action.op.step, 1.0))
         if self._event_log is not None:
             self._event_log.write(event, actions)
+        for op in (action.op for action in actions):
+            if op in self._made:
+                self._made.remove(op)
+                self._decide(OpDone(op=op))
+            else:
+                self._workers.launch(op, self._grad_scales.get(op.step, 1.0))
+
+    # a GPU that is lost
+
+    def _next_completions(self) -> list[Completion]:
+        try:
+            return self._workers.next_completions()
+        except GpuLostError as lost:
+            self._replace(lost)
+            return []
+
+    def _replace(self, lost: GpuLostError) -> None:
+        """Let another actor make the step in which a GPU was lost, with the weights that the others have before it.
+
+        They cannot be further: the first layer's delta of a step comes up once all of its payloads are down.
+        """
+        gpu, workers = lost.gpu, cast("ReplacingWorkers", self._workers)  # no others tell of a lost GPU
+        for completion in workers.forget(gpu):
+            self._handle(completion)
+        step = self._open.lacking(gpu, self.ledger.num_closed)
+        is_known = step <= self._judge.num_run and step < self._num_started
+        if not is_known or not workers.can_replace(gpu, step):
+            raise lost
+        while not (self._others_have_made(gpu, step) and workers.is_idle()):
+            for completion in workers.next_completions():
+                self._handle(completion)
+        workers.replace(gpu, step)
+        now_s = time.monotonic()
+        for op in self._open.not_up(gpu, step - 1) if step > self.ledger.num_closed else ():
+            span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=now_s, end_s=now_s, part=op.part)
+            self.ledger.add_op(OpReport(span=span))
+        announced, self._made = self._open.announced_without(gpu, step), self._open.made_without(gpu, step)
+        dropped = self._open.forget(gpu, step)
+        self.ledger.forget(step, lambda report: op_of(report) in dropped)
+        self._judge.forget(step, self._open.parts_of(gpu))
+        self._decide(StepAgain(step=step))
+        for ready in announced:
+            self._decide(ready)
+        drains = self._num_drained == self._num_started and self._policy.room is not None
+        workers.start_again(gpu, range(step, self._num_started), drains=drains)
+
+    def _others_have_made(self, gpu: int, step: int) -> bool:
+        """Whether all GPUs but this one have told all of their parts of the step."""
+        others = set(range(len(self._policy.gpu_of_part))) - self._open.parts_of(gpu)
+        return self._judge.has(step, others) and self._open.have_announced(gpu, step)

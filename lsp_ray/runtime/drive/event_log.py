@@ -19,6 +19,7 @@ from lsp_ray.schedule.ops import (
     LayerSeconds,
     Op,
     OpDone,
+    StepAgain,
     StepJudged,
 )
 from lsp_ray.schedule.policy import POLICIES, Policy
@@ -27,7 +28,7 @@ from lsp_ray.trace import WorkStream
 MAX_STEPS = 100  # enough to see and to replay what a policy does; a run of days must not fill the disk with it
 
 # a stream's name, "gradient" or "due", step, layer, and the part or GPU unless it is 0; "judged", step, whether it
-# stands; "costs", step, layers' seconds
+# stands; "costs", step, layers' seconds; "again", step, 0
 _Row = list[Any]
 
 
@@ -99,6 +100,8 @@ def _event(row: _Row) -> Event:
             return GradientReady(step=step, layer=subject, part=part)
         case "due":
             return DeltaDue(step=step, layer=subject, gpu=part)
+        case "again":
+            return StepAgain(step=step)
         case "judged":
             return StepJudged(step=step, stands=subject)
         case "costs":
@@ -116,6 +119,8 @@ def _event_row(event: Event) -> _Row:
             return ["costs", event.step, [asdict(layer) for layer in event.layers]]
         case StepJudged():
             return ["judged", event.step, event.stands]
+        case StepAgain():
+            return ["again", event.step, 0]
     return _op_row(event.op)
 
 

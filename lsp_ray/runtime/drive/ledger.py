@@ -7,7 +7,7 @@ their waiting is counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lsp_ray.device.step_report import StepReport
@@ -68,6 +68,10 @@ class Ledger:
     def add_op(self, report: OpReport) -> None:
         """Note that an operation is done."""
         self._ops.setdefault(report.span.step, []).append(report)
+
+    def forget(self, step: int, is_dropped: Callable[[OpReport], bool]) -> None:
+        """Drop operations of a step that are made again."""
+        self._ops[step] = [op for op in self._ops.get(step, []) if not is_dropped(op)]
 
     def add_pause(self, start_s: float, end_s: float) -> None:
         """Note that training stood still between the last closed step, whose deltas are all up, and the next."""

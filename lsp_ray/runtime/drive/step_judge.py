@@ -51,7 +51,7 @@ class StepJudge:
         reports = self._reports.setdefault(report.step, [])
         reports.append(report)
         if len(reports) == self._num_gpus:
-            self.num_run = report.step + 1
+            self.num_run = max(self.num_run, report.step + 1)
         return self._judged(report.step)
 
     def add_op(self, report: OpReport) -> StepReport | None:
@@ -61,6 +61,15 @@ class StepJudge:
             return None
         self._square_sums.setdefault(step, {})[report.span.layer] = report.square_sum
         return self._judged(step)
+
+    def has(self, step: int, parts: set[int]) -> bool:
+        """Whether the GPUs of these parts have reported the step."""
+        return parts <= {part for report in self._reports.get(step, ()) for part in report.losses}
+
+    def forget(self, step: int, parts: set[int]) -> None:
+        """Drop what the GPU of these parts has said of a step that it makes again."""
+        reports = self._reports.get(step, [])
+        self._reports[step] = [report for report in reports if parts.isdisjoint(report.losses)]
 
     def _judged(self, step: int) -> StepReport | None:
         if len(self._reports.get(step, ())) < self._num_gpus:

@@ -167,6 +167,10 @@ class Lane:
         except (EOFError, OSError) as error:
             raise self._lost() from error
 
+    def has_message(self) -> bool:
+        """Whether `message` would return at once, or raise."""
+        return self._connection.poll()
+
     def has_ended(self) -> bool:
         """Whether the actor's process has."""
         try:

@@ -1,0 +1,40 @@
+"""Decided: what one GPU gives to another, so that both train the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lsp_ray.device.projected_linear import InSubspace
+from lsp_ray.projection.block_factor import BlockFactor
+from lsp_ray.projection.sparse_projector import SparseProjector
+from lsp_ray.runtime.actors.throttle import Throttle
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """What one GPU gives to another: how much it is slowed down, and the projectors that were learned.
+
+    `weights` is a file of what is trained, as it is before `step`; None: all begin alike.
+    """
+
+    throttle: Throttle
+    projectors: Mapping[str, SparseProjector]
+    step: int = 0
+    weights: Path | None = None
+
+
+def on_cpu(linears: Sequence[tuple[str, InSubspace]]) -> dict[str, SparseProjector]:
+    """Copies of the projectors of all linears, by name; those with one right factor share its copy."""
+    rights: dict[int, BlockFactor] = {}
+    copies = {}
+    for name, own in ((name, linear.projector) for name, linear in linears):
+        if id(own.right) not in rights:
+            rights[id(own.right)] = own.right.to(_CPU, own.dtype)
+        copies[name] = SparseProjector(own.left.to(_CPU, own.dtype), rights[id(own.right)])
+    return copies

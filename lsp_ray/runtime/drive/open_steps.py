@@ -1,0 +1,97 @@
+"""OpenSteps: what has happened of the steps that are not closed, so that a lost GPU's part can be made again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lsp_ray.runtime.drive.ledger import OpReport
+from lsp_ray.schedule.ops import GradientReady, Op
+from lsp_ray.trace import WorkStream
+
+
+class OpenSteps:
+    """Notes which payloads were announced and which operations are done.
+
+    Args:
+        num_layers: Units that pass down, through their update and up.
+        gpu_of_part: See `Policy`.
+    """
+
+    def __init__(self, num_layers: int, gpu_of_part: Sequence[int]) -> None:
+        self._num_layers = num_layers
+        self._gpu_of_part = tuple(gpu_of_part)
+        self._is_noted = len(set(gpu_of_part)) > 1  # one GPU that is lost leaves none to go on
+        self._announced: dict[int, set[GradientReady]] = {}
+        self._done: dict[int, set[Op]] = {}
+
+    def announce(self, ready: GradientReady) -> None:
+        """Note that a payload is ready."""
+        if self._is_noted:
+            self._announced.setdefault(ready.step, set()).add(ready)
+
+    def add(self, report: OpReport) -> None:
+        """Note that an operation is done."""
+        if self._is_noted:
+            self._done.setdefault(report.span.step, set()).add(op_of(report))
+
+    def close(self, step: int) -> None:
+        """Forget a step and those before."""
+        for kept in (self._announced, self._done):
+            for old in [old for old in kept if old <= step]:
+                del kept[old]
+
+    def parts_of(self, gpu: int) -> set[int]:
+        """The parts that a GPU computes."""
+        return {part for part, own in enumerate(self._gpu_of_part) if own == gpu}
+
+    def lacking(self, gpu: int, first: int) -> int:
+        """The first step, from one on, of which not all payloads of a GPU are down."""
+        step = first
+        while self._num_down(gpu, step) == self._num_layers * len(self.parts_of(gpu)):
+            step += 1
+        return step
+
+    def have_announced(self, gpu: int, step: int) -> bool:
+        """Whether all GPUs but this one have announced all of their payloads of a step."""
+        others = len(self._gpu_of_part) - len(self.parts_of(gpu))
+        return len(self.announced_without(gpu, step)) == self._num_layers * others
+
+    def announced_without(self, gpu: int, step: int) -> list[GradientReady]:
+        """What all GPUs but this one have announced of a step, in an order that does not depend on theirs."""
+        own = self.parts_of(gpu)
+        found = [ready for ready in self._announced.get(step, ()) if ready.part not in own]
+        return sorted(found, key=lambda ready: (-ready.layer, ready.part))
+
+    def made_without(self, gpu: int, step: int) -> set[Op]:
+        """The operations of a step that are done and do not concern this GPU."""
+        return {op for op in self._done.get(step, ()) if not self._concerns(op, gpu)}
+
+    def not_up(self, gpu: int, step: int) -> list[Op]:
+        """Those that would have brought a step's deltas up to this GPU and are not done."""
+        ops = [Op(stream=WorkStream.H2D, step=step, layer=layer, part=gpu) for layer in range(self._num_layers)]
+        return [op for op in ops if op not in self._done.get(step, ())]
+
+    def forget(self, gpu: int, step: int) -> set[Op]:
+        """Drop what concerns this GPU in a step; returns the operations."""
+        own = {op for op in self._done.get(step, ()) if self._concerns(op, gpu)}
+        self._done[step] = self._done.get(step, set()) - own
+        self._announced[step] = set(self.announced_without(gpu, step))
+        return own
+
+    def _concerns(self, op: Op, gpu: int) -> bool:
+        match op.stream:
+            case WorkStream.D2H:
+                return self._gpu_of_part[op.part] == gpu
+            case WorkStream.H2D:
+                return op.part == gpu
+        return False
+
+    def _num_down(self, gpu: int, step: int) -> int:
+        own = (op for op in self._done.get(step, ()) if op.stream is WorkStream.D2H)
+        return sum(self._concerns(op, gpu) for op in own)
+
+
+def op_of(report: OpReport) -> Op:
+    """The operation that a report is of."""
+    span = report.span
+    return Op(stream=span.stream, step=span.step, layer=span.layer, part=span.part)
