@@ -7,7 +7,7 @@ processes on one machine can be compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from itertools import pairwise
@@ -25,7 +25,13 @@ class WorkStream(StrEnum):
     H2D = "h2d"
 
 
-_CAUSES = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)  # what a delta passes through, in order
+class Cause(StrEnum):
+    """What a delta passes through, in order; peers: other GPUs whose payloads of the same layer are not down yet."""
+
+    D2H = "d2h"
+    PEERS = "peers"
+    CPU = "cpu"
+    H2D = "h2d"
 
 
 class Phase(StrEnum):
@@ -50,13 +56,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeSpan:
-    """One stretch of the compute stream's own work for one layer of one step."""
+    """One stretch of a GPU's compute stream's own work for one layer of one step."""
 
     phase: Phase
     step: int
     layer: int
     start_s: float
     end_s: float
+    gpu: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +81,9 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitPart:
-    """The part of a wait that one stream caused; step and layer are the delta's."""
+    """The part of a wait that had one cause; step and layer are the delta's."""
 
-    cause: WorkStream
+    cause: Cause
     step: int
     layer: int
     start_s: float
@@ -105,11 +112,12 @@ class Exposed:
     d2h_s: float = 0.0
     cpu_s: float = 0.0
     h2d_s: float = 0.0
+    peers_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """All waiting, whatever its cause."""
-        return self.d2h_s + self.cpu_s + self.h2d_s
+        return self.d2h_s + self.peers_s + self.cpu_s + self.h2d_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +139,9 @@ class StepMetrics:
         exposed_d2h_s: In which this step's forward waited for a delta that was late on its way down.
         exposed_cpu_s: The same for one that was late in its update.
         exposed_h2d_s: The same for one that was late on its way up.
+        exposed_peers_s: The same for one that lacked other GPUs' payloads. Of several GPUs, waiting is that of the one
+            that waited longest.
+        slowest_gpu: That computed longest, where there are several.
         bytes_d2h: Down the link.
         bytes_h2d: Up the link.
         grad_scale: What gradients were multiplied by: below 1 where clipped, 0 where the step was skipped.
@@ -161,6 +172,8 @@ class StepMetrics:
     bias_by_layer: dict[str, float] | None = None
     num_refitted: int | None = None
     eval_loss: float | None = None
+    exposed_peers_s: float = 0.0
+    slowest_gpu: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What strict JSON can hold: a number that is not finite, as a skipped step's loss may be, is None."""
@@ -184,7 +197,7 @@ class StepMetrics:
     @property
     def exposed_s(self) -> float:
         """Seconds in which the compute stream waited."""
-        return self.exposed_d2h_s + self.exposed_cpu_s + self.exposed_h2d_s
+        return self.exposed_d2h_s + self.exposed_peers_s + self.exposed_cpu_s + self.exposed_h2d_s
 
     @property
     def busy_by_stream(self) -> dict[WorkStream, float]:
@@ -197,12 +210,13 @@ class StepMetrics:
         }
 
     @property
-    def exposed_by_cause(self) -> dict[WorkStream, float]:
-        """Seconds in which the compute stream waited, by the stream that was late."""
+    def exposed_by_cause(self) -> dict[Cause, float]:
+        """Seconds in which the compute stream waited, by what was late."""
         return {
-            WorkStream.D2H: self.exposed_d2h_s,
-            WorkStream.CPU: self.exposed_cpu_s,
-            WorkStream.H2D: self.exposed_h2d_s,
+            Cause.D2H: self.exposed_d2h_s,
+            Cause.PEERS: self.exposed_peers_s,
+            Cause.CPU: self.exposed_cpu_s,
+            Cause.H2D: self.exposed_h2d_s,
         }
 
 
@@ -242,29 +256,34 @@ def busy_s(spans: Iterable[Span], stream: WorkStream, start_s: float, end_s: flo
     return total
 
 
-def exposed(waits: Sequence[Wait], spans: Iterable[Span]) -> Exposed:
+def exposed(waits: Sequence[Wait], spans: Iterable[Span], own_parts: Collection[int] | None = None) -> Exposed:
     """Sum up waiting by its cause, see `wait_parts`."""
-    seconds = dict.fromkeys(WorkStream, 0.0)
-    for part in wait_parts(waits, spans):
+    seconds = dict.fromkeys(Cause, 0.0)
+    for part in wait_parts(waits, spans, own_parts):
         seconds[part.cause] += part.end_s - part.start_s
-    return Exposed(d2h_s=seconds[WorkStream.D2H], cpu_s=seconds[WorkStream.CPU], h2d_s=seconds[WorkStream.H2D])
+    return Exposed(**{f"{cause}_s": seconds[cause] for cause in Cause})
 
 
-def wait_parts(waits: Iterable[Wait], spans: Iterable[Span]) -> Iterator[WaitPart]:
+def wait_parts(
+    waits: Iterable[Wait], spans: Iterable[Span], own_parts: Collection[int] | None = None
+) -> Iterator[WaitPart]:
     """Split waiting by cause: what a layer's delta still lacked at each moment of the wait.
 
-    Until its payload was down the wait is d2h's, until its update was done the CPU's, and the rest h2d's;
-    queueing for a stream counts as that stream's. Empty parts are left out.
+    Until the payloads of the GPU's own parts (default: all) were down the wait is d2h's, until the others' were, the
+    peers', until its update was done the CPU's, and the rest h2d's; queueing for a stream counts as that stream's.
+    Empty parts are left out.
     """
-    ends: dict[tuple[WorkStream, int, int], float] = {}
+    ends: dict[tuple[Cause | WorkStream, int, int], float] = {}
     for span in spans:  # the last of a layer's parts counts, and of an update that was made twice the second time
-        key = span.stream, span.step, span.layer
+        is_peers = span.stream is WorkStream.D2H and own_parts is not None and span.part not in own_parts
+        key = Cause.PEERS if is_peers else span.stream, span.step, span.layer
         ends[key] = max(span.end_s, ends.get(key, span.end_s))
     for wait in waits:
-        down = _within(ends.get((WorkStream.D2H, wait.step, wait.layer), wait.start_s), wait)
-        updated = max(down, _within(ends.get((WorkStream.CPU, wait.step, wait.layer), wait.start_s), wait))
-        cuts = (wait.start_s, down, updated, wait.end_s)
-        for cause, (start_s, end_s) in zip(_CAUSES, pairwise(cuts), strict=True):
+        cuts = [wait.start_s]
+        for cause in (Cause.D2H, Cause.PEERS, Cause.CPU):
+            end_s = ends.get((cause, wait.step, wait.layer), wait.start_s)
+            cuts.append(max(cuts[-1], _within(end_s, wait)))
+        for cause, (start_s, end_s) in zip(Cause, pairwise([*cuts, wait.end_s]), strict=True):
             if end_s > start_s:
                 yield WaitPart(cause=cause, step=wait.step, layer=wait.layer, start_s=start_s, end_s=end_s)
 

@@ -55,16 +55,24 @@ class TraceFile:
         file: Open for writing; stays the caller's.
         shard_of_layer: Which shard's row an update goes to.
         num_steps: Of the run.
+        gpu_of_part: Which GPU's row a part's payload goes to; several have rows of their own, numbered.
     """
 
-    def __init__(self, file: TextIO, shard_of_layer: Sequence[int], *, num_steps: int) -> None:
+    def __init__(
+        self, file: TextIO, shard_of_layer: Sequence[int], *, num_steps: int, gpu_of_part: Sequence[int] = (0,)
+    ) -> None:
         self._file = file
+        self._gpu_of_part = gpu_of_part
+        self._has_several = len(set(gpu_of_part)) > 1
         self._shard_of_layer = shard_of_layer
         self._num_steps = num_steps
         self._zero_s: float | None = None
-        rows = [GPU_ROW, WAIT_ROW]
+        gpus = sorted(set(gpu_of_part))
+        rows = [*(self._of_gpu(GPU_ROW, gpu) for gpu in gpus), WAIT_ROW]
         if shard_of_layer:
-            rows += [D2H_ROW, *(f"CPU shard {index}" for index in range(max(shard_of_layer) + 1)), H2D_ROW]
+            rows += [self._of_gpu(D2H_ROW, gpu) for gpu in gpus]
+            rows += [f"CPU shard {index}" for index in range(max(shard_of_layer) + 1)]
+            rows += [self._of_gpu(H2D_ROW, gpu) for gpu in gpus]
         # not from 0: Perfetto takes a process's thread 0 for its first one, and two rows would become one
         self._row_ids = {row: index for index, row in enumerate(rows, start=1)}
         named = [_meta("process_name", 1, "lsp_ray")]
@@ -94,7 +102,9 @@ class TraceFile:
         yield {**step, "ph": "b", "ts": self._us(timeline.start_s)}
         yield {**step, "ph": "e", "ts": self._us(timeline.end_s)}
         for compute in timeline.compute:
-            yield self._bar(GPU_ROW, compute.phase, f"{compute.phase} {compute.layer}", compute)
+            yield self._bar(
+                self._of_gpu(GPU_ROW, compute.gpu), compute.phase, f"{compute.phase} {compute.layer}", compute
+            )
         for op in timeline.ops:
             yield self._bar(self._row(op), op.stream, f"{_VERBS[op.stream]} {op.layer}", op)
         for wait in timeline.waits:
@@ -109,8 +119,15 @@ class TraceFile:
         return {"name": name, "cat": category, "ph": "X", **place, "args": args}
 
     def _row(self, op: Span) -> str:
-        rows = {WorkStream.D2H: D2H_ROW, WorkStream.H2D: H2D_ROW}
-        return rows.get(op.stream) or f"CPU shard {self._shard_of_layer[op.layer]}"
+        match op.stream:
+            case WorkStream.D2H:
+                return self._of_gpu(D2H_ROW, self._gpu_of_part[op.part])
+            case WorkStream.H2D:
+                return self._of_gpu(H2D_ROW, op.part)
+        return f"CPU shard {self._shard_of_layer[op.layer]}"
+
+    def _of_gpu(self, row: str, gpu: int) -> str:
+        return f"{row} {gpu}" if self._has_several else row
 
     def _us(self, time_s: float) -> float:
         assert self._zero_s is not None
@@ -121,10 +138,12 @@ _VERBS = {WorkStream.D2H: "send", WorkStream.CPU: "update", WorkStream.H2D: "fet
 
 
 @contextmanager
-def trace_file(path: Path, shard_of_layer: Sequence[int], *, num_steps: int) -> Iterator[TraceFile]:
+def trace_file(
+    path: Path, shard_of_layer: Sequence[int], *, num_steps: int, gpu_of_part: Sequence[int] = (0,)
+) -> Iterator[TraceFile]:
     """Open a new TraceFile; it is closed however the run ends."""
     with path.open("w", encoding="utf-8") as file:
-        trace = TraceFile(file, shard_of_layer, num_steps=num_steps)
+        trace = TraceFile(file, shard_of_layer, num_steps=num_steps, gpu_of_part=gpu_of_part)
         try:
             yield trace
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lsp_ray.trace import ComputeSpan, Phase, Span, Timeline, WaitPart, WorkStream
+from lsp_ray.trace import Cause, ComputeSpan, Phase, Span, Timeline, WaitPart, WorkStream
 from scripts.control_plane import _gaps, _idle_waits_s, main
 
 D2H, CPU, H2D = WorkStream.D2H, WorkStream.CPU, WorkStream.H2D
@@ -16,7 +16,7 @@ def op(stream: WorkStream, layer: int, start_s: float, end_s: float) -> Span:
 
 def timeline(ops: list[Span], waits: list[tuple[float, float]]) -> Timeline:
     compute = [ComputeSpan(phase=Phase.BACKWARD, step=0, layer=n, start_s=0.0, end_s=2.0 - n) for n in (1, 0)]
-    parts = [WaitPart(cause=CPU, step=0, layer=0, start_s=start_s, end_s=end_s) for start_s, end_s in waits]
+    parts = [WaitPart(cause=Cause.CPU, step=0, layer=0, start_s=start_s, end_s=end_s) for start_s, end_s in waits]
     return Timeline(step=0, start_s=0.0, end_s=9.0, compute=tuple(compute), ops=tuple(ops), waits=tuple(parts))
 
 

@@ -13,7 +13,7 @@ from lsp_ray.device.evaluate import mean_loss
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.models.load import load_model
 from lsp_ray.runtime.drive.ledger import Ledger, OpReport
-from lsp_ray.trace import Span, WorkStream
+from lsp_ray.trace import Cause, Span, WorkStream
 from tests.tiny_jobs import run_on_threads, tiny_job
 
 
@@ -77,7 +77,12 @@ def test_a_pause_is_in_no_step_and_waiting_for_the_last_delta_before_it_is(pause
     assert second is not None
     assert first.metrics.step_time_s == 10.0
     assert second.metrics.step_time_s == pytest.approx(10.0)
-    assert second.metrics.exposed_by_cause == {WorkStream.D2H: 1.0, WorkStream.CPU: 1.0, WorkStream.H2D: 1.0}
+    assert second.metrics.exposed_by_cause == {
+        Cause.D2H: 1.0,
+        Cause.PEERS: 0.0,
+        Cause.CPU: 1.0,
+        Cause.H2D: 1.0,
+    }
     assert second.metrics.busy_by_stream == pytest.approx(
         {WorkStream.GPU: 7.0, WorkStream.D2H: 2.0, WorkStream.CPU: 1.0, WorkStream.H2D: 1.0}
     )

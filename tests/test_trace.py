@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,6 +83,14 @@ def test_the_parts_of_several_waits_add_up() -> None:
     spans = [span(WorkStream.D2H, 0, 2), span(WorkStream.CPU, 2, 3), span(WorkStream.D2H, 3, 7, layer=1)]
     waits = [wait(1, 4), wait(6, 9, layer=1)]
     assert exposed(waits, spans) == Exposed(d2h_s=2, cpu_s=1, h2d_s=3)
+
+
+def test_what_other_gpus_payloads_were_waited_for_is_the_peers() -> None:
+    parts = [replace(span(WorkStream.D2H, 5, end_s), part=part) for part, end_s in enumerate((11, 12, 15))]
+    spans = [*parts, span(WorkStream.CPU, 15, 17)]
+    assert exposed([wait(10, 20)], spans, own_parts=[0, 1]) == Exposed(d2h_s=2, peers_s=3, cpu_s=2, h2d_s=3)
+    assert exposed([wait(10, 20)], spans, own_parts=[2]) == Exposed(d2h_s=5, cpu_s=2, h2d_s=3)
+    assert exposed([wait(10, 20)], spans) == Exposed(d2h_s=5, cpu_s=2, h2d_s=3)
 
 
 def test_without_a_wait_nothing_is_exposed() -> None:

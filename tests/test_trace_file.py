@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lsp_ray.trace import ComputeSpan, Phase, Span, Timeline, WaitPart, WorkStream, is_traced
+from lsp_ray.trace import Cause, ComputeSpan, Phase, Span, Timeline, WaitPart, WorkStream, is_traced
 from lsp_ray.trace_file import Trace, TraceFile, read_trace, trace_file
 
 
@@ -30,7 +31,7 @@ def timeline(step: int) -> Timeline:
             ComputeSpan(phase=Phase.BACKWARD, step=step, layer=0, start_s=zero + 0.5, end_s=zero + 1),
         ),
         ops=(op(WorkStream.D2H, 1.0), op(WorkStream.CPU, 1.125), op(WorkStream.H2D, 1.25)),
-        waits=(WaitPart(cause=WorkStream.CPU, step=step - 1, layer=0, start_s=zero, end_s=zero + 0.25),),
+        waits=(WaitPart(cause=Cause.CPU, step=step - 1, layer=0, start_s=zero, end_s=zero + 0.25),),
     )
 
 
@@ -70,6 +71,19 @@ def test_every_event_has_what_the_trace_event_format_asks_for(tmp_path: Path) ->
     named = {event["tid"] for event in events if event["name"] == "thread_name"}
     assert 0 not in named  # Perfetto would show it in the row of another
     assert {event["tid"] for event in events} <= named
+
+
+def test_each_of_several_gpus_has_rows_of_its_own(tmp_path: Path) -> None:
+    one = timeline(0)
+    ops = (replace(one.ops[0], part=2), one.ops[1], replace(one.ops[2], part=1))
+    with trace_file(tmp_path / "trace.json", [0], num_steps=1, gpu_of_part=(0, 0, 1)) as trace:
+        trace.write(replace(one, ops=ops, compute=(replace(one.compute[0], gpu=1), one.compute[1])))
+    read = read_trace(tmp_path / "trace.json")
+    links = [f"{way}-link {gpu}" for way in ("down", "up") for gpu in (0, 1)]
+    assert list(read.rows) == ["GPU 0", "GPU 1", "GPU waits", *links[:2], "CPU shard 0", *links[2:]]
+    assert [span.row for span in read.spans] == [
+        *("GPU 1", "GPU 0", "down-link 1", "CPU shard 0", "up-link 1", "GPU waits")
+    ]
 
 
 def test_each_shard_has_a_row_of_its_own() -> None:

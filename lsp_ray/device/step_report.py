@@ -17,6 +17,8 @@ class StepReport:
     `forward_s` is the first micro-batch's forward without its waits, `backward_s` the last one's backward: between
     them lie the deadlines and the arrivals of a step. `grad_norm`, `grad_scale`: see `Verdict`; where the step has
     several parts, the norm is not known here, and the scale 0 says that a part is not finite. `notes` are for people.
+    Of several GPUs together, `waits` are those of the one that waited longest, which computes `waiting_parts`, and
+    `slowest_gpu` is the one that computed longest.
     """
 
     step: int
@@ -32,6 +34,8 @@ class StepReport:
     peak_device_bytes: int | None
     bias: BiasReport | None
     compute: tuple[ComputeSpan, ...] = ()
+    slowest_gpu: int | None = None
+    waiting_parts: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lsp_ray.report.axis import Axis
 from lsp_ray.report.markup import Markup, element, joined
-from lsp_ray.trace import Phase, WorkStream
+from lsp_ray.trace import Cause, Phase, WorkStream
 from lsp_ray.trace_file import Trace, TracedSpan
 
 WIDTH, LEFT, RIGHT, TOP, ROW, BAR = 1120, 96, 12, 8, 34, 24
@@ -18,6 +18,9 @@ STREAM_NAMES = {
     WorkStream.CPU: "shards",
     WorkStream.H2D: "up-link",
 }
+
+
+CAUSE_NAMES = {stream.value: name for stream, name in STREAM_NAMES.items()} | {Cause.PEERS.value: "other GPUs"}
 
 
 def gantt(trace: Trace, step: int, *, length_s: float | None = None, device: str = "GPU") -> Markup:
@@ -86,4 +89,4 @@ def _stream(span: TracedSpan) -> str:
 
 
 def _name(cause: str) -> str:
-    return STREAM_NAMES.get(WorkStream(cause), cause)
+    return CAUSE_NAMES.get(cause, cause)

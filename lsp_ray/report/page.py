@@ -8,15 +8,14 @@ from statistics import fmean
 
 from lsp_ray.report.bars import Bar, Segment, bars
 from lsp_ray.report.chart import NUM_RUN_COLOURS, Series, chart
-from lsp_ray.report.gantt import STREAM_NAMES, gantt
+from lsp_ray.report.gantt import CAUSE_NAMES, STREAM_NAMES, gantt
 from lsp_ray.report.markup import Markup, element, joined, page
 from lsp_ray.report.run_folder import WARM_UP_STEPS, LossPoint, RunFolder
 from lsp_ray.report.tables import NOTHING, config_table, figures_table, size
-from lsp_ray.trace import WorkStream
+from lsp_ray.trace import Cause, WorkStream
 
 _SAMPLES = (("sample_before", "Before"), ("sample_after", "After"), ("sample_expected", "In the data"))
 _LEAST_SHOWN = 0.05  # of a step: the width of the figure, so that next to no waiting looks like it
-_LATE = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)
 _LEGEND = {**{stream.value: name for stream, name in STREAM_NAMES.items()}, "wait": "device waits"}
 
 
@@ -79,7 +78,8 @@ def _run_legend(runs: Sequence[RunFolder]) -> Markup:
 
 
 def _stream_legend(*kinds: str) -> Markup:
-    entries = [element("span", element("i", class_=f"chip {kind}"), _LEGEND[kind]) for kind in kinds]
+    names = {**_LEGEND, Cause.PEERS: CAUSE_NAMES[Cause.PEERS]}
+    entries = [element("span", element("i", class_=f"chip {kind}"), names[kind]) for kind in kinds]
     return element("p", *entries, class_="legend")
 
 
@@ -144,21 +144,23 @@ def _exposed(runs: Sequence[RunFolder]) -> Sequence[Markup]:
     )
     rows = []
     longest_s = 0.0
+    has_peers = any(step.slowest_gpu is not None for run in runs for step in run.steps)
+    causes = [cause for cause in Cause if has_peers or cause is not Cause.PEERS]
     for run in runs:
         if not run.steps:
             continue
-        late_s = {stream: fmean(step.exposed_by_cause[stream] for step in run.settled) for stream in _LATE}
+        late_s = {cause: fmean(step.exposed_by_cause[cause] for step in run.settled) for cause in causes}
         step_s = fmean(step.step_time_s for step in run.settled)
         longest_s = max(longest_s, sum(late_s.values()), _LEAST_SHOWN * step_s)
-        texts = [f"{STREAM_NAMES[stream]} {late_s[stream] * 1e3:.1f}" for stream in _LATE]
+        texts = [f"{CAUSE_NAMES[cause]} {late_s[cause] * 1e3:.1f}" for cause in causes]
         segments = [
-            Segment(value=late_s[stream], kind=stream.value, text=f"{text} ms")
-            for stream, text in zip(_LATE, texts, strict=True)
+            Segment(value=late_s[cause], kind=cause.value, text=f"{text} ms")
+            for cause, text in zip(causes, texts, strict=True)
         ]
         figures = f"{' · '.join(texts)} ms: {sum(late_s.values()) / step_s:.1%} of the step"
         rows.append(Bar(label=run.name, segments=segments, figures=figures))
     scale = _text(how, f" The full width is {longest_s * 1e3:.0f} ms.")
-    return scale, _stream_legend(*_LATE), bars(rows, full=longest_s)
+    return scale, _stream_legend(*causes), bars(rows, full=longest_s)
 
 
 def _busy(runs: Sequence[RunFolder]) -> Sequence[Markup]:

@@ -232,7 +232,9 @@ class Training:
         with (
             open_sinks(job.config, folder, earlier, first_step=job.first_step) as sinks,
             (internals / "events.jsonl").open("w", encoding="utf-8") as events,
-            trace_file(internals / "trace.json", shard_of_unit, num_steps=job.num_steps) as trace,
+            trace_file(
+                internals / "trace.json", shard_of_unit, num_steps=job.num_steps, gpu_of_part=job.layout.gpu_of_part
+            ) as trace,
         ):
             totals = StepTotals(measured=job.measured_step + 1)
             for metrics in read_metrics(folder / METRICS, job.first_step):

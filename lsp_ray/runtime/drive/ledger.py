@@ -123,7 +123,7 @@ class Ledger:
             end_s=report.end_s,
             compute=report.compute,
             ops=tuple(op.span for op in self._ops.get(report.step, [])),
-            waits=tuple(wait_parts(report.waits, self._spans(report.step))),
+            waits=tuple(wait_parts(report.waits, self._spans(report.step), report.waiting_parts)),
         )
 
     def _metrics(self, report: StepReport) -> StepMetrics:
@@ -131,7 +131,7 @@ class Ledger:
         spans = self._spans(report.step)
         counted = self._counted(report)
         step_time_s = sum(end_s - start_s for start_s, end_s in counted)
-        late = exposed(self._waits(report), spans)
+        late = exposed(self._waits(report), spans, report.waiting_parts)
 
         def busy(stream: WorkStream) -> float:
             return sum(busy_s(spans, stream, start_s, end_s) for start_s, end_s in counted)
@@ -155,6 +155,8 @@ class Ledger:
             exposed_d2h_s=late.d2h_s,
             exposed_cpu_s=late.cpu_s,
             exposed_h2d_s=late.h2d_s,
+            exposed_peers_s=late.peers_s,
+            slowest_gpu=report.slowest_gpu,
             bytes_d2h=moved(WorkStream.D2H),
             bytes_h2d=moved(WorkStream.H2D),
             bias=report.bias.relative if report.bias else None,

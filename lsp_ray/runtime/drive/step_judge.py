@@ -96,9 +96,12 @@ class StepJudge:
 
 
 def _together(reports: Sequence[StepReport]) -> StepReport:
-    """One report of a step; its waits are those of the GPU that waited longest, its compute that of the first."""
-    reports = sorted(reports, key=lambda report: min(report.losses))
-    slowest = max(reports, key=lambda report: sum(wait.end_s - wait.start_s for wait in report.waits))
+    """One report of a step; see `StepReport`."""
+    reports = sorted(reports, key=lambda report: min(report.losses))  # GPUs have their parts in order
+    waited_s = [sum(wait.end_s - wait.start_s for wait in report.waits) for report in reports]
+    computed_s = [report.end_s - report.start_s - waited for report, waited in zip(reports, waited_s, strict=True)]
+    waiting = reports[waited_s.index(max(waited_s))]
+    several = len(reports) > 1
     peaks = [report.peak_device_bytes for report in reports if report.peak_device_bytes is not None]
     return replace(
         reports[0],
@@ -108,7 +111,10 @@ def _together(reports: Sequence[StepReport]) -> StepReport:
         end_s=max(report.end_s for report in reports),
         forward_s=max(report.forward_s for report in reports),
         backward_s=max(report.backward_s for report in reports),
-        waits=slowest.waits,
+        waits=waiting.waits,
+        waiting_parts=tuple(waiting.losses) if several else None,
+        slowest_gpu=computed_s.index(max(computed_s)) if several else None,
+        compute=tuple(replace(span, gpu=gpu) for gpu, report in enumerate(reports) for span in report.compute),
         grad_scale=min(report.grad_scale for report in reports),
         peak_device_bytes=max(peaks, default=None),
         notes=tuple(dict.fromkeys(line for report in reports for line in report.notes)),

@@ -27,6 +27,8 @@ GAUGES = {
     "exposed_d2h_s": "Seconds in which the GPU waited for the link downwards, in the last step",
     "exposed_cpu_s": "Seconds in which the GPU waited for an update, in the last step",
     "exposed_h2d_s": "Seconds in which the GPU waited for the link upwards, in the last step",
+    "exposed_peers_s": "Seconds in which the GPU waited for other GPUs, in the last step",
+    "slowest_gpu": "GPU that computed longest in the last step, where there are several",
 }
 COUNTERS = {
     "num_tokens": "Tokens trained on",
