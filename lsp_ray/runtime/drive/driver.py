@@ -17,6 +17,7 @@ from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, 
 from lsp_ray.schedule.policy import Policy
 from lsp_ray.trace import Span
 
+MAX_LOSSES_IN_A_ROW = 3  # of GPUs without a step closed between them: then it is no accident
 STEPS_AHEAD = 2  # steps submitted at once: the device goes from one to the next without waiting for the driver
 
 Completion = GradientReady | DeltaDue | StepReport | OpReport
@@ -107,6 +108,7 @@ class Driver:
         self._judge = judge or StepJudge(policy.num_layers, first_step=first_step)
         self._event_log = event_log
         self._open = OpenSteps(policy.num_layers, policy.gpu_of_part)
+        self._losses: list[int] = []  # of GPUs: the steps closed at each, since the last step
         self._made: set[Op] = set()  # of a step that is told anew: what need not be made again
         self._grad_scales: dict[int, float] = {}  # of steps that are judged and not closed
         self.times = LayerTimes(policy.num_layers)
@@ -198,7 +200,9 @@ class Driver:
             self._handle(completion)
         step = self._open.lacking(gpu, self.ledger.num_closed)
         is_known = step <= self._judge.num_run and step < self._num_started
-        if not is_known or not workers.can_replace(gpu, step):
+        self._losses = [*(at for at in self._losses if at == self.ledger.num_closed), self.ledger.num_closed]
+        is_hopeless = len(self._losses) >= MAX_LOSSES_IN_A_ROW
+        if is_hopeless or not is_known or not workers.can_replace(gpu, step):
             raise lost
         while not (self._others_have_made(gpu, step) and workers.is_idle()):
             for completion in workers.next_completions():
