@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Kill actors at random while a tiny model trains, and compare with the same run left alone.
 
-    python scripts/soak.py [--steps 4000] [--kills 60] [--seed 0] [--quick] [--json PATH]
+    python scripts/soak.py [--steps 4000] [--kills 60] [--gpus 1] [--seed 0] [--quick] [--json PATH]
 
 The kills are in the first half of the steps; --quick: 20 kills over 60 steps, and 540 steps left alone after them.
+With several GPUs (actors on the CPU in their place) a step has as many parts, and a lost one is replaced in its step.
 One kill in four is the GPU actor's, the others are shards'. Recovery is the longest pause between two steps after a
 kill. Growth is the slope of a straight line through what a process holds by itself, over all steps that it lives
 through but its first ones: a new process fills its caches. The driver and Ray's own processes live through every kill,
@@ -94,12 +95,15 @@ class Watcher(Killer):
     def __init__(self, actor_after: Mapping[int, str], seed: int) -> None:
         super().__init__(actor_after, seed)
         self._closed_s = array("d")
+        self.num_made_again = self._last = 0
         self.curves: dict[tuple[str, int], Curve] = {}  # by name and number of the process
 
     def step(self, metrics: StepMetrics) -> None:
         """See `Killer`."""
         self._closed_s.append(time.monotonic())
         super().step(metrics)
+        self.num_made_again += metrics.step <= self._last
+        self._last = max(self._last, metrics.step)
         self.steps.clear()
         if len(self._closed_s) % READ_EVERY == 0:
             self._read(len(self._closed_s))
@@ -132,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000, help="optimizer updates")
     parser.add_argument("--kills", type=int, default=60, help="actors killed in the first half of them; 0 for none")
+    parser.add_argument("--gpus", type=int, default=1, help="actors that compute a step's parts")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     parser.add_argument("--quick", action="store_true", help="600 steps, 20 kills in the first 60")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -140,31 +145,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= kills < until:
         parser.error(f"argument --kills: must be below {until}, half of --steps, got {kills}")
     with tempfile.TemporaryDirectory() as folder:
-        figures = _soak(Path(folder), steps, kills, until, options.seed)
+        figures = _soak(Path(folder), steps, kills, until, options.seed, options.gpus)
     print(json.dumps(figures, indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0 if figures["identical"] and not figures["lost"] else 1
 
 
-def _soak(folder: Path, steps: int, kills: int, until: int, seed: int) -> dict[str, Any]:
+def _soak(folder: Path, steps: int, kills: int, until: int, seed: int, num_gpus: int) -> dict[str, Any]:
     start_s = time.monotonic()
-    job = tiny_job(
-        folder, max_steps=steps, save_steps=SAVE_STEPS, lsp=REFITS, runtime={"num_shards": NUM_SHARDS}, bf16=True
+    alone, job = (
+        tiny_job(
+            folder,
+            max_steps=steps,
+            save_steps=SAVE_STEPS,
+            lsp=REFITS,
+            num_replicas=num_gpus,
+            runtime={"num_shards": NUM_SHARDS, "num_gpus": own},
+            bf16=True,
+        )
+        for own in (1, num_gpus)
     )
-    run_on_threads(job, folder / "undisturbed")
+    run_on_threads(alone, folder / "undisturbed")
     chance = random.Random(seed)
     moments = chance.sample(range(1, until), kills)
     victims = {moment: "GpuActor" if chance.random() < GPU_SHARE else "ShardActor" for moment in moments}
     watcher = Watcher(victims, seed)
     (folder / "killed").mkdir()
-    with ray_cluster(num_actors=3, store_bytes=2 * job.store_bytes):
+    with ray_cluster(num_actors=num_gpus + NUM_SHARDS, store_bytes=2 * job.store_bytes):
         fine_tune_persistently(job, RayWorkers, folder / "killed", watcher, str, NeverStop())
     ours, theirs = (_losses(folder / name) for name in ("killed", "undisturbed"))
     return {
         "steps": steps,
         "kills": len(watcher.killed),
         "gpu_kills": watcher.killed.count("GpuActor"),
+        "made_again": watcher.num_made_again,
         "lost": sum(ours.get(step) != loss for step, loss in theirs.items()),
         "max_recovery_s": round(max(watcher.recoveries_s("ShardActor"), default=0.0), 2),
         "max_gpu_recovery_s": round(max(watcher.recoveries_s("GpuActor"), default=0.0), 2),
