@@ -11,12 +11,9 @@ import torch
 
 from lsp_ray.data.final_numbers import share_right
 from lsp_ray.device.backend import Backend, CpuBackend
-from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.compiled_blocks import CompiledBlocks
-from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
-from lsp_ray.device.fits import fit_of
 from lsp_ray.device.fused_norms import fuse_norms
 from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import InSubspace
@@ -27,35 +24,30 @@ from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.switch import Takeover
 from lsp_ray.device.trained_digest import trained_digest
 from lsp_ray.device.trained_file import load_trained, save_trained
-from lsp_ray.device.unit import SummedUnit, Unit
+from lsp_ray.device.unit import SummedUnit
 from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import LspRayError
-from lsp_ray.hardware import MACHINES
-from lsp_ray.methods import lora
 from lsp_ray.methods.galore import GaloreShard
-from lsp_ray.methods.lsp import lsp_units, projector_sizes, take_projectors
-from lsp_ray.methods.units import full_payload_sizes, full_units
-from lsp_ray.models.layers import Layer, find_layers
+from lsp_ray.methods.lsp import take_projectors
+from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_tokenizer, tokens_of
-from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.moments_file import load_moments, save_moments
-from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
 from lsp_ray.runtime.actors.decided import Decided, on_cpu
 from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
-from lsp_ray.runtime.actors.throttle import Throttle, emulating
+from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.actors.trained_parts import News, build, local_shard_of, refitter_of, throttle_of
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, TRAINED, writing
 from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.prepare.beginning import damaged_updates
 from lsp_ray.runtime.prepare.job import SAMPLE_TOKENS, Job
-from lsp_ray.schedule.ops import DeltaDue, GradientReady
+from lsp_ray.schedule.ops import DeltaDue
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _BASES = "galore_bases.safetensors"
-MEASURED_UPDATES = 6  # forward and backward of so many, before training, where a machine is emulated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +60,6 @@ class SetupReport:
     unfitted: list[str]
     num_pageable: int
     throttle: Throttle
-
-
-News = GradientReady | DeltaDue | Takeover
-"""What is told beside answers: a payload is ready to be sent, a delta is to be added, projectors take over."""
 
 
 class DeviceSide:
@@ -93,7 +81,7 @@ class DeviceSide:
         self._files = ModelFiles(job, self.backend.device)
         self.progress = ""
         self._is_set_up = False
-        self._linears: list[tuple[str, InSubspace]] = []
+        self._linears: Sequence[tuple[str, InSubspace]] = []
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
 
@@ -101,7 +89,7 @@ class DeviceSide:
         """Load, wrap and fit, or take what the first GPU decided; lock the pages of the slots if a GPU copies there."""
         job, config = self._job, self._job.config
         torch.set_num_threads(job.layout.device_threads)
-        self.progress = "loading the model"
+        self._say("loading the model")
         self._tokenizer = load_tokenizer(job.model_folder)
         base = job.model_folder if job.saved is None or config.keeps_base else job.saved.folder
         self._model = self._files.load(base)
@@ -113,12 +101,15 @@ class DeviceSide:
         layers = find_layers(self._model, job.unreached)
         if config.gradient_checkpointing:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
-        throttle = self._throttle(layers) if decided is None else decided.throttle
-        units, unfitted = self._build_units(layers, decided)
+        throttle = (
+            throttle_of(job, self._model, layers, self.backend, self._say) if decided is None else decided.throttle
+        )
+        trained = build(job, self._model, layers, decided, self._say)
+        units, self._linears, self._adapters = trained.units, trained.linears, trained.adapters
         sent = [unit.numel for unit in units] if config.offloads else []
         assert sent == list(job.payload_sizes), "the model's units are not those that the job was planned for"
-        self._refitter = self._new_refitter(units)
-        self._local_shard = self._new_local_shard(units)
+        self._refitter = refitter_of(job, units, self._gpu, self._tell)
+        self._local_shard = local_shard_of(job, units, self.backend.device)
         self.worker = DeviceWorker(
             self._model,
             units,
@@ -147,7 +138,7 @@ class DeviceSide:
             job.num_steps - first_step, first_step=first_step, page_locked=job.device == "cuda"
         )
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
-        return SetupReport(unfitted=unfitted, num_pageable=len(pageable), throttle=throttle)
+        return SetupReport(unfitted=trained.unfitted, num_pageable=len(pageable), throttle=throttle)
 
     def decided(self) -> Decided:
         """After `setup`: what other GPUs are to be given; its tensors are on the CPU."""
@@ -311,83 +302,8 @@ class DeviceSide:
             kept_back = load_kept_back(saved.state, self._job, saved.step)
         self.worker.resume(saved.step, kept_back)
 
-    def _throttle(self, layers: Sequence[Layer]) -> Throttle:
-        """To be decided before any linear is replaced: what is emulated then does not depend on the method."""
-        runtime = self._job.config.runtime
-        if runtime.emulate is None or not self._job.payload_sizes:
-            return Throttle(link_gbps=runtime.link_gbps)
-        self.progress = "measuring the compute of a step"
-        size = self._job.config.gradient_accumulation_steps * len(self._job.layout.parts_of(0))
-        batches = self._job.micro_batches.calibration(size * MEASURED_UPDATES)
-        updates = [batches[first : first + size] for first in range(0, len(batches), size)]
-        compute_s = compute_seconds(self._model, updates, self.backend)
-        return emulating(MACHINES[runtime.emulate], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
+    def _say(self, what: str) -> None:
+        self.progress = what
 
     def _tell_due(self, due: DeltaDue) -> None:
         self._tell(replace(due, gpu=self._gpu))
-
-    def _build_units(self, layers: Sequence[Layer], decided: Decided | None) -> tuple[list[Unit], list[str]]:
-        config = self._job.config
-        if config.method == "lora":
-            self._adapters, units = lora.add_adapters(
-                self._model, layers, config.lora, task=self._job.task, seed=config.seed
-            )
-            return units, []
-        if config.method != "lsp":
-            return full_units(layers), []
-        sizes = projector_sizes(layers, config.lsp)
-        shared = shared_inputs(self._model)
-        units, self._linears = lsp_units(
-            layers, config.lsp, seed=config.seed, shared=shared, dtype=self._job.dtype, quantized=self._job.quantized
-        )
-        if decided is not None:
-            take_projectors(self._linears, decided.projectors)
-            return units, []
-        if self._job.saved is not None:
-            saved = load_projectors(self._job.saved.state / FILE_NAME, sizes, field=FIELD)
-            take_projectors(self._linears, saved)
-            return units, []
-        if config.lsp.init_from is not None:
-            take_projectors(self._linears, load_projectors(Path(config.lsp.init_from), sizes))
-            return units, []
-        return units, [] if config.lsp.fit == "random" else self._fit()
-
-    def _fit(self) -> list[str]:
-        def note(done: int, total: int) -> None:
-            self.progress = f"fitting projectors: {done} of {total}"
-
-        self.progress = "collecting gradients for the projectors"
-        batches = self._job.micro_batches.calibration(self._job.config.lsp.calibration_batches)
-        return fit_projectors(
-            self._model,
-            self._linears,
-            batches,
-            fit_of(self._job.config.lsp),
-            seed=self._job.config.seed,
-            num_threads=self._job.layout.total_threads,
-            on_fitted=note,
-        )
-
-    def _new_refitter(self, units: Sequence[Unit]) -> Refitter | RefitFollower | None:
-        lsp, config = self._job.config.lsp, self._job.config
-        if config.method != "lsp" or lsp.fit == "random" or lsp.check_every == 0:
-            return None
-        if self._gpu > 0:
-            return RefitFollower(units, lsp.check_every)
-        return Refitter(
-            units,
-            fit_of(lsp),
-            check_every=lsp.check_every,
-            max_bias=lsp.max_bias,
-            num_sketched=config.num_sketched_steps,
-            seed=config.seed,
-            on_takeover=self._tell if self._job.layout.num_gpus > 1 else None,
-        )
-
-    def _new_local_shard(self, units: Sequence[Unit]) -> OptimizerShard | None:
-        config = self._job.config
-        if config.offloads:
-            return None
-        if config.method == "galore":
-            return GaloreShard(units, config.galore, self.backend.device)
-        return OptimizerShard({unit.index: unit.numel for unit in units}, device=self.backend.device)

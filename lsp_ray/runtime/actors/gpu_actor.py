@@ -13,8 +13,9 @@ import ray
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.switch import Takeover
 from lsp_ray.runtime.actors.decided import Decided
-from lsp_ray.runtime.actors.device_side import DeviceSide, News, SetupReport
+from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.actors.trained_parts import News
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.lanes import connect, serve, tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
@@ -171,15 +172,18 @@ class Driver:
             self._decide(CostsMeasured(step=self.ledger.num_closed - 1, layers=self.times.medians()))
 
     def _decide(self, event: Event) -> None:
-        actions = self._policy.handle(event)
-        if self._event_log is not None:
-            self._event_log.write(event, actions)
-        for op in (action.op for action in actions):
-            if op in self._made:
-                self._made.remove(op)
-                self._decide(OpDone(op=op))
-            else:
-                self._workers.launch(op, self._grad_scales.get(op.step, 1.0))
+        events = deque([event])
+        while events:
+            event = events.popleft()
+            actions = self._policy.handle(event)
+            if self._event_log is not None:
+                self._event_log.write(event, actions)
+            for op in (action.op for action in actions):
+                if op in self._made:
+                    self._made.remove(op)
+                    events.append(OpDone(op=op))
+                else:
+                    self._workers.launch(op, self._grad_scales.get(op.step, 1.0))
 
     # a GPU that is lost
 
