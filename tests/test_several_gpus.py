@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.persistence import fine_tune_persistently
 from lsp_ray.runtime.prepare.job import Job, resumed
 from lsp_ray.runtime.training import NeverStop
+from lsp_ray.trace import StepMetrics
 from tests.astray import Astray
 from tests.killers import Killer
 from tests.tiny_jobs import Recorder, assert_same_bits, run_job, run_on_threads, saved_weights, tiny_job
@@ -57,16 +59,29 @@ def test_two_gpus_train_to_the_bits_of_one(tmp_path: Path, changes: dict[str, An
     assert_same_bits(saved_weights(together, tmp_path / "together"), saved_weights(alone, tmp_path / "alone"))
 
 
-def test_a_checkpoint_of_one_gpu_goes_on_on_two_and_a_lost_gpu_changes_nothing(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"lsp": REFITS, "max_steps": 40, "save_steps": 4, "save_total_limit": None}
+class WithoutCheckpoint(Killer):
+    """A killer that first takes away the checkpoint that the run went on from, as a run does with old ones."""
+
+    def __init__(self, checkpoint: Path, actor_after: dict[int, str]) -> None:
+        super().__init__(actor_after)
+        self._checkpoint = checkpoint
+
+    def step(self, metrics: StepMetrics) -> None:
+        shutil.rmtree(self._checkpoint, ignore_errors=True)
+        super().step(metrics)
+
+
+def test_a_checkpoint_of_one_gpu_goes_on_on_two_and_one_that_is_lost_does_not_need_it(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"max_steps": 30, "save_steps": 4, "save_total_limit": None}
     alone, together = job_on(1, tmp_path, **changes), job_on(2, tmp_path, **changes)
     run_on_threads(alone, tmp_path / "alone")
-    out = tmp_path / "together"
+    out, checkpoint = tmp_path / "together", tmp_path / "alone" / "checkpoint-4"
     out.mkdir()
-    killer = Killer({13: "GpuActor"})
-    job = resumed(together, tmp_path / "alone" / "checkpoint-4")
+    killer = WithoutCheckpoint(checkpoint, {13: "GpuActor"})
+    job = resumed(together, checkpoint)
     fine_tune_persistently(job, partial(RayWorkers, note=killer.note), out, killer, str, NeverStop())
     assert killer.killed == ["GpuActor"]
+    assert any("no step is lost" in note for note in killer.notes)
     assert_same_bits(saved_weights(together, out), saved_weights(alone, tmp_path / "alone"))
 
 

@@ -91,7 +91,9 @@ class DeviceSide:
         torch.set_num_threads(job.layout.device_threads)
         self._say("loading the model")
         self._tokenizer = load_tokenizer(job.model_folder)
-        base = job.model_folder if job.saved is None or config.keeps_base else job.saved.folder
+        # another GPU's weights need what is not trained alone, and the checkpoint may be gone by then
+        is_given = config.keeps_base or (decided is not None and decided.weights is not None)
+        base = job.model_folder if job.saved is None or is_given else job.saved.folder
         self._model = self._files.load(base)
         if not job.quantized:  # else it is there
             self._model.to(self.backend.device)  # type: ignore[arg-type]
