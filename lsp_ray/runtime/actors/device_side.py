@@ -91,10 +91,7 @@ class DeviceSide:
         torch.set_num_threads(job.layout.device_threads)
         self._say("loading the model")
         self._tokenizer = load_tokenizer(job.model_folder)
-        # another GPU's weights need what is not trained alone, and the checkpoint may be gone by then
-        is_given = config.keeps_base or (decided is not None and decided.weights is not None)
-        base = job.model_folder if job.saved is None or is_given else job.saved.folder
-        self._model = self._files.load(base)
+        self._model = self._files.load(self._base(decided))
         if not job.quantized:  # else it is there
             self._model.to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
@@ -303,6 +300,11 @@ class DeviceSide:
                 load_trained(self.worker.units, saved.folder / TRAINED)
             kept_back = load_kept_back(saved.state, self._job, saved.step)
         self.worker.resume(saved.step, kept_back)
+
+    def _base(self, decided: Decided | None) -> Path:
+        """Where the weights are read: what another GPU has trained replaces a checkpoint, which may be gone by then."""
+        saved, is_given = self._job.saved, decided is not None and decided.weights is not None
+        return self._job.model_folder if saved is None or self._job.config.keeps_base or is_given else saved.folder
 
     def _say(self, what: str) -> None:
         self.progress = what
