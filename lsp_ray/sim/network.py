@@ -7,6 +7,7 @@ still for that: the lanes of all are busy together.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,26 @@ class Arrived:
 Happening = Summed | Left | Arrived
 
 
+class _Stretches:
+    """When a lane carried something, in order."""
+
+    def __init__(self) -> None:
+        self._starts_s: list[float] = []
+        self._ends_s: list[float] = []
+
+    def add(self, now_s: float, seconds: float) -> float:
+        """Carry something for so long, as soon as the lane is free; returns the end."""
+        start_s = max(now_s, self._ends_s[-1]) if self._ends_s else now_s
+        self._starts_s.append(start_s)
+        self._ends_s.append(start_s + seconds)
+        return start_s + seconds
+
+    def busy_s(self, start_s: float, end_s: float) -> float:
+        """Seconds of [start_s, end_s] that were taken."""
+        among = range(bisect_left(self._ends_s, start_s), bisect_left(self._starts_s, end_s))
+        return sum(min(self._ends_s[i], end_s) - max(self._starts_s[i], start_s) for i in among)
+
+
 class Network:
     """Carries what a simulated step sends from node to node.
 
@@ -123,8 +144,7 @@ class Network:
         self._deltas: Counter[tuple[int, int, int]] = Counter()  # step, layer, GPU -> nodes of it that have the delta
         self._waiting: list[deque[Transfer]] = [deque() for _ in range(costs.num_nodes)]
         self._is_sending = [False] * costs.num_nodes
-        self._in_free_s = [0.0] * costs.num_nodes
-        self._busy: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        self._out, self._in = ([_Stretches() for _ in range(costs.num_nodes)] for _ in range(2))
 
     def has_come(self, op: Op) -> bool:
         """Whether what an operation reads is on its node: all payloads for an update, the delta for a GPU."""
@@ -174,13 +194,7 @@ class Network:
 
     def busy_s(self, start_s: float, end_s: float) -> float:
         """Seconds in [start_s, end_s] in which the busiest lane carried something."""
-        return max(
-            (
-                sum(max(0.0, min(right, end_s) - max(left, start_s)) for left, right in stretches)
-                for stretches in self._busy.values()
-            ),
-            default=0.0,
-        )
+        return max((lane.busy_s(start_s, end_s) for lane in [*self._out, *self._in]), default=0.0)
 
     def _sum(self, transfer: Transfer, now_s: float) -> None:
         sum_s = self._costs.layers[transfer.layer].sum_s
@@ -199,10 +213,6 @@ class Network:
         transfer = self._waiting[node].popleft()
         cost = self._costs.layers[transfer.layer]
         seconds = cost.down_s if transfer.way is WorkStream.D2H else cost.up_s
-        taken_in_s = max(now_s, self._in_free_s[transfer.target])
         self._is_sending[node] = True
-        self._in_free_s[transfer.target] = taken_in_s + seconds
-        self._busy.setdefault(("out", node), []).append((now_s, now_s + seconds))
-        self._busy.setdefault(("in", transfer.target), []).append((taken_in_s, taken_in_s + seconds))
-        self._push(now_s + seconds, Left(node))
-        self._push(taken_in_s + seconds, Arrived(transfer))
+        self._push(self._out[node].add(now_s, seconds), Left(node))
+        self._push(self._in[transfer.target].add(now_s, seconds), Arrived(transfer))
