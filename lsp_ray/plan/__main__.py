@@ -57,6 +57,7 @@ def _plan(config: PlanConfig) -> int:
     if found_bits is not None:
         config.check_on_quantized()
     machine = named or config.altered(_measured(config, folder, model, typical))
+    config.check_gpus(machine)
     work = workload_of(
         config,
         num_units=len(model.layers),

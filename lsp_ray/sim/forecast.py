@@ -18,6 +18,8 @@ from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Exposed, WorkStream
 
+HIDDEN = 0.02  # of a step that traffic and updates may expose and still count as hidden
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
@@ -87,13 +89,18 @@ class Forecast:
         return self.workload.tokens_per_step / self.step_s
 
     @property
-    def bottleneck(self) -> str:
-        """What is busy longest: a stream, `network` or `driver`."""
-        busy_s = {str(name): busy for name, busy in self.busy_s.items()} | {
-            "network": self.network_s,
-            "driver": self.driver_s,
-        }
-        return max(busy_s, key=lambda name: busy_s[name])
+    def bottleneck(self) -> WorkStream:
+        """The stream that is busy longest."""
+        return max(self.busy_s, key=lambda stream: self.busy_s[stream])
+
+    @property
+    def bound(self) -> str:
+        """What keeps several GPUs from more: themselves, or of the rest what is busy longest."""
+        if self.single_s >= (1.0 - HIDDEN) * self.step_s:
+            return str(WorkStream.GPU)
+        rest_s = {str(name): busy for name, busy in self.busy_s.items() if name is not WorkStream.GPU}
+        rest_s |= {"network": self.network_s, "driver": self.driver_s}
+        return max(rest_s, key=lambda name: rest_s[name])
 
     @property
     def efficiency(self) -> float:
