@@ -149,6 +149,7 @@ def test_payloads_cross_to_the_shards_node_and_deltas_back() -> None:
     # on its way to an update the network's part is the update's, on its way to a GPU h2d's
     late = done.typical.exposed
     assert (late.d2h_s, late.cpu_s, late.h2d_s) == (0.25, 32.0 + 8.0 + 4.0, 16.0 + 0.125)
+    assert (done.typical.crossing.cpu_s, done.typical.crossing.h2d_s) == (32.0 + 8.0, 16.0)
     assert done.typical.network_s == 16.0
 
 

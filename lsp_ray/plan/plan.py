@@ -200,7 +200,7 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "bottleneck": entry.bottleneck,
         "bound": entry.bound,
         "busy_s": {**entry.busy_s, "network": entry.network_s, "driver": entry.driver_s},
-        "exposed_s": asdict(entry.exposed),
+        "exposed_s": {**asdict(entry.exposed), "of_it_network_s": entry.crossing.total_s},
         "payload_dtype": None if work.stays_on_device else work.payload_dtype,
         "bytes_each_way": entry.bytes_each_way,
         "device_bytes": {**asdict(entry.device), "peak": entry.device.peak_bytes, "longest": entry.longest_bytes},

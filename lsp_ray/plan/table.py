@@ -24,7 +24,7 @@ _LEGEND = (
 _SHARED_LEGEND = (
     "MB: of a GPU's payload each way; efficiency: tokens/s over those of as many GPUs",
     "that wait for nobody",
-    "bound: the GPUs, or what else is busy longest: d2h, h2d (links), cpu (updates),",
+    "bound: the GPUs, or what they wait for longest: d2h, h2d (links), cpu (updates),",
     "network, driver; step and tokens/s: of all GPUs, forecast and nowhere measured",
 )
 

@@ -58,6 +58,7 @@ class Forecast:
         step_s: From a step's end to the next one's; no less than the driver's.
         single_s: The same of one GPU alone, with as much to compute as each one of several.
         exposed: Time in which the device waits for deltas, by the stream that is late.
+        crossing: What of that is the network's.
         busy_s: Of each stream in a step.
         network_s: In which the busiest node's link to the others carried something, one way.
         driver_s: Of the driver's processor, where there are several GPUs; of one the simulation counts the messages.
@@ -75,8 +76,9 @@ class Forecast:
     busy_s: dict[WorkStream, float]
     needs: tuple[Need, ...]
     single_s: float
-    network_s: float = 0.0
-    driver_s: float = 0.0
+    crossing: Exposed
+    network_s: float
+    driver_s: float
 
     @property
     def misfits(self) -> tuple[Need, ...]:
@@ -95,12 +97,18 @@ class Forecast:
 
     @property
     def bound(self) -> str:
-        """What keeps several GPUs from more: themselves, or of the rest what is busy longest."""
+        """What keeps several GPUs from more: themselves, the driver, or what they wait for longest."""
         if self.single_s >= (1.0 - HIDDEN) * self.step_s:
             return str(WorkStream.GPU)
-        rest_s = {str(name): busy for name, busy in self.busy_s.items() if name is not WorkStream.GPU}
-        rest_s |= {"network": self.network_s, "driver": self.driver_s}
-        return max(rest_s, key=lambda name: rest_s[name])
+        if self.driver_s >= self.step_s:
+            return "driver"
+        late_s = {
+            str(WorkStream.D2H): self.exposed.d2h_s,
+            str(WorkStream.CPU): self.exposed.cpu_s - self.crossing.cpu_s,
+            str(WorkStream.H2D): self.exposed.h2d_s - self.crossing.h2d_s,
+            "network": self.crossing.total_s,
+        }
+        return max(late_s, key=lambda name: late_s[name])
 
     @property
     def efficiency(self) -> float:
@@ -150,6 +158,7 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
         single_s=single_s,
         exposed=typical.exposed,
         busy_s=typical.busy_s,
+        crossing=typical.crossing,
         network_s=typical.network_s,
         driver_s=driver_s,
         needs=needs_of(hardware, longest_bytes, host),

@@ -142,6 +142,7 @@ class Network:
         self._down: Counter[tuple[int, int, int]] = Counter()  # step, layer, node -> parts that are on their own node
         self._payloads: Counter[tuple[int, int]] = Counter()  # step, layer -> nodes whose payload is at the shard's
         self._deltas: Counter[tuple[int, int, int]] = Counter()  # step, layer, GPU -> nodes of it that have the delta
+        self._came_s: dict[Op, float] = {}
         self._waiting: list[deque[Transfer]] = [deque() for _ in range(costs.num_nodes)]
         self._is_sending = [False] * costs.num_nodes
         self._out, self._in = ([_Stretches() for _ in range(costs.num_nodes)] for _ in range(2))
@@ -156,6 +157,10 @@ class Network:
                 there = self._deltas[op.step, op.layer, op.part] + (self._owners[op.layer] in nodes)
                 return there == len(nodes)
         return True
+
+    def came_s(self, op: Op) -> float:
+        """When what an operation reads had come from other nodes; 0 where nothing had to."""
+        return self._came_s.get(op, 0.0)
 
     def after(self, op: Op, now_s: float) -> None:
         """Send on what an operation has brought to the host, or made there."""
@@ -183,18 +188,23 @@ class Network:
                 self._is_sending[node] = False
                 self._depart(node, now_s)
             case Arrived(transfer=transfer):
-                gpus = self._gpus_of_node[transfer.target]
-                if transfer.way is WorkStream.D2H:
-                    self._payloads[transfer.step, transfer.layer] += 1
-                else:
-                    for gpu in gpus:
-                        self._deltas[transfer.step, transfer.layer, gpu] += 1
-                return gpus, transfer
+                return self._arrive(transfer, now_s), transfer
         return None
 
     def busy_s(self, start_s: float, end_s: float) -> float:
         """Seconds in [start_s, end_s] in which the busiest lane carried something."""
         return max((lane.busy_s(start_s, end_s) for lane in [*self._out, *self._in]), default=0.0)
+
+    def _arrive(self, transfer: Transfer, now_s: float) -> list[int]:
+        step, layer, gpus = transfer.step, transfer.layer, self._gpus_of_node[transfer.target]
+        if transfer.way is WorkStream.D2H:
+            self._payloads[step, layer] += 1
+            self._came_s[Op(stream=WorkStream.CPU, step=step, layer=layer)] = now_s
+        else:
+            for gpu in gpus:
+                self._deltas[step, layer, gpu] += 1
+                self._came_s[Op(stream=WorkStream.H2D, step=step, layer=layer, part=gpu)] = now_s
+        return gpus
 
     def _sum(self, transfer: Transfer, now_s: float) -> None:
         sum_s = self._costs.layers[transfer.layer].sum_s

@@ -18,7 +18,7 @@ from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask, device_tasks
 from lsp_ray.sim.event_queue import EventQueue
 from lsp_ray.sim.lanes import Lanes
-from lsp_ray.trace import Exposed, Span, Wait, WorkStream, busy_s, exposed
+from lsp_ray.trace import Exposed, Span, Wait, WorkStream, busy_s, exposed, wait_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +35,15 @@ class SimulatedStep:
             is the update's, which waits for it, of a delta's way it is h2d's.
         busy_s: Of each stream.
         network_s: In which the busiest of the nodes' lanes carried something; 0 on one node.
+        crossing: Of `exposed`, what was the network's.
     """
 
     step: int
     step_s: float
     exposed: Exposed
     busy_s: dict[WorkStream, float]
-    network_s: float = 0.0
+    network_s: float
+    crossing: Exposed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,8 +285,20 @@ class Simulator:
                 exposed=exposed(waits, self._spans),
                 busy_s={stream: self._busy_s(stream, last, start_s, end_s) for stream in WorkStream},
                 network_s=0.0 if self._network is None else self._network.busy_s(start_s, end_s),
+                crossing=self._crossing(waits, last),
             )
             start_s = end_s
+
+    def _crossing(self, waits: Sequence[Wait], gpu: _Gpu) -> Exposed:
+        """Waiting while a payload or a delta was on its way from node to node, or in a queue for it."""
+        seconds = dict.fromkeys(WorkStream, 0.0)
+        if self._network is None:
+            return Exposed()
+        for part in wait_parts(waits, self._spans):
+            index = gpu.index if part.cause is WorkStream.H2D else 0
+            came_s = self._network.came_s(Op(stream=part.cause, step=part.step, layer=part.layer, part=index))
+            seconds[part.cause] += max(0.0, min(came_s, part.end_s) - part.start_s)
+        return Exposed(cpu_s=seconds[WorkStream.CPU], h2d_s=seconds[WorkStream.H2D])
 
     def _busy_s(self, stream: WorkStream, gpu: _Gpu, start_s: float, end_s: float) -> float:
         """Of this GPU's lane; of updates, those of the host that has most to do."""
