@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,14 +20,19 @@ from transformers import LlamaConfig
 from lsp_ray.config import PayloadDtype
 from lsp_ray.errors import ConfigError
 from lsp_ray.plan.__main__ import main
+from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
+from lsp_ray.plan.plan import choices_of, make_plan, workload_of
+from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.run import parse
 from lsp_ray.sim.advice import largest_hidden_dim
 from lsp_ray.sim.cluster import COPY_BYTES_PER_S, DRIVER_S, Cluster
 from lsp_ray.sim.cost_model import CostModel
-from lsp_ray.sim.forecast import forecast, simulate
+from lsp_ray.sim.forecast import Forecast, forecast, simulate
 from lsp_ray.sim.hardware_profile import load_hardware
 from lsp_ray.sim.memory import host_memory
+from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import Workload
+from lsp_ray.trace import WorkStream
 from scripts.sim_paper import llama
 
 LLAMA_7B = llama(4096, 11008, 32, 32000)
@@ -277,9 +286,53 @@ def test_a_cluster_that_cannot_be_planned_for_is_refused_in_one_line(
 
 
 def test_several_gpus_of_a_machine_without_one_are_refused() -> None:
-    from lsp_ray.plan.options import PlanConfig
-
     config = PlanConfig(hardware="rtx3060", num_gpus=2)
     config.check_gpus(MACHINE)
     with pytest.raises(ConfigError, match=r"^num_gpus must be 1 on a machine without a GPU, got 2$"):
         config.check_gpus(replace(MACHINE, on_gpu=False))
+
+
+# the page
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+CHOICE = re.compile(r"d = (\d+), (\w+): ([\d.]+)")
+
+
+@cache
+def llama_7b() -> ModelShape:
+    """With the units that a run sends; its configuration is transformers' own."""
+    with TemporaryDirectory() as path:
+        LlamaConfig().save_pretrained(path)
+        return shape_of(Path(path))
+
+
+def planned(**options: Any) -> Forecast:
+    """What the page's machine makes of llama-7B."""
+    config = PlanConfig(hardware="rtx4090-threadripper", max_seq_length=1024, method="lsp", **options)
+    machine, model = config.machine, llama_7b()
+    assert machine is not None
+    work = workload_of(config, num_units=len(model.layers), cores=machine.num_cores, on_gpu=True)
+    return make_plan(model, work, machine, choices_of(config)).advice.rows[0]
+
+
+@pytest.mark.parametrize("num_nodes", [2, 8])
+@pytest.mark.parametrize(("column", "gbit"), [(0, 1.0), (1, 10.0)])
+def test_the_page_recommends_what_the_planner_does(num_nodes: int, column: int, gbit: float) -> None:
+    [row] = re.findall(rf"^\| {num_nodes} \| (d = .*) \|$", PAGE, re.MULTILINE)
+    dim, dtype, said = CHOICE.findall(row)[column]
+    found = planned(nodes=num_nodes, network_gbit=gbit)
+    assert (found.workload.subspace_dim, found.workload.payload_dtype) == (int(dim), dtype)
+    assert found.efficiency == pytest.approx(float(said), abs=0.006)
+
+
+@pytest.mark.parametrize("num_gpus", [8, 64, 512])
+def test_the_page_says_of_many_gpus_what_the_planner_does(num_gpus: int) -> None:
+    [row] = re.findall(rf"^\| {num_gpus} \|([\d. |]+)\|", PAGE.split("on paper")[1], re.MULTILINE)
+    network_s, updates_s, driver_s, efficiency, free = (float(cell.strip() or 0) for cell in row.split("|")[:5])
+    network = {} if num_gpus == 8 else {"network_gbit": 25.0}
+    runtime, lsp = PlanRuntimeConfig(payload_dtype="bfloat16"), PlanLspConfig(subspace_dim=256)
+    found = planned(nodes=num_gpus // 8, num_gpus=8, lsp=lsp, runtime=runtime, **network)
+    seen = found.network_s, found.busy_s[WorkStream.CPU], found.driver_s, found.efficiency
+    assert seen == pytest.approx((network_s, updates_s, driver_s, efficiency), abs=0.006)
+    alone_s = simulate(llama_7b(), found.workload, MACHINE, found.policy).typical.step_s
+    assert found.single_s / alone_s == pytest.approx(free, abs=0.006)
