@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
@@ -285,11 +286,12 @@ def test_a_cluster_that_cannot_be_planned_for_is_refused_in_one_line(
     assert capsys.readouterr().err == line + "\n"
 
 
-def test_several_gpus_of_a_machine_without_one_are_refused() -> None:
-    config = PlanConfig(hardware="rtx3060", num_gpus=2)
-    config.check_gpus(MACHINE)
-    with pytest.raises(ConfigError, match=r"^num_gpus must be 1 on a machine without a GPU, got 2$"):
-        config.check_gpus(replace(MACHINE, on_gpu=False))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is to be measured")
+def test_several_gpus_of_a_machine_without_one_are_refused_before_it_is_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model_name_or_path", str(folder), "--measure", "--num_gpus", "2"]) == 2
+    assert capsys.readouterr().err.endswith("error: num_gpus must be 1 on a machine without a GPU, got 2\n")
 
 
 # the page

@@ -57,7 +57,6 @@ def _plan(config: PlanConfig) -> int:
     if found_bits is not None:
         config.check_on_quantized()
     machine = named or config.altered(_measured(config, folder, model, typical))
-    config.check_gpus(machine)
     work = workload_of(
         config,
         num_units=len(model.layers),
@@ -104,6 +103,7 @@ def _measured(
     from lsp_ray.runtime.prepare.device_choice import choose_bf16
 
     cores, device = len(os.sched_getaffinity(0)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config.check_gpus(on_gpu=device.type == "cuda")
     bf16 = choose_bf16(RunConfig(bf16=config.bf16), "cuda" if device.type == "cuda" else "cpu", _note)
     work = workload_of(config, num_units=len(model.layers), cores=cores, on_gpu=device.type == "cuda", bf16=bf16)
     device_threads = max(1, cores - work.num_shards * work.shard_threads)

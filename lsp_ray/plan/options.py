@@ -163,9 +163,9 @@ class PlanConfig:
         if self.cluster.num_gpus > 1 and self.method not in (None, "lsp", "zero_offload"):
             raise ConfigError("method", "be lsp or zero_offload with several GPUs", self.method)
 
-    def check_gpus(self, machine: HardwareProfile) -> None:
+    def check_gpus(self, *, on_gpu: bool) -> None:
         """Raise ConfigError for several GPUs of a machine that has none."""
-        if self.num_gpus > 1 and not machine.on_gpu:
+        if self.num_gpus > 1 and not on_gpu:
             raise ConfigError("num_gpus", "be 1 on a machine without a GPU", self.num_gpus)
 
     def _check_quantized(self) -> None:
