@@ -55,18 +55,8 @@ def _train(words: Sequence[str]) -> int:
     return main(["--help" if word == "--help_all" else word for word in words])
 
 
-def _other(module: str) -> Callable[[Sequence[str]], int]:
-    """The command that has a module of its own, imported when it is asked for."""
-
-    def run(words: Sequence[str]) -> int:
-        code: int = import_module(module).main(list(words))
-        return code
-
-    return run
-
-
 def _named(module: str, command: str) -> Callable[[Sequence[str]], int]:
-    """The same for one whose help says how it was started."""
+    """The command that has a module of its own, imported when it is asked for; its help says how it was started."""
 
     def run(words: Sequence[str]) -> int:
         code: int = import_module(module).main(list(words), prog=f"{PROG} {command}")
@@ -77,7 +67,7 @@ def _named(module: str, command: str) -> Callable[[Sequence[str]], int]:
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
-    "plan": _other("lsp_ray.plan.__main__"),
+    "plan": _named("lsp_ray.plan.__main__", "plan"),
     "chat": _named("lsp_ray.generate", "chat"),
     "report": _named("lsp_ray.report.__main__", "report"),
     "export": _named("lsp_ray.export", "export"),

@@ -13,10 +13,10 @@ from lsp_ray.config import Bits, Method, PayloadDtype, PolicyName
 from lsp_ray.errors import ConfigError
 from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.sim.activations import activation_bytes
-from lsp_ray.sim.advice import DIM_STEP, HIDDEN, largest_hidden_dim
+from lsp_ray.sim.advice import DIM_STEP, largest_hidden_dim
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.costs import StepCosts
-from lsp_ray.sim.forecast import forecast, simulate
+from lsp_ray.sim.forecast import HIDDEN, forecast, simulate
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile, load_hardware
 from lsp_ray.sim.memory import host_memory, peak_payload_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape

@@ -24,11 +24,11 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch is impo
     from lsp_ray.sim.workload import Workload
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.plan") -> int:
     """Run the command line; returns the exit code: 0, 1 where nothing fits, or 2 for what a person can mend."""
     wait_passively()
     try:
-        return _plan(_parse(sys.argv[1:] if argv is None else argv))
+        return _plan(_parse(sys.argv[1:] if argv is None else argv, prog))
     except LspRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(argv: Sequence[str]) -> PlanConfig:
+def _parse(argv: Sequence[str], prog: str = "python -m lsp_ray.plan") -> PlanConfig:
     return parse_options(
         PlanConfig,
         argv,
-        prog="python -m lsp_ray.plan",
+        prog=prog,
         description="Say which methods fit a machine, how fast they are and which to take; nothing is trained.",
     )
 
@@ -103,6 +103,7 @@ def _measured(
     from lsp_ray.runtime.prepare.device_choice import choose_bf16
 
     cores, device = len(os.sched_getaffinity(0)), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config.check_gpus(on_gpu=device.type == "cuda")
     bf16 = choose_bf16(RunConfig(bf16=config.bf16), "cuda" if device.type == "cuda" else "cpu", _note)
     work = workload_of(config, num_units=len(model.layers), cores=cores, on_gpu=device.type == "cuda", bf16=bf16)
     device_threads = max(1, cores - work.num_shards * work.shard_threads)

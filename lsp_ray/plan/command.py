@@ -40,6 +40,7 @@ def command_of(config: PlanConfig, row: Forecast, found_bits: Bits | None = None
         "max_seq_length": work.seq_length,
         "per_device_train_batch_size": work.batch_size,
         "gradient_accumulation_steps": work.num_micro_batches,
+        "num_replicas": work.cluster.num_gpus if work.cluster.num_gpus > 1 else None,
         "gradient_checkpointing": work.gradient_checkpointing or None,
         "bf16": config.bf16,
         **({f"load_in_{work.bits}bit": True} if work.bits and not found_bits else {}),
@@ -64,7 +65,7 @@ def _of_method(method: Method, config: PlanConfig, row: Forecast) -> dict[str, A
     sent = {
         "runtime.num_shards": runtime.num_shards,
         "runtime.shard_threads": runtime.shard_threads,
-        "runtime.payload_dtype": _unless(RuntimeConfig.payload_dtype, runtime.payload_dtype),
+        "runtime.payload_dtype": _unless(RuntimeConfig.payload_dtype, work.payload_dtype),
         "runtime.policy": _unless(default, row.policy),
     }
     if method == "lsp":

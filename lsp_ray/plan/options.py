@@ -8,6 +8,7 @@ from typing import Literal
 
 from lsp_ray.config import Bits, Delta, Method, PayloadDtype
 from lsp_ray.errors import ConfigError
+from lsp_ray.sim.cluster import MOST_GPUS, MOST_NODES, Cluster
 from lsp_ray.sim.hardware_profile import HardwareProfile, hardware_names, load_hardware
 
 SHORTEST = 8  # tokens of an example, as in a run
@@ -51,8 +52,8 @@ class PlanRuntimeConfig:
     """CPU threads of each shard; default: what a GPU run leaves, or a quarter of a CPU run's cores, over num_shards."""
     shard_by: Literal["layer", "slice"] = "layer"
     """Whether a shard owns whole layers, as in a run, or a slice of every layer (forecast only)."""
-    payload_dtype: PayloadDtype = "bfloat16"
-    """What crosses the link, both ways; int8 comes with a scale for every 64 values."""
+    payload_dtype: PayloadDtype | None = None
+    """What crosses the link, both ways; default: bfloat16; int8 between machines where bfloat16 hides no d of 256."""
     pinned: bool = True
     """Whether the slots are page-locked."""
 
@@ -73,6 +74,12 @@ class PlanConfig:
     """Main memory in place of the machine's own."""
     link_gbps: float | None = None
     """Rate of the link that is reached, in gigabytes (10⁹ bytes) a second each way, in place of the machine's own."""
+    num_gpus: int = 1
+    """GPUs of each machine, each of which computes its own part of a step (lsp and zero_offload)."""
+    nodes: int = 1
+    """Machines like this one, on one switch."""
+    network_gbit: float | None = None
+    """Rate of each machine's network, in gigabits (10⁹ bits) a second each way; has to be given with several nodes."""
     method: Method | None = None
     """Plan for this method alone; default: all of them."""
     max_seq_length: int | None = None
@@ -107,11 +114,12 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm >= 0):
             raise ConfigError("max_grad_norm", "be a number of at least 0", self.max_grad_norm)
-        for name in ("gpu_memory_gb", "host_memory_gb", "link_gbps"):
+        for name in ("gpu_memory_gb", "host_memory_gb", "link_gbps", "network_gbit"):
             size = getattr(self, name)
             if size is not None and not (math.isfinite(size) and size > 0):
                 raise ConfigError(name, "be a number above 0", size)
         self._check_counts()
+        self._check_cluster()
         self._check_quantized()
         if self.measure and self.hardware is not None:
             raise ConfigError("hardware", "be left out where --measure is given", self.hardware)
@@ -120,6 +128,8 @@ class PlanConfig:
 
     def _check_counts(self) -> None:
         counts = {
+            "num_gpus": self.num_gpus,
+            "nodes": self.nodes,
             "max_seq_length": self.max_seq_length,
             "per_device_train_batch_size": self.per_device_train_batch_size,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
@@ -137,6 +147,26 @@ class PlanConfig:
         dim = self.lsp.subspace_dim
         if dim != "auto" and self.lsp.nnz_per_row > dim:
             raise ConfigError("lsp.nnz_per_row", f"be at most lsp.subspace_dim ({dim})", self.lsp.nnz_per_row)
+
+    def _check_cluster(self) -> None:
+        if self.nodes > MOST_NODES:
+            raise ConfigError("nodes", f"be at most {MOST_NODES}", self.nodes)
+        if self.num_gpus * self.nodes > MOST_GPUS:
+            bound = f"be at most {MOST_GPUS // self.nodes}, as there are {MOST_GPUS} GPUs at most"
+            raise ConfigError("num_gpus", bound, self.num_gpus)
+        if self.nodes > 1 and self.network_gbit is None:
+            raise ConfigError("network_gbit", f"be given with {self.nodes} nodes", None, hint="1, 10 and 25 are common")
+        if self.nodes == 1 and self.network_gbit is not None:
+            raise ConfigError("network_gbit", "be left out with one node", self.network_gbit)
+        if self.nodes > 1 and self.runtime.shard_by == "slice":
+            raise ConfigError("runtime.shard_by", "be layer with several nodes", "slice")
+        if self.cluster.num_gpus > 1 and self.method not in (None, "lsp", "zero_offload"):
+            raise ConfigError("method", "be lsp or zero_offload with several GPUs", self.method)
+
+    def check_gpus(self, *, on_gpu: bool) -> None:
+        """Raise ConfigError for several GPUs of a machine that has none."""
+        if self.num_gpus > 1 and not on_gpu:
+            raise ConfigError("num_gpus", "be 1 on a machine without a GPU", self.num_gpus)
 
     def _check_quantized(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
@@ -161,6 +191,12 @@ class PlanConfig:
     def bits(self) -> Bits | None:
         """To which the blocks' linears are to be quantised whatever else would fit."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    @property
+    def cluster(self) -> Cluster:
+        """The GPUs that are to compute a step."""
+        network = {} if self.network_gbit is None else {"network_gbit": self.network_gbit}
+        return Cluster(num_nodes=self.nodes, gpus_per_node=self.num_gpus, **network)
 
     @property
     def keeps_dense(self) -> bool:

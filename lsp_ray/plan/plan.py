@@ -9,7 +9,7 @@ from typing import Any, get_args
 from lsp_ray.config import Bits, Method, PolicyName, RuntimeConfig
 from lsp_ray.plan.options import SHORTEST, PlanConfig
 from lsp_ray.plan.typical_batch import TypicalBatch
-from lsp_ray.runtime.prepare.layout import divide_cores
+from lsp_ray.runtime.prepare.layout import GPU_HOST_THREADS, divide_cores
 from lsp_ray.sim.advice import Advice, Choices, advise, why_nothing_fits
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile
@@ -118,6 +118,7 @@ def choices_of(config: PlanConfig, *, found_bits: Bits | None = None, keep: bool
         checkpointing=(False, True) if asked is None else (asked,),
         lengths=_lengths(config.max_seq_length, keep),
         auto_dim=config.lsp.subspace_dim == "auto" or not keep,
+        auto_dtype=config.runtime.payload_dtype is None or not keep,
     )
 
 
@@ -145,7 +146,8 @@ def workload_of(
 ) -> Workload:
     """Return LSP's step with these options, the first of what may be chosen; shards and threads are a run's."""
     asked = RuntimeConfig(num_shards=config.runtime.num_shards, shard_threads=config.runtime.shard_threads)
-    shares = divide_cores(asked, num_units=num_units, cores=cores, on_gpu=on_gpu)
+    others = GPU_HOST_THREADS * (config.num_gpus - 1)
+    shares = divide_cores(asked, num_units=num_units, cores=max(1, cores - others), on_gpu=on_gpu)
     choices = choices_of(config, found_bits=found_bits)
     dim = config.lsp.subspace_dim
     return Workload(
@@ -164,9 +166,10 @@ def workload_of(
         num_shards=shares.num_shards,
         shard_threads=shares.shard_threads,
         shard_by=config.runtime.shard_by,
-        payload_dtype=config.runtime.payload_dtype,
+        payload_dtype=config.runtime.payload_dtype or RuntimeConfig.payload_dtype,
         pinned=config.runtime.pinned,
         speculates=config.max_grad_norm > 0 or config.on_nonfinite == "skip",
+        cluster=config.cluster,
     )
 
 
@@ -187,12 +190,18 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "gradient_accumulation_steps": work.num_micro_batches,
         "gradient_checkpointing": work.gradient_checkpointing,
         "max_seq_length": work.seq_length,
+        "num_gpus": work.cluster.num_gpus,
+        "num_nodes": work.cluster.num_nodes,
+        "network_gbit": work.cluster.network_gbit if work.cluster.num_nodes > 1 else None,
         "bf16": work.bf16,
         "step_s": entry.step_s,
         "tokens_per_s": entry.tokens_per_s,
+        "efficiency": entry.efficiency,
         "bottleneck": entry.bottleneck,
-        "busy_s": entry.busy_s,
-        "exposed_s": asdict(entry.exposed),
+        "bound": entry.bound,
+        "busy_s": {**entry.busy_s, "network": entry.network_s, "driver": entry.driver_s},
+        "exposed_s": {**asdict(entry.exposed), "of_it_network_s": entry.crossing.total_s},
+        "payload_dtype": None if work.stays_on_device else work.payload_dtype,
         "bytes_each_way": entry.bytes_each_way,
         "device_bytes": {**asdict(entry.device), "peak": entry.device.peak_bytes, "longest": entry.longest_bytes},
         "host_bytes": {**asdict(entry.host), "total": entry.host.total_bytes},

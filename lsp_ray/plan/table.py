@@ -10,6 +10,7 @@ from lsp_ray.config import Bits
 from lsp_ray.plan.command import command_of, trade_of
 from lsp_ray.plan.options import PlanConfig
 from lsp_ray.plan.plan import Plan
+from lsp_ray.sim.cluster import Cluster
 from lsp_ray.sim.forecast import Forecast
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 
@@ -19,6 +20,12 @@ _LEGEND = (
     "ckpt: --gradient_checkpointing; tokens/s: padding counted",
     "device: GB at its peak with the longest batch; host: GB of main memory, with the",
     f"weights on their way to a GPU; GB: 10⁹ bytes, {RESERVE_BYTES / 1e9:g} GB of each memory stays free",
+)
+_SHARED_LEGEND = (
+    "MB: of a GPU's payload each way; efficiency: tokens/s over those of as many GPUs",
+    "that wait for nobody",
+    "bound: the GPUs, or what they wait for longest: d2h, h2d (links), cpu (updates),",
+    "network, driver; step and tokens/s: of all GPUs, forecast and nowhere measured",
 )
 
 
@@ -34,12 +41,20 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     )
     console.print()
     console.print(_methods(rows))
+    if config.cluster.num_gpus > 1:
+        console.print()
+        say(console, f"on {_cluster(config.cluster)}, each GPU with the batch above:")
+        console.print(_shared(rows))
     for method in plan.refused:
         say(console, f"{method}: not forecast, as it changes the weights, which are to be quantised")
     console.print()
     say(console, *_LEGEND)
+    if config.cluster.num_gpus > 1:
+        say(console, *_SHARED_LEGEND)
+    if config.cluster.num_nodes > 1:
+        say(console, "several nodes are forecast alone: a run uses the GPUs of one machine so far")
     if config.verbose:
-        for table in (_memory(rows), _times(plan.by_policy())):
+        for table in (_memory(rows), _seconds_table(plan.by_policy())):
             console.print()
             console.print(table)
     best = plan.advice.recommended
@@ -64,7 +79,7 @@ def recommendation(rows: tuple[Forecast, ...], best: Forecast, found_bits: Bits 
     """
     others = [row for row in rows if not row.misfits and row is not best]
     return [
-        f"recommended: {best.workload.method}{_in_bits(best)}, {trade_of(best)}",
+        f"recommended: {best.workload.method}{_in_bits(best)}{_sent(best)}, {trade_of(best)}",
         *(f"  --method {_option(row, found_bits)}: {_pace(row, best)} here, {trade_of(row)}" for row in others),
     ]
 
@@ -77,10 +92,14 @@ def _there(machine: HardwareProfile) -> str:
 
 
 def _pace(row: Forecast, best: Forecast) -> str:
-    ratio = row.step_s / best.step_s
+    ratio = row.step_s / best.step_s * (best.workload.tokens_per_step / row.workload.tokens_per_step)
     if abs(ratio - 1.0) <= _AS_FAST:
         return "as fast"
-    return f"{1 / ratio:.2g} × faster" if ratio < 1.0 else f"{ratio:.2g} × slower"
+    return f"{_times(1 / ratio)} × faster" if ratio < 1.0 else f"{_times(ratio)} × slower"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g}" if ratio < 10.0 else f"{ratio:.0f}"
 
 
 def _methods(rows: tuple[Forecast, ...]) -> Table:
@@ -98,6 +117,36 @@ def _methods(rows: tuple[Forecast, ...]) -> Table:
             f"{row.tokens_per_s:.0f}",
             _fits(row),
         )
+    return table
+
+
+def _cluster(cluster: Cluster) -> str:
+    gpus = "1 GPU" if cluster.gpus_per_node == 1 else f"{cluster.gpus_per_node} GPUs"
+    if cluster.num_nodes == 1:
+        return gpus
+    return f"{cluster.num_nodes} nodes of {gpus} at {cluster.network_gbit:g} Gbit/s"
+
+
+def _shared(rows: tuple[Forecast, ...]) -> Table:
+    """What several GPUs make of it."""
+    table = _table("method", "payload", "MB", "step", "efficiency", "tokens/s")
+    table.add_column("bound", no_wrap=True)
+    for row in rows:
+        work = row.workload
+        if work.stays_on_device:
+            table.add_row(
+                _method(row), "–", "–", _seconds(row.step_s), "–", f"{row.tokens_per_s:.0f}", "runs on one GPU"
+            )
+        else:
+            table.add_row(
+                _method(row),
+                work.payload_dtype,
+                f"{row.bytes_each_way / 1e6:.1f}",
+                _seconds(row.step_s),
+                f"{row.efficiency:.2f}",
+                f"{row.tokens_per_s:.0f}",
+                row.bound,
+            )
     return table
 
 
@@ -125,7 +174,7 @@ def _memory(rows: tuple[Forecast, ...]) -> Table:
     return table
 
 
-def _times(entries: list[Forecast]) -> Table:
+def _seconds_table(entries: list[Forecast]) -> Table:
     table = _table("method", "policy", "step", "exposed", "MB each way")
     table.add_column("busiest", no_wrap=True)
     for entry in entries:
@@ -162,6 +211,14 @@ def _method(row: Forecast) -> str:
     }
     bits = f" {work.bits}-bit" if work.bits else ""
     return work.method + bits + options.get(work.method, "")
+
+
+def _sent(row: Forecast) -> str:
+    work = row.workload
+    if work.cluster.num_gpus == 1:
+        return ""
+    dim = f" with d = {work.subspace_dim}" if work.method == "lsp" else ""
+    return f"{dim} in {work.payload_dtype} on {_cluster(work.cluster)}"
 
 
 def _in_bits(row: Forecast) -> str:

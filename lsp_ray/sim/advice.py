@@ -5,11 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from lsp_ray.config import Bits, Method, PolicyName
 from lsp_ray.errors import ConfigError
-from lsp_ray.sim.forecast import Forecast, forecast, needs_of, simulate
+from lsp_ray.sim.cluster import NARROWEST, ONE_GPU
+from lsp_ray.sim.forecast import HIDDEN, Forecast, forecast, needs_of, simulate
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 from lsp_ray.sim.memory import device_memory, host_memory
 from lsp_ray.sim.model_shape import ModelShape
@@ -17,7 +19,6 @@ from lsp_ray.sim.simulator import SimulatedStep
 from lsp_ray.sim.workload import ON_QUANTIZED, Workload
 
 DIM_STEP = 32
-HIDDEN = 0.02  # of a step that traffic and updates may expose and still count as hidden
 _PREFERRED: tuple[Method, ...] = ("native", "lsp", "zero_offload", "galore", "lora")
 _EXACT_IS_WORTH = 1.5  # times lsp's step that zero_offload, full fine-tuning itself, may take to be preferred to it
 _SAME = 1.01  # steps within 1 % are as fast: the default policy stays
@@ -36,6 +37,7 @@ class Choices:
         checkpointing: Whether the backward runs each block's forward again.
         lengths: Tokens of an example at most; a shorter one is tried where no method fits.
         auto_dim: Whether D is the largest that is hidden (and fits), or the workload's.
+        auto_dtype: Whether int8 may be sent in bfloat16's place: between nodes, where that hides too small a D.
     """
 
     methods: tuple[Method, ...]
@@ -44,6 +46,7 @@ class Choices:
     checkpointing: tuple[bool, ...]
     lengths: tuple[int, ...]
     auto_dim: bool
+    auto_dtype: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,8 @@ class Advice:
         rows: Of each method the first of the choices that fits, under its fastest policy; where none does the one that
             needs least.
         recommended: The first that fits of native; zero_offload, if its step takes at most 1.5 times lsp's; lsp;
-            zero_offload; galore; lora; on a quantised base only where nothing fits without. None where nothing does.
+            zero_offload; galore; lora; on a quantised base only where nothing fits without. With several GPUs those
+            that use them come first. None where nothing does.
     """
 
     rows: tuple[Forecast, ...]
@@ -69,13 +73,14 @@ def largest_dim(model: ModelShape) -> int:
     return model.largest_small_side // 2 // DIM_STEP * DIM_STEP
 
 
+@lru_cache(maxsize=16)
 def largest_hidden_dim(
     model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName = "layerwise"
 ) -> int:
     """Return the largest D, a multiple of 32, whose traffic and updates the compute hides; at least 32.
 
-    Hidden means that at most 2 % of a simulated step is exposed, beside what is exposed at 32, which is messages. That
-    it grows with D is taken for granted.
+    Hidden means that at most 2 % of a simulated step is exposed, beside what is exposed at 32, which is messages; or
+    that the driver of many GPUs takes longer than all of it. That it grows with D is taken for granted.
 
     Raises:
         ConfigError: The model's linears are too small for any.
@@ -90,11 +95,12 @@ def largest_hidden_dim(
         work = replace(workload, method="lsp", subspace_dim=dim, nnz_per_row=min(workload.nnz_per_row, dim))
         return simulate(model, work, hardware, policy).typical
 
+    driver_s = workload.cluster.driver_s(len(model.layers)) if workload.cluster != ONE_GPU else 0.0
     messages_s = simulated(DIM_STEP).exposed.total_s
 
     def is_exposed(multiple: int) -> bool:
         step = simulated(multiple * DIM_STEP)
-        return step.exposed.total_s - messages_s > HIDDEN * step.step_s
+        return step.step_s > driver_s and step.exposed.total_s - messages_s > HIDDEN * step.step_s
 
     candidates = range(2, bound // DIM_STEP + 1)
     return DIM_STEP * (1 + bisect_left(candidates, True, key=is_exposed))
@@ -121,7 +127,7 @@ def advise(
     """
     search = _Search(model=model, hardware=hardware, choices=choices, typical=typical or (lambda work: work))
     for length in choices.lengths:
-        works = [replace(workload, method=method, bits=None, seq_length=length) for method in choices.methods]
+        works = [_placed(replace(workload, method=method, bits=None, seq_length=length)) for method in choices.methods]
         found = [search.first_fitting(work) for work in works]
         fitting = {row.workload.method: row for row in found if row}
         if fitting or length == choices.lengths[-1]:
@@ -148,9 +154,15 @@ def why_nothing_fits(advice: Advice, hardware: HardwareProfile) -> str:
     )
 
 
+def _placed(workload: Workload) -> Workload:
+    """On one GPU where the method knows no more."""
+    return replace(workload, cluster=ONE_GPU) if workload.stays_on_device else workload
+
+
 def _best(fitting: Mapping[Method, Forecast]) -> Forecast:
-    """All have the same examples in a step, so that steps can be compared."""
-    best = next(fitting[name] for name in _PREFERRED if name in fitting)
+    """Those that share a step among GPUs have the same examples in it, so that steps can be compared."""
+    order = sorted(_PREFERRED, key=lambda name: name in fitting and fitting[name].workload.cluster == ONE_GPU)
+    best = next(fitting[name] for name in order if name in fitting)
     exact = fitting.get("zero_offload", best)
     is_worth_it = best.workload.method == "lsp" and exact.step_s <= _EXACT_IS_WORTH * best.step_s
     return exact if is_worth_it else best
@@ -170,8 +182,9 @@ class _Search:
         for work in self._works(workload):
             if _may_fit(self.model, work, self.hardware):
                 seen = self.typical(work)
-                for dim in self._dims(seen):
-                    if found := _fastest(self.model, replace(seen, subspace_dim=dim), self.hardware):
+                sent = self._sent(seen)
+                for dim in self._dims(sent):
+                    if found := _fastest(self.model, replace(sent, subspace_dim=dim), self.hardware):
                         return found
         return None
 
@@ -198,6 +211,17 @@ class _Search:
                 num_micro_batches=num_micro_batches,
                 subspace_dim=dim,
             )
+
+    def _sent(self, workload: Workload) -> Workload:
+        """In int8 where the network hides less than the D asked for, or a run's own, in bfloat16."""
+        nodes = workload.cluster.num_nodes
+        if nodes == 1 or workload.method != "lsp" or not self.choices.auto_dtype:
+            return workload
+        wanted = NARROWEST if self.choices.auto_dim else workload.subspace_dim
+        wanted = min(wanted, largest_dim(self.model))
+        if largest_hidden_dim(self.model, workload, self.hardware) >= wanted:
+            return workload
+        return replace(workload, payload_dtype="int8")
 
     def _dims(self, workload: Workload) -> Iterator[int]:
         """The largest D that is hidden, and ever smaller ones, down to the workload's."""

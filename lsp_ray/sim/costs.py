@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.ops import LayerSeconds
+from lsp_ray.trace import WorkStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +38,21 @@ class LayerCosts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostShares:
+    """What an operation takes of its host's memory bandwidth at full rate; a GPU's with all that it stands for."""
+
+    d2h: float
+    cpu: float
+    h2d: float
+
+    def of(self, stream: WorkStream) -> float:
+        """A copy's or an update's."""
+        return {WorkStream.D2H: self.d2h, WorkStream.CPU: self.cpu, WorkStream.H2D: self.h2d}[stream]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepCosts:
-    """One step.
+    """One step; of what comes once a part of it, one part.
 
     Attributes:
         layers: Shallowest first.
@@ -49,6 +63,8 @@ class StepCosts:
             1 for a link with full duplex, 0.5 where both directions share one bandwidth.
         waits_for_all: Whether a forward begins only when every delta is up, as Zero-Offload's own does; here each layer
             waits for its own alone.
+        host: Where several GPUs share a host's memory, what each operation takes of it; all slow down alike where that
+            is more than there is. None: copies and updates take nothing from each other.
     """
 
     layers: tuple[LayerCosts, ...]
@@ -57,6 +73,7 @@ class StepCosts:
     hop_s: float = 0.0
     shared_link_rate: float = 1.0
     waits_for_all: bool = False
+    host: HostShares | None = None
 
     def __post_init__(self) -> None:
         _check_seconds("loss_s", self.loss_s)

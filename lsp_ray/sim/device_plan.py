@@ -1,9 +1,10 @@
-"""The device's work in order: what it computes, which deltas it waits for and when it announces gradients."""
+"""A GPU's work in order: what it computes, which deltas it waits for and when it announces gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from lsp_ray.schedule.ops import GradientReady, Op
 from lsp_ray.sim.costs import StepCosts
@@ -17,16 +18,24 @@ class DeviceTask:
     step: int
     layer: int
     seconds: float
+    part: int = 0
     awaits: Op | None = None
     announces: GradientReady | None = None
 
 
 def device_tasks(
-    costs: StepCosts, num_steps: int, *, offloads: bool, staleness: int, drains: bool = False
+    costs: StepCosts,
+    num_steps: int,
+    *,
+    offloads: bool,
+    staleness: int,
+    drains: bool = False,
+    gpu: int = 0,
+    parts: Sequence[int] = (0,),
 ) -> Iterator[DeviceTask]:
     """Yield every task: forward from shallow to deep, backward from deep to shallow, then the device's own updates.
 
-    A delta is applied before the first forward that reads it, gradients are announced in the last micro-batch.
+    A delta is applied before the first forward that reads it, gradients are announced in each part's last micro-batch.
 
     Args:
         costs: Of one step.
@@ -34,41 +43,48 @@ def device_tasks(
         offloads: Whether shards make the updates.
         staleness: Steps by which deltas are late on purpose.
         drains: Whether what is still to be applied is so, after the last step, as step `num_steps`.
+        gpu: Whose work it is.
+        parts: Of a step, those that it computes, one after the other.
     """
     for step in range(num_steps):
         delta_step = step - 1 - staleness
-        for position in range(costs.num_micro_batches):
-            applies = offloads and position == 0 and delta_step >= 0
+        for part, position in product(parts, range(costs.num_micro_batches)):
+            applies = offloads and (part, position) == (parts[0], 0) and delta_step >= 0
+            awaited = _deltas(costs, delta_step, gpu) if applies else None
             announces = offloads and position == costs.num_micro_batches - 1
-            yield from _forward(costs, step, delta_step if applies else None)
-            yield from _backward(costs, step, announces=announces)
+            yield from _forward(costs, step, part, awaited)
+            yield from _backward(costs, step, part, announces=announces)
         if not offloads:
             for layer, cost in enumerate(costs.layers):
                 yield DeviceTask(step=step, layer=layer, seconds=cost.update_s)
     for step in range(max(0, num_steps - 1 - staleness), num_steps if drains else 0):
-        for layer, cost in enumerate(costs.layers):
-            yield DeviceTask(step=num_steps, layer=layer, seconds=cost.apply_s, awaits=_delta(step, layer))
+        yield from _applied(costs, num_steps, parts[0], _deltas(costs, step, gpu))
 
 
-def _forward(costs: StepCosts, step: int, delta_step: int | None) -> Iterator[DeviceTask]:
-    if delta_step is not None and costs.waits_for_all:
-        for layer, cost in enumerate(costs.layers):
-            yield DeviceTask(step=step, layer=layer, seconds=cost.apply_s, awaits=_delta(delta_step, layer))
-        delta_step = None
+def _forward(costs: StepCosts, step: int, part: int, awaited: Sequence[Op] | None) -> Iterator[DeviceTask]:
+    if awaited is not None and costs.waits_for_all:
+        yield from _applied(costs, step, part, awaited)
+        awaited = None
     for layer, cost in enumerate(costs.layers):
-        if delta_step is None:
-            yield DeviceTask(step=step, layer=layer, seconds=cost.forward_s)
+        if awaited is None:
+            yield DeviceTask(step=step, layer=layer, seconds=cost.forward_s, part=part)
         else:
             seconds = cost.apply_s + cost.forward_s
-            yield DeviceTask(step=step, layer=layer, seconds=seconds, awaits=_delta(delta_step, layer))
-    yield DeviceTask(step=step, layer=len(costs.layers) - 1, seconds=costs.loss_s)
+            yield DeviceTask(step=step, layer=layer, seconds=seconds, part=part, awaits=awaited[layer])
+    yield DeviceTask(step=step, layer=len(costs.layers) - 1, seconds=costs.loss_s, part=part)
 
 
-def _delta(step: int, layer: int) -> Op:
-    return Op(stream=WorkStream.H2D, step=step, layer=layer)
+def _applied(costs: StepCosts, step: int, part: int, awaited: Sequence[Op]) -> Iterator[DeviceTask]:
+    """Deltas added by themselves, before any forward."""
+    for layer, cost in enumerate(costs.layers):
+        yield DeviceTask(step=step, layer=layer, seconds=cost.apply_s, part=part, awaits=awaited[layer])
 
 
-def _backward(costs: StepCosts, step: int, *, announces: bool) -> Iterator[DeviceTask]:
+def _deltas(costs: StepCosts, step: int, gpu: int) -> list[Op]:
+    return [Op(stream=WorkStream.H2D, step=step, layer=layer, part=gpu) for layer in range(len(costs.layers))]
+
+
+def _backward(costs: StepCosts, step: int, part: int, *, announces: bool) -> Iterator[DeviceTask]:
     for layer, cost in reversed(list(enumerate(costs.layers))):
-        ready = GradientReady(step=step, layer=layer) if announces else None
-        yield DeviceTask(step=step, layer=layer, seconds=cost.backward_s, announces=ready)
+        ready = GradientReady(step=step, layer=layer, part=part) if announces else None
+        yield DeviceTask(step=step, layer=layer, seconds=cost.backward_s, part=part, announces=ready)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lsp_ray.config import PolicyName
+from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.delta_room import delta_room
 from lsp_ray.schedule.policy import POLICIES
+from lsp_ray.sim.cluster import ONE_GPU
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 from lsp_ray.sim.memory import DeviceMemory, HostMemory, device_memory, host_memory, peak_payload_bytes
@@ -15,6 +17,8 @@ from lsp_ray.sim.simulator import Simulation, Simulator
 from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Exposed, WorkStream
+
+HIDDEN = 0.02  # of a step that traffic and updates may expose and still count as hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +55,13 @@ class Forecast:
             has to fit.
         host: Beside what the device needs where the host computes.
         bytes_each_way: Down the link in a step, and as many up.
-        step_s: From a step's end to the next one's.
+        step_s: From a step's end to the next one's; no less than the driver's.
+        single_s: The same of one GPU alone, with as much to compute as each one of several.
         exposed: Time in which the device waits for deltas, by the stream that is late.
+        crossing: What of that is the network's.
         busy_s: Of each stream in a step.
+        network_s: In which the busiest node's link to the others carried something, one way.
+        driver_s: Of the driver's processor, where there are several GPUs; of one the simulation counts the messages.
         needs: What has to fit: into the device, the host, and the host's shared memory.
     """
 
@@ -67,6 +75,10 @@ class Forecast:
     exposed: Exposed
     busy_s: dict[WorkStream, float]
     needs: tuple[Need, ...]
+    single_s: float
+    crossing: Exposed
+    network_s: float
+    driver_s: float
 
     @property
     def misfits(self) -> tuple[Need, ...]:
@@ -83,26 +95,58 @@ class Forecast:
         """The stream that is busy longest."""
         return max(self.busy_s, key=lambda stream: self.busy_s[stream])
 
+    @property
+    def bound(self) -> str:
+        """What keeps several GPUs from more: themselves, the driver, or what they wait for longest."""
+        if self.single_s >= (1.0 - HIDDEN) * self.step_s:
+            return str(WorkStream.GPU)
+        if self.driver_s >= self.step_s:
+            return "driver"
+        late_s = {
+            str(WorkStream.D2H): self.exposed.d2h_s,
+            str(WorkStream.CPU): self.exposed.cpu_s - self.crossing.cpu_s,
+            str(WorkStream.H2D): self.exposed.h2d_s - self.crossing.h2d_s,
+            "network": self.crossing.total_s,
+        }
+        return max(late_s, key=lambda name: late_s[name])
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens a second, relative to as many GPUs that need not wait for each other."""
+        return self.single_s / self.step_s
+
 
 def simulate(model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName | None) -> Simulation:
-    """Run a few steps; shards own layers in turn, or all of every layer's slices."""
-    num_lanes = 1 if workload.shard_by == "slice" else workload.num_shards
+    """Run a few steps; shards, those of all nodes, own layers in turn, or all of every layer's slices.
+
+    Raises:
+        ConfigError: Several GPUs are to compute what never leaves one.
+    """
+    if workload.stays_on_device and workload.cluster.num_gpus > 1:
+        raise ConfigError("workload.cluster", f"be one GPU for {workload.method}", workload.cluster.num_gpus)
+    num_lanes = workload.cluster.num_nodes * (1 if workload.shard_by == "slice" else workload.num_shards)
     owners = [layer % num_lanes for layer in range(len(model.layers))]
     sizes = [workload.payload_bytes(layer) for layer in model.layers]
     room = delta_room(sizes, [payload_bytes(layer.numel, workload.payload_dtype) for layer in model.layers])
     decides = None if policy is None or workload.stays_on_device else POLICIES[policy](owners, room=room)
-    costs = CostModel(model=model, workload=workload, hardware=hardware).step()
-    return Simulator(costs, decides, owners).run()
+    costs = CostModel(model=model, workload=workload, hardware=hardware)
+    return Simulator(costs.step(), decides, owners, network=costs.network()).run()
 
 
 def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName | None) -> Forecast:
     """Return what a step of `workload` takes; `policy` is None where nothing is sent."""
-    simulation = simulate(model, workload, hardware, policy)
+    simulation, cluster = simulate(model, workload, hardware, policy), workload.cluster
     payloads = [workload.payload_bytes(layer) for layer in model.layers]
     buffers = peak_payload_bytes(simulation.spans, payloads)
     longest_bytes = device_memory(model, workload.full, buffers).peak_bytes
     host = host_memory(model, workload, on_gpu=hardware.on_gpu)
     typical = simulation.typical
+    step_s = single_s = typical.step_s
+    driver_s = 0.0
+    if cluster.num_gpus > 1:
+        driver_s = cluster.driver_s(len(model.layers))
+        step_s = max(step_s, driver_s)
+        single_s = simulate(model, replace(workload, cluster=ONE_GPU), hardware, policy).typical.step_s
     return Forecast(
         workload=workload,
         policy=policy,
@@ -110,9 +154,13 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
         longest_bytes=longest_bytes,
         host=host,
         bytes_each_way=sum(payloads),
-        step_s=typical.step_s,
+        step_s=step_s,
+        single_s=single_s,
         exposed=typical.exposed,
         busy_s=typical.busy_s,
+        crossing=typical.crossing,
+        network_s=typical.network_s,
+        driver_s=driver_s,
         needs=needs_of(hardware, longest_bytes, host),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from lsp_ray.sim.activations import activation_bytes, held_input_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
-from lsp_ray.sim.store import balanced, store_bytes
+from lsp_ray.sim.store import balanced, node_store_bytes, store_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
@@ -121,25 +121,46 @@ def loss_bytes(
 
 
 def host_memory(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostMemory:
-    """Return the host's memory, beside what the device needs where the host computes."""
+    """Return the host's memory, beside what the device needs where the host computes; of several, the fullest one's."""
     sizes = [] if workload.stays_on_device else [workload.payload_numel(layer) for layer in model.layers]
-    store = store_bytes(
-        sizes,
-        balanced(sizes, workload.num_shards),
-        speculates=workload.speculates,
-        payload_dtype=workload.payload_dtype,
-        summed=workload.is_apart,
-    )
+    num_gpus = workload.cluster.gpus_per_node
     is_brought = on_gpu and workload.bits is None
     return HostMemory(
-        object_store=store,
-        processes=(2 + (workload.num_shards if sizes else 0)) * _PROCESS_BYTES,
-        weights=float(workload.element_bytes * model.num_parameters) if is_brought else 0.0,
+        object_store=_store_bytes(model, workload, sizes),
+        processes=(1 + num_gpus + (workload.num_shards if sizes else 0)) * _PROCESS_BYTES,
+        weights=float(num_gpus * workload.element_bytes * model.num_parameters) if is_brought else 0.0,
+    )
+
+
+def _store_bytes(model: ModelShape, workload: Workload, sizes: Sequence[int]) -> int:
+    cluster = workload.cluster
+    owners = balanced(sizes, workload.num_shards)
+    if cluster.num_nodes == 1:
+        return store_bytes(
+            sizes,
+            owners,
+            speculates=workload.speculates,
+            payload_dtype=workload.payload_dtype,
+            summed=workload.is_apart,
+            num_parts=cluster.gpus_per_node,
+        )
+    return max(
+        node_store_bytes(
+            sizes,
+            range(node, len(sizes), cluster.num_nodes),
+            [(cluster.num_nodes - 1) * workload.crossing_bytes(layer) for layer in model.layers],
+            speculates=workload.speculates,
+            payload_dtype=workload.payload_dtype,
+            summed=workload.is_apart,
+            num_parts=cluster.gpus_per_node,
+            num_shards=workload.num_shards,
+        )
+        for node in range(min(cluster.num_nodes, len(sizes)))
     )
 
 
 def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:
-    """Most bytes of payloads and deltas that are on the device at one time, given a simulation's spans.
+    """Most bytes of payloads and deltas that are on the device at one time, given a simulation's spans of one GPU.
 
     A payload lies there from the end of its layer's backward to the end of its way down, a delta from the start of its
     way up until the forward that added it is done.
@@ -164,7 +185,7 @@ def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> i
 
 
 def _made(run: Span, sent: Span) -> bool:
-    return run.step == sent.step and run.end_s <= sent.start_s
+    return (run.step, run.part) == (sent.step, sent.part) and run.end_s <= sent.start_s
 
 
 def _read(run: Span, brought: Span) -> bool:

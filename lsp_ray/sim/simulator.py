@@ -1,34 +1,49 @@
 """Simulator: runs a live policy on costs instead of machines.
 
-The device computes its plan; each lane (a direction of the link, or a shard) executes one operation at a time, in the
-order in which the policy launched them. Nothing is random, so the same costs give the same trace to the last bit.
+Each GPU computes its plan; each lane (a direction of a GPU's link, or a shard) executes one operation at a time, in the
+order in which the policy launched them; on several nodes, what has to be on another one crosses the network first.
+Nothing is random, so the same costs give the same trace to the last bit.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, Op, OpDone
+from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone
 from lsp_ray.schedule.policy import Lane, Policy, lane_of
+from lsp_ray.sim import network as net
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask, device_tasks
 from lsp_ray.sim.event_queue import EventQueue
-from lsp_ray.trace import Exposed, Span, Wait, WorkStream, busy_s, exposed
-
-_LINK = (WorkStream.D2H, WorkStream.H2D)
+from lsp_ray.sim.lanes import Lanes
+from lsp_ray.trace import Exposed, Span, Wait, WorkStream, busy_s, exposed, wait_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedStep:
-    """Figures of one step, as the live run's: from the end of the backward before to the end of its own."""
+    """Figures of one step, as the live run's: from the end of the backward before to the end of its own.
+
+    With several GPUs a step ends with the last one's backward, and waits and busy times are of that GPU; updates are
+    those of the host that is busy longest with them.
+
+    Attributes:
+        step: Counted from 0.
+        step_s: From the step's begin to its end.
+        exposed: In which the GPU waited for deltas, by the stream that was late; the network's part of a payload's way
+            is the update's, which waits for it, of a delta's way it is h2d's.
+        busy_s: Of each stream.
+        network_s: In which the busiest of the nodes' lanes carried something; 0 on one node.
+        crossing: Of `exposed`, what was the network's.
+    """
 
     step: int
     step_s: float
     exposed: Exposed
     busy_s: dict[WorkStream, float]
+    network_s: float
+    crossing: Exposed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,20 +61,20 @@ class Simulation:
 
 
 @dataclass(slots=True)
-class _LaneState:
-    """A lane: operations launched and waiting, and the one under way with the seconds it needs at full rate."""
+class _Gpu:
+    """A GPU: what it has still to compute, and the task that waits for its delta."""
 
-    waiting: deque[Op] = field(default_factory=deque)
-    op: Op | None = None
-    start_s: float = 0.0
-    left_s: float = 0.0
-    rate: float = 1.0
-    since_s: float = 0.0
-    version: int = 0
+    index: int
+    tasks: Iterator[DeviceTask]
+    up: set[Op] = field(default_factory=set)  # deltas on it that no forward has asked for
+    blocked: DeviceTask | None = None
+    blocked_since_s: float = 0.0
+    waits: list[Wait] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class _DeviceDone:
+    gpu: _Gpu
     task: DeviceTask
 
 
@@ -71,7 +86,7 @@ class _LaneDone:
     version: int
 
 
-_Happening = _DeviceDone | _LaneDone | Event
+_Happening = _DeviceDone | _LaneDone | Event | net.Happening
 
 
 class Simulator:
@@ -79,16 +94,23 @@ class Simulator:
 
     Args:
         costs: Of one step; all steps are alike.
-        policy: Who decides, fresh; None where nothing leaves the device.
+        policy: Who decides, fresh, and says which GPU computes which part; None where nothing leaves the device.
         shard_of_layer: What the policy was made with.
         num_steps: Enough for the pipeline to fill; the figures to read are the last step's.
+        network: Between several nodes; None: there is one.
 
     Raises:
         ConfigError: The arguments do not fit each other.
     """
 
     def __init__(
-        self, costs: StepCosts, policy: Policy | None, shard_of_layer: Sequence[int], *, num_steps: int = 6
+        self,
+        costs: StepCosts,
+        policy: Policy | None,
+        shard_of_layer: Sequence[int],
+        *,
+        num_steps: int = 6,
+        network: net.NetworkCosts | None = None,
     ) -> None:
         if num_steps < 1:
             raise ConfigError("sim.num_steps", "be at least 1", num_steps)
@@ -97,141 +119,210 @@ class Simulator:
             raise ConfigError("sim.shard_of_layer", bound, len(shard_of_layer))
         self._costs, self._policy, self._shard_of_layer = costs, policy, shard_of_layer
         self._num_steps = num_steps
-        staleness = policy.staleness if policy is not None else 0
         self._is_bounded = policy is not None and policy.room is not None
-        self._tasks = device_tasks(
-            costs, num_steps, offloads=policy is not None, staleness=staleness, drains=self._is_bounded
-        )
+        self._gpu_of_part = policy.gpu_of_part if policy is not None else (0,)
+        self._gpus = [self._new_gpu(gpu) for gpu in range(max(self._gpu_of_part) + 1)]
         self._queue: EventQueue[_Happening] = EventQueue()
-        self._lanes: dict[Lane, _LaneState] = {}
-        self._up: set[Op] = set()  # deltas on the device that no forward has asked for
-        self._blocked: DeviceTask | None = None
-        self._now_s = self._blocked_since_s = 0.0
+        self._placed = network
+        self._network: net.Network | None = None
+        if network is not None:
+            _check_places(network, num_gpus=len(self._gpus), num_shards=max(shard_of_layer, default=0) + 1)
+            self._network = net.Network(network, shard_of_layer, self._gpu_of_part, self._queue.push)
+        self._lanes = Lanes(costs, self._hosts_of, lambda at_s, *promise: self._queue.push(at_s, _LaneDone(*promise)))
+        self._now_s = 0.0
         self._spans: list[Span] = []
         self._waits: list[Wait] = []
-        self._step_ends_s: dict[int, float] = {}
+        self._num_first_ready = 0  # parts of the first step whose backward is over
+        self._step_ends: dict[int, tuple[float, _Gpu]] = {}
 
     def run(self) -> Simulation:
         """Run until every delta is up.
 
         Raises:
-            ConfigError: The policy left the device waiting for a delta for ever.
+            ConfigError: The policy left a GPU waiting for a delta for ever.
         """
-        self._next_task()
+        for gpu in self._gpus:
+            self._next_task(gpu)
         while self._queue:
             self._now_s, happening = self._queue.pop()
             self._happen(happening)
-        if self._blocked is not None:
-            raise ConfigError("sim.policy", "bring every delta up", f"none for {self._blocked.awaits}")
+        for gpu in self._gpus:
+            if gpu.blocked is not None:
+                raise ConfigError("sim.policy", "bring every delta up", f"none for {gpu.blocked.awaits}")
         return Simulation(spans=tuple(self._spans), waits=tuple(self._waits), steps=tuple(self._figures()))
 
     def _happen(self, happening: _Happening) -> None:
         match happening:
-            case _DeviceDone(task=task):
-                self._finish_task(task)
+            case _DeviceDone(gpu=gpu, task=task):
+                self._finish_task(gpu, task)
             case _LaneDone(lane=lane, version=version):
-                if self._lanes[lane].version == version:
-                    self._finish_op(lane)
+                self._finish_op(lane, version)
+            case net.Summed() | net.Left() | net.Arrived():
+                self._carry(happening)
             case event:
                 self._decide(event)
 
     def _decide(self, event: Event) -> None:
         assert self._policy is not None, "without a policy nothing is announced"
         for action in self._policy.handle(event):
-            op = action.op
-            lane = lane_of(op, self._shard_of_layer, self._policy.gpu_of_part)
-            self._lanes.setdefault(lane, _LaneState()).waiting.append(op)
+            lane = lane_of(action.op, self._shard_of_layer, self._gpu_of_part)
+            self._lanes.add(lane, action.op)
             self._start_op(lane)
 
-    # the device
+    # the GPUs
 
-    def _next_task(self) -> None:
-        task = next(self._tasks, None)
+    def _new_gpu(self, index: int) -> _Gpu:
+        parts = [part for part, gpu in enumerate(self._gpu_of_part) if gpu == index]
+        if not parts:
+            raise ConfigError("sim.gpu_of_part", f"give GPU {index} a part", self._gpu_of_part)
+        tasks = device_tasks(
+            self._costs,
+            self._num_steps,
+            offloads=self._policy is not None,
+            staleness=self._policy.staleness if self._policy is not None else 0,
+            drains=self._is_bounded,
+            gpu=index,
+            parts=parts,
+        )
+        return _Gpu(index=index, tasks=tasks)
+
+    def _next_task(self, gpu: _Gpu) -> None:
+        task = next(gpu.tasks, None)
         if task is None:
             return
         if self._is_bounded and task.awaits is not None:
-            due = DeltaDue(step=task.awaits.step, layer=task.awaits.layer)
+            due = DeltaDue(step=task.awaits.step, layer=task.awaits.layer, gpu=gpu.index)
             self._queue.push(self._now_s + self._costs.hop_s, due)
-        if task.awaits is not None and task.awaits not in self._up:
-            self._blocked, self._blocked_since_s = task, self._now_s
+        if task.awaits is not None and task.awaits not in gpu.up:
+            gpu.blocked, gpu.blocked_since_s = task, self._now_s
         else:
-            self._compute(task)
+            self._compute(gpu, task)
 
-    def _compute(self, task: DeviceTask) -> None:
+    def _compute(self, gpu: _Gpu, task: DeviceTask) -> None:
         if task.awaits is not None:
-            self._up.remove(task.awaits)
-        self._queue.push(self._now_s + task.seconds, _DeviceDone(task), priority=1)
+            gpu.up.remove(task.awaits)
+        self._queue.push(self._now_s + task.seconds, _DeviceDone(gpu, task), priority=1)
 
-    def _finish_task(self, task: DeviceTask) -> None:
-        self._step_ends_s[task.step] = self._now_s
+    def _finish_task(self, gpu: _Gpu, task: DeviceTask) -> None:
+        self._step_ends[task.step] = self._now_s, gpu
         if task.seconds > 0.0:
-            self._add_span(WorkStream.GPU, task.step, task.layer, self._now_s - task.seconds)
+            self._add_span(WorkStream.GPU, task.step, task.layer, task.part, self._now_s - task.seconds)
         if task.announces is not None:
-            self._queue.push(self._now_s + self._costs.hop_s, task.announces)
-            if (task.step, task.layer) == (0, 0):  # the live driver, too, tells after the first step what layers cost
+            self._announce(task.announces)
+        self._next_task(gpu)
+
+    def _announce(self, ready: GradientReady) -> None:
+        self._queue.push(self._now_s + self._costs.hop_s, ready)
+        if (ready.step, ready.layer) == (0, 0):
+            self._num_first_ready += 1
+            if self._num_first_ready == len(self._gpu_of_part):
+                # the live driver, too, tells after the first step what layers cost
                 measured = CostsMeasured(step=0, layers=self._costs.measured)
                 self._queue.push(self._now_s + self._costs.hop_s, measured)
-        self._next_task()
 
     def _arrive(self, op: Op) -> None:
-        self._up.add(op)
-        task = self._blocked
+        gpu = self._gpus[op.part]
+        gpu.up.add(op)
+        task = gpu.blocked
         if task is not None and task.awaits == op:
-            self._blocked = None
-            self._waits.append(Wait(step=op.step, layer=op.layer, start_s=self._blocked_since_s, end_s=self._now_s))
-            self._compute(task)
+            gpu.blocked = None
+            wait = Wait(step=op.step, layer=op.layer, start_s=gpu.blocked_since_s, end_s=self._now_s)
+            gpu.waits.append(wait)
+            self._waits.append(wait)
+            self._compute(gpu, task)
 
-    # the lanes
+    # the lanes and the network
 
     def _start_op(self, lane: Lane) -> None:
-        state = self._lanes[lane]
-        if state.op is not None or not state.waiting:
-            return
-        state.op = op = state.waiting.popleft()
-        cost = self._costs.layers[op.layer]
-        state.left_s = {WorkStream.D2H: cost.d2h_s, WorkStream.CPU: cost.cpu_s, WorkStream.H2D: cost.h2d_s}[op.stream]
-        state.start_s = state.since_s = self._now_s
-        state.rate = 0.0  # set below, together with the other direction's
-        self._set_rates(lane)
+        op = self._lanes.next_op(lane)
+        if op is not None and (self._network is None or self._network.has_come(op)):
+            self._lanes.start(lane, self._now_s)
 
-    def _finish_op(self, lane: Lane) -> None:
-        state = self._lanes[lane]
-        op, state.op = state.op, None
-        assert op is not None, "an end that holds belongs to an operation"
-        self._add_span(op.stream, op.step, op.layer, state.start_s)
+    def _finish_op(self, lane: Lane, version: int) -> None:
+        ended = self._lanes.finish(lane, version, self._now_s)
+        if ended is None:
+            return
+        op, start_s = ended
+        self._add_span(op.stream, op.step, op.layer, op.part, start_s)
         if op.stream is WorkStream.H2D:
             self._arrive(op)
+        if self._network is not None:
+            self._network.after(op, self._now_s)
         self._queue.push(self._now_s + self._costs.hop_s, OpDone(op=op))
-        self._set_rates(lane)
         self._start_op(lane)
 
-    def _set_rates(self, changed: Lane) -> None:
-        """Give every copy under way the rate it has from now on; a shard's rate never changes."""
-        lanes = [(stream, 0) for stream in _LINK] if changed[0] in _LINK else [changed]
-        busy = [(lane, self._lanes[lane]) for lane in lanes if lane in self._lanes and self._lanes[lane].op]
-        rate = self._costs.shared_link_rate if len(busy) > 1 else 1.0
-        for lane, state in busy:
-            if state.rate == rate:
-                continue
-            state.left_s = max(0.0, state.left_s - (self._now_s - state.since_s) * state.rate)
-            state.since_s, state.rate = self._now_s, rate
-            state.version += 1
-            self._queue.push(self._now_s + state.left_s / rate, _LaneDone(lane, state.version))
+    def _carry(self, happening: net.Happening) -> None:
+        assert self._network is not None, "only a network lets these happen"
+        arrived = self._network.handle(happening, self._now_s)
+        if arrived is None:
+            return
+        gpus, transfer = arrived
+        if transfer.way is WorkStream.D2H:
+            self._start_op((WorkStream.CPU, self._shard_of_layer[transfer.layer]))
+        else:
+            for gpu in gpus:
+                self._start_op((WorkStream.H2D, gpu))
+
+    def _hosts_of(self, lane: Lane) -> Sequence[int]:
+        if self._placed is None:
+            return (0,)
+        stream, index = lane
+        return (self._placed.node_of_shard[index],) if stream is WorkStream.CPU else self._placed.nodes_of_gpu[index]
 
     # the record
 
-    def _add_span(self, stream: WorkStream, step: int, layer: int, start_s: float) -> None:
-        self._spans.append(Span(stream=stream, step=step, layer=layer, start_s=start_s, end_s=self._now_s))
+    def _add_span(self, stream: WorkStream, step: int, layer: int, part: int, start_s: float) -> None:
+        self._spans.append(Span(stream=stream, step=step, layer=layer, start_s=start_s, end_s=self._now_s, part=part))
 
     def _figures(self) -> Iterator[SimulatedStep]:
         start_s = 0.0
         for step in range(self._num_steps):
-            end_s = self._step_ends_s[step]
-            waits = [wait for wait in self._waits if start_s <= wait.start_s < end_s]
+            end_s, last = self._step_ends[step]
+            waits = [wait for wait in last.waits if start_s <= wait.start_s < end_s]
             yield SimulatedStep(
                 step=step,
                 step_s=end_s - start_s,
                 exposed=exposed(waits, self._spans),
-                busy_s={stream: busy_s(self._spans, stream, start_s, end_s) for stream in WorkStream},
+                busy_s={stream: self._busy_s(stream, last, start_s, end_s) for stream in WorkStream},
+                network_s=0.0 if self._network is None else self._network.busy_s(start_s, end_s),
+                crossing=self._crossing(waits, last),
             )
             start_s = end_s
+
+    def _crossing(self, waits: Sequence[Wait], gpu: _Gpu) -> Exposed:
+        """Waiting while a payload or a delta was on its way from node to node, or in a queue for it."""
+        seconds = dict.fromkeys(WorkStream, 0.0)
+        if self._network is None:
+            return Exposed()
+        for part in wait_parts(waits, self._spans):
+            stream = WorkStream(part.cause)  # all parts count as the GPU's own: no wait is its peers'
+            index = gpu.index if stream is WorkStream.H2D else 0
+            came_s = self._network.came_s(Op(stream=stream, step=part.step, layer=part.layer, part=index))
+            seconds[stream] += max(0.0, min(came_s, part.end_s) - part.start_s)
+        return Exposed(cpu_s=seconds[WorkStream.CPU], h2d_s=seconds[WorkStream.H2D])
+
+    def _busy_s(self, stream: WorkStream, gpu: _Gpu, start_s: float, end_s: float) -> float:
+        """Of this GPU's lane; of updates, those of the host that has most to do."""
+        lanes: dict[int, list[Span]] = {}
+        for span in self._spans:
+            if span.stream is stream:
+                lanes.setdefault(self._place_of(span), []).append(span)
+        if stream is not WorkStream.CPU:
+            return busy_s(lanes.get(gpu.index, []), stream, start_s, end_s)
+        return max((busy_s(spans, stream, start_s, end_s) for spans in lanes.values()), default=0.0)
+
+    def _place_of(self, span: Span) -> int:
+        """The GPU whose lane it was, of an update the host."""
+        match span.stream:
+            case WorkStream.CPU:
+                return self._hosts_of((span.stream, self._shard_of_layer[span.layer]))[0]
+            case WorkStream.H2D:
+                return span.part
+        return self._gpu_of_part[span.part]
+
+
+def _check_places(network: net.NetworkCosts, *, num_gpus: int, num_shards: int) -> None:
+    if len(network.nodes_of_gpu) != num_gpus:
+        raise ConfigError("sim.nodes_of_gpu", f"name the nodes of {num_gpus} GPUs", len(network.nodes_of_gpu))
+    if len(network.node_of_shard) < num_shards:
+        raise ConfigError("sim.node_of_shard", f"name the node of {num_shards} shards", len(network.node_of_shard))

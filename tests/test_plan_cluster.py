@@ -1,0 +1,340 @@
+"""Several GPUs and nodes in a plan: what crosses and is kept, by hand; what is shown and refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from lsp_ray.config import PayloadDtype
+from lsp_ray.errors import ConfigError
+from lsp_ray.plan.__main__ import main
+from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
+from lsp_ray.plan.plan import choices_of, make_plan, workload_of
+from lsp_ray.plan.skeleton import shape_of
+from lsp_ray.run import parse
+from lsp_ray.sim.advice import largest_hidden_dim
+from lsp_ray.sim.cluster import COPY_BYTES_PER_S, DRIVER_S, Cluster
+from lsp_ray.sim.cost_model import CostModel
+from lsp_ray.sim.forecast import Forecast, forecast, simulate
+from lsp_ray.sim.hardware_profile import load_hardware
+from lsp_ray.sim.memory import host_memory
+from lsp_ray.sim.model_shape import ModelShape
+from lsp_ray.sim.workload import Workload
+from lsp_ray.trace import WorkStream
+from scripts.sim_paper import llama
+
+LLAMA_7B = llama(4096, 11008, 32, 32000)
+SMALL = llama(1024, 2816, 6, 32000)
+MACHINE = load_hardware("rtx4090-threadripper")
+WORK = Workload(
+    method="lsp", batch_size=4, seq_length=512, subspace_dim=256, nnz_per_row=8, num_shards=2, shard_threads=14
+)
+
+
+def on(work: Workload, num_nodes: int = 1, gpus_per_node: int = 1, gbit: float = 10.0) -> Workload:
+    return replace(work, cluster=Cluster(num_nodes=num_nodes, gpus_per_node=gpus_per_node, network_gbit=gbit))
+
+
+# costs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "parts_bytes"),
+    [
+        ("float32", 1, 4.0),
+        ("float32", 8, 4.0),
+        ("bfloat16", 1, 2.0),
+        ("bfloat16", 2, 4.0),  # a sum in float32 would be no less
+        ("bfloat16", 4, 4.0),
+        ("int8", 2, 2 * 66 / 64),
+        ("int8", 8, 4.0),
+    ],
+)
+def test_a_node_sends_its_gpus_payloads_or_their_sum_in_float32_if_that_is_less(
+    dtype: PayloadDtype, gpus: int, parts_bytes: float
+) -> None:
+    work, layer = on(replace(WORK, payload_dtype=dtype), 3, gpus), LLAMA_7B.layers[1]
+    numel = work.payload_numel(layer)
+    assert work.crossing_bytes(layer) == pytest.approx(parts_bytes * numel, rel=1e-3)
+    assert work.sums_on_node == (gpus > 1 and parts_bytes * numel < gpus * work.payload_bytes(layer))
+    assert work.parts_at_shard == (gpus + 2 if work.sums_on_node else 3 * gpus)
+
+
+def test_a_shard_reads_every_further_part_beside_its_update() -> None:
+    alone, both, all_parts = (
+        CostModel(model=LLAMA_7B, workload=on(WORK, 1, gpus), hardware=MACHINE).step().layers[1].cpu_s
+        for gpus in (1, 2, 8)
+    )
+    numel = WORK.payload_numel(LLAMA_7B.layers[1])
+    part_s = 2 * 34 * numel / MACHINE.host_bytes_per_s  # two shards share the host's memory
+    assert both - alone == pytest.approx(part_s)
+    assert all_parts - alone == pytest.approx(7 * part_s)
+
+
+@pytest.mark.parametrize(("gbit", "bytes_per_s"), [(1.0, 0.9 * 125e6), (10.0, 0.9 * 1.25e9), (25.0, COPY_BYTES_PER_S)])
+def test_a_node_takes_what_its_network_carries_and_a_core_copies(gbit: float, bytes_per_s: float) -> None:
+    network = CostModel(model=LLAMA_7B, workload=on(WORK, 2, 1, gbit), hardware=MACHINE).network()
+    assert network is not None
+    size = WORK.payload_bytes(LLAMA_7B.layers[1])
+    assert (network.layers[1].down_s, network.layers[1].up_s) == pytest.approx((size / bytes_per_s,) * 2)
+    assert network.layers[1].sum_s == 0
+    assert network.node_of_shard == (0, 1, 0, 1)
+    assert CostModel(model=LLAMA_7B, workload=on(WORK, 1, 8), hardware=MACHINE).network() is None
+
+
+def test_copies_between_nodes_take_cores_from_updates() -> None:
+    work, few = replace(WORK, payload_dtype="float32"), replace(MACHINE, num_cores=2)
+    one, two = (
+        CostModel(model=LLAMA_7B, workload=on(work, count), hardware=few).step().layers[1].cpu_s for count in (1, 2)
+    )
+    summed_s = 2 * 40 * work.payload_numel(LLAMA_7B.layers[1]) / few.host_bytes_per_s
+    compute_s = CostModel(model=LLAMA_7B, workload=work, hardware=few).step()
+    device_s = sum(layer.forward_s + layer.backward_s for layer in compute_s.layers)
+    copied_s = sum(map(work.payload_bytes, LLAMA_7B.layers)) / COPY_BYTES_PER_S  # half of it out, half in, both ways
+    taken = 2 * copied_s / device_s
+    assert 0 < taken < 1
+    assert two == pytest.approx((one + summed_s) / (1 - taken / 2))
+
+
+def test_a_hosts_store_has_a_slot_for_each_of_its_parts_its_own_states_and_what_comes_from_other_nodes() -> None:
+    sizes = [WORK.payload_bytes(layer) for layer in LLAMA_7B.layers]
+    ways, states = sum(sizes), sum(8 * WORK.payload_numel(layer) for layer in LLAMA_7B.layers)
+    alone, four, spread = (host_memory(LLAMA_7B, work, on_gpu=True) for work in (WORK, on(WORK, 1, 4), on(WORK, 8, 1)))
+    assert four.object_store - alone.object_store == pytest.approx(3 * ways, rel=0.02)
+    assert spread.object_store - alone.object_store == pytest.approx(
+        ways * 7 / 8 + states / 8 - states, rel=0.1
+    )  # payloads of an eighth of the layers come from 7 others, and the states are divided
+    assert four.weights == 4 * alone.weights
+    assert four.processes - alone.processes == 3 * 400e6
+
+
+def test_a_driver_of_many_gpus_bounds_the_step() -> None:
+    many = forecast(SMALL, on(WORK, 64, 8, 25.0), MACHINE, "layerwise")
+    assert many.driver_s == pytest.approx((2 * 512 + 1) * len(SMALL.layers) * DRIVER_S)
+    assert (many.step_s, many.bound) == (many.driver_s, "driver")
+    assert forecast(SMALL, WORK, MACHINE, "layerwise").driver_s == 0
+
+
+@pytest.mark.parametrize(
+    ("work", "bound"),
+    [
+        (on(WORK, 1, 2), "gpu"),
+        (on(WORK, 2, 1, 0.1), "network"),
+        (on(replace(WORK, method="zero_offload"), 1, 8), "cpu"),
+    ],
+)
+def test_what_bounds_a_step_is_named(work: Workload, bound: str) -> None:
+    found = forecast(LLAMA_7B, work, MACHINE, "layerwise")
+    assert found.bound == bound
+    assert (found.efficiency > 0.98) == (bound == "gpu")
+
+
+@given(
+    num_nodes=st.integers(1, 6),
+    gpus=st.integers(1, 4),
+    gbit=st.sampled_from([0.5, 1.0, 10.0, 25.0]),
+    dim=st.sampled_from([32, 128, 512]),
+)
+@settings(max_examples=25, deadline=None)
+def test_several_gpus_are_no_more_than_as_many_times_one_and_a_faster_network_is_no_slower(
+    num_nodes: int, gpus: int, gbit: float, dim: int
+) -> None:
+    work = on(replace(WORK, subspace_dim=dim), num_nodes, gpus, gbit)
+    found = forecast(SMALL, work, MACHINE, "earliest_deadline")
+    assert found.efficiency <= 1.005  # the order of two that come at one time may be luck
+    assert found.tokens_per_s == pytest.approx(found.efficiency * work.cluster.num_gpus * work.tokens / found.single_s)
+    faster = forecast(SMALL, on(work, num_nodes, gpus, 2 * gbit), MACHINE, "earliest_deadline")
+    assert faster.step_s <= 1.02 * found.step_s
+
+
+def test_a_slower_network_hides_a_smaller_d() -> None:
+    dims = [largest_hidden_dim(LLAMA_7B, on(WORK, 4, 1, gbit), MACHINE) for gbit in (1.0, 4.0, 10.0)]
+    assert dims == sorted(dims)
+    assert dims[0] < dims[-1]
+    bytes_of = [replace(WORK, payload_dtype=dtype) for dtype in ("float32", "bfloat16", "int8")]
+    by_type = [largest_hidden_dim(LLAMA_7B, on(work, 4, 1, 1.0), MACHINE) for work in bytes_of]
+    assert by_type == sorted(by_type)
+
+
+def test_a_method_that_sends_nothing_has_one_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"^workload.cluster must be one GPU for native, got 2$"):
+        simulate(SMALL, on(replace(WORK, method="native"), 2), MACHINE, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"num_nodes": 0}, "cluster.num_nodes must be at least 1, got 0"),
+        ({"gpus_per_node": 0}, "cluster.gpus_per_node must be at least 1, got 0"),
+        ({"network_gbit": math.nan}, "cluster.network_gbit must be a number above 0, got nan"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_named(changes: dict[str, int], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Cluster(**changes)
+    assert str(caught.value) == line
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration without weights."""
+    path = tmp_path_factory.mktemp("llama")
+    LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=6, num_attention_heads=16, vocab_size=32000
+    ).save_pretrained(path)
+    return path
+
+
+def test_a_plan_for_several_nodes_shows_efficiency_and_bound_in_80_columns(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model_name_or_path", str(folder), "--hardware", "rtx4090-threadripper"]
+    options += ["--num_gpus", "2", "--nodes", "16", "--network_gbit", "25", "--lsp.subspace_dim", "256"]
+    assert main(options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "on 16 nodes of 2 GPUs at 25 Gbit/s, each GPU with the batch above:" in lines
+    [head] = [line for line in lines if "efficiency  tokens/s" in line]
+    rows = {line.split()[0]: line.rstrip() for line in lines[lines.index(head) + 2 :][:5]}
+    assert list(rows) == ["native", "zero_offload", "lsp", "galore", "lora"]
+    for method, row in rows.items():
+        assert row.endswith("runs on one GPU") == (method not in ("lsp", "zero_offload"))
+    [advised] = [line for line in lines if line.startswith("recommended: ")]
+    assert advised.startswith("recommended: lsp with d = 256 in ")
+    [command] = [line for line in lines if line.startswith("python -m lsp_ray.run")]
+    assert parse(shlex.split(command)[3:]).num_replicas == 32
+    shown = [line for line in lines if line not in (advised, command)]
+    assert max(map(len, shown)) <= 80
+    assert not [line for line in shown if "…" in line]
+
+
+def test_one_gpu_is_planned_for_as_ever(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model_name_or_path", str(folder), "--hardware", "rtx4090-threadripper"]
+    assert main(options) == 0
+    plain = capsys.readouterr().out
+    assert main([*options, "--num_gpus", "1", "--nodes", "1"]) == 0
+    assert capsys.readouterr().out == plain
+    assert "efficiency" not in plain
+    assert "num_replicas" not in plain
+
+
+def test_a_plan_as_json_has_the_cluster_and_what_the_network_and_the_driver_take(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model_name_or_path", str(folder), "--hardware", "rtx4090-threadripper", "--json"]
+    assert main([*options, "--num_gpus", "2", "--nodes", "3", "--network_gbit", "0.1"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    rows = {row["method"]: row for row in content["methods"]}
+    assert [rows[method]["num_gpus"] for method in rows] == [1, 6, 6, 1, 1]
+    lsp, native = rows["lsp"], rows["native"]
+    assert (lsp["num_nodes"], lsp["network_gbit"]) == (3, 0.1)
+    assert (native["num_nodes"], native["network_gbit"], native["payload_dtype"]) == (1, None, None)
+    assert lsp["busy_s"]["network"] > 0
+    assert lsp["busy_s"]["driver"] > 0
+    assert 0 < lsp["efficiency"] <= 1.005
+    assert native["efficiency"] == 1
+    assert lsp["bound"] in ("gpu", "d2h", "cpu", "h2d", "network", "driver")
+    # so slow a network hides no d of 256 in bfloat16
+    assert lsp["payload_dtype"] == "int8"
+    assert "--runtime.payload_dtype int8" in content["command"]
+    assert content["recommended"] == lsp
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--num_gpus", "0"], "error: num_gpus must be at least 1, got 0"),
+        (["--nodes", "0"], "error: nodes must be at least 1, got 0"),
+        (["--nodes", "2"], "error: network_gbit must be given with 2 nodes, got None; 1, 10 and 25 are common"),
+        (["--nodes", "2", "--network_gbit", "0"], "error: network_gbit must be a number above 0, got 0.0"),
+        (["--nodes", "2", "--network_gbit", "inf"], "error: network_gbit must be a number, got 'inf'"),
+        (["--network_gbit", "10"], "error: network_gbit must be left out with one node, got 10.0"),
+        (["--nodes", "129", "--network_gbit", "10"], "error: nodes must be at most 128, got 129"),
+        (
+            ["--nodes", "128", "--num_gpus", "9", "--network_gbit", "10"],
+            "error: num_gpus must be at most 8, as there are 1024 GPUs at most, got 9",
+        ),
+        (
+            ["--num_gpus", "2", "--method", "lora"],
+            "error: method must be lsp or zero_offload with several GPUs, got 'lora'",
+        ),
+        (
+            ["--nodes", "2", "--network_gbit", "10", "--runtime.shard_by", "slice"],
+            "error: runtime.shard_by must be layer with several nodes, got 'slice'",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_planned_for_is_refused_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str
+) -> None:
+    assert main(["--model_name_or_path", str(folder), "--hardware", "rtx3060", *options]) == 2
+    assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is to be measured")
+def test_several_gpus_of_a_machine_without_one_are_refused_before_it_is_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model_name_or_path", str(folder), "--measure", "--num_gpus", "2"]) == 2
+    assert capsys.readouterr().err.endswith("error: num_gpus must be 1 on a machine without a GPU, got 2\n")
+
+
+# the page
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+CHOICE = re.compile(r"d = (\d+), (\w+): ([\d.]+)")
+
+
+@cache
+def llama_7b() -> ModelShape:
+    """With the units that a run sends; its configuration is transformers' own."""
+    with TemporaryDirectory() as path:
+        LlamaConfig().save_pretrained(path)
+        return shape_of(Path(path))
+
+
+def planned(**options: Any) -> Forecast:
+    """What the page's machine makes of llama-7B."""
+    config = PlanConfig(hardware="rtx4090-threadripper", max_seq_length=1024, method="lsp", **options)
+    machine, model = config.machine, llama_7b()
+    assert machine is not None
+    work = workload_of(config, num_units=len(model.layers), cores=machine.num_cores, on_gpu=True)
+    return make_plan(model, work, machine, choices_of(config)).advice.rows[0]
+
+
+@pytest.mark.parametrize("num_nodes", [2, 8])
+@pytest.mark.parametrize(("column", "gbit"), [(0, 1.0), (1, 10.0)])
+def test_the_page_recommends_what_the_planner_does(num_nodes: int, column: int, gbit: float) -> None:
+    [row] = re.findall(rf"^\| {num_nodes} \| (d = .*) \|$", PAGE, re.MULTILINE)
+    dim, dtype, said = CHOICE.findall(row)[column]
+    found = planned(nodes=num_nodes, network_gbit=gbit)
+    assert (found.workload.subspace_dim, found.workload.payload_dtype) == (int(dim), dtype)
+    assert found.efficiency == pytest.approx(float(said), abs=0.006)
+
+
+@pytest.mark.parametrize("num_gpus", [8, 64, 512])
+def test_the_page_says_of_many_gpus_what_the_planner_does(num_gpus: int) -> None:
+    [row] = re.findall(rf"^\| {num_gpus} \|([\d. |]+)\|", PAGE.split("on paper")[1], re.MULTILINE)
+    network_s, updates_s, driver_s, efficiency, free = (float(cell.strip() or 0) for cell in row.split("|")[:5])
+    network = {} if num_gpus == 8 else {"network_gbit": 25.0}
+    runtime, lsp = PlanRuntimeConfig(payload_dtype="bfloat16"), PlanLspConfig(subspace_dim=256)
+    found = planned(nodes=num_gpus // 8, num_gpus=8, lsp=lsp, runtime=runtime, **network)
+    seen = found.network_s, found.busy_s[WorkStream.CPU], found.driver_s, found.efficiency
+    assert seen == pytest.approx((network_s, updates_s, driver_s, efficiency), abs=0.006)
+    alone_s = simulate(llama_7b(), found.workload, MACHINE, found.policy).typical.step_s
+    assert found.single_s / alone_s == pytest.approx(free, abs=0.006)
