@@ -60,6 +60,7 @@ class OptimizerShard:
         self._sums, self._weight_decay = sums, weight_decay
         is_whole = sums is None and self._codec.dtype == torch.float32 and num_parts == 1
         self._scratch_2P = torch.empty(2, 0 if is_whole else _SLICE, device=device)
+        self._sum = torch.empty(max(numel_of_layer.values()) if num_parts > 1 else 0, device=device)
 
     def update(
         self,
@@ -101,7 +102,13 @@ class OptimizerShard:
         """The square sum of the sum of `grads`, before any scale; None for a single one, whose maker knows it."""
         if len(grads) == 1:
             return None
-        return sum(square_sum(self._decoded(grads, *part)) for part in self.states[layer].parts(_SLICE))
+        squares = 0.0
+        for first, part in self.states[layer].parts(_SLICE):
+            numel = part.exp_avg.numel()
+            total = tree_sum([self._codec.decode(grad, numel, first).float() for grad in grads])
+            self._sum[first : first + numel] = total  # what follows need not add it up again
+            squares += square_sum(total)
+        return squares
 
     def carry_over(self, layer: int, changes: Sequence[Reprojection]) -> None:
         """Let the state of a layer's matrices that have new projectors follow them."""
@@ -152,9 +159,9 @@ class OptimizerShard:
 
     def _decoded(self, grads: Sequence[torch.Tensor], first: int, part: AdamWState) -> torch.Tensor:
         numel = part.exp_avg.numel()
-        out = self._scratch_2P[0, :numel]
-        decoded = [self._codec.decode(grad, numel, first) for grad in grads]
-        return out.copy_(decoded[0] if len(decoded) == 1 else tree_sum([values.float() for values in decoded]))
+        is_sum = len(grads) > 1  # see `square_sum`
+        values = self._sum[first : first + numel] if is_sum else self._codec.decode(grads[0], numel, first)
+        return self._scratch_2P[0, :numel].copy_(values)
 
     def _encode(self, step: torch.Tensor, delta: torch.Tensor, first: int, part: AdamWState) -> None:
         """Send Q(δ + e); what that leaves out is the next e, so that nothing is lost for good."""

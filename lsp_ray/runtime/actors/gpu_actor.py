@@ -16,6 +16,7 @@ from lsp_ray.runtime.actors.decided import Decided
 from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.actors.trained_parts import News
+from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.lanes import connect, serve, tell
@@ -117,6 +118,7 @@ class GpuActor:
     def save_state(self, folder: str) -> None:
         """See `DeviceSide.save_state`."""
         self._side.save_state(Path(folder))
+        give_back_free()
 
     def take_weights(self, checkpoint: str) -> None:
         """See `DeviceSide.take_weights`."""

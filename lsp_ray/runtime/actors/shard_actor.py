@@ -24,6 +24,7 @@ from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing
 from lsp_ray.runtime.checkpoints.saved_run import SavedRun, reading
+from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.transport.lanes import connect, serve
 from lsp_ray.runtime.transport.unit_slots import UnitSlots, state_in
@@ -96,6 +97,7 @@ class ShardActor:
         """Write this shard's part of a checkpoint."""
         with writing(Path(folder)):
             save_moments(Path(folder) / STATE / f"moments-{shard_index}.safetensors", self._shard.states)
+        give_back_free()
 
     def update(
         self,
