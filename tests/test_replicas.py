@@ -19,7 +19,7 @@ from lsp_ray.optim.parts import square_sum, tree_sum
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.runtime.prepare.job import resumed
 from lsp_ray.schedule.delta_room import DeltaRoom
-from lsp_ray.schedule.ops import DeltaDue, Event, GradientReady, Op, OpDone, StepJudged
+from lsp_ray.schedule.ops import DeltaDue, Event, GradientReady, Op, OpDone, StepJudged, StepRun
 from lsp_ray.schedule.policy import POLICIES, Policy
 from lsp_ray.trace import WorkStream
 from tests.tiny_jobs import assert_same_bits, run_on_threads, saved_weights, tiny_job, weights_after
@@ -206,6 +206,8 @@ class RandomRun:
                     self._tell(GradientReady(step=step, layer=layer, part=part))
                     yield
             self._num_over[step] += 1
+            if len(self._parts) > 1 and self._num_over[step] == len(self._parts):
+                self._tell(StepRun(step=step))
             if self._policy.speculates and self._num_over[step] == len(self._parts):
                 self._judged.add(step)
                 self._tell(StepJudged(step=step, stands=self._chance.random() < 0.7))

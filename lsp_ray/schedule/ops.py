@@ -77,13 +77,20 @@ class StepJudged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepRun:
+    """The backward of `step` is over on all GPUs; only told where there are several."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepAgain:
     """A GPU was replaced while `step` was the last that all have begun: all of it is told anew, and what follows."""
 
     step: int
 
 
-Event = GradientReady | DeltaDue | OpDone | CostsMeasured | StepJudged | StepAgain
+Event = GradientReady | DeltaDue | OpDone | CostsMeasured | StepJudged | StepRun | StepAgain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

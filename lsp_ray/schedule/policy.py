@@ -25,6 +25,7 @@ from lsp_ray.schedule.ops import (
     OpDone,
     StepAgain,
     StepJudged,
+    StepRun,
 )
 from lsp_ray.schedule.transition import transition_layer
 from lsp_ray.trace import WorkStream
@@ -83,7 +84,7 @@ class Policy(ABC):
         self._num_done: Counter[tuple[WorkStream, int]] = Counter()  # layers, with all their parts
         self._parts_done: Counter[tuple[WorkStream, int, int]] = Counter()  # of a layer that has some to do
         self._to_do: set[Op] = set()  # announced by a gradient and not done
-        self._last_judged = last_judged
+        self._last_judged = self._last_run = last_judged
         self._early: dict[Op, bool] = {}  # updates launched before their step was judged -> whether they have ended
         self._void: set[Op] = set()  # updates under way that must be made again
 
@@ -100,6 +101,8 @@ class Policy(ABC):
                 self.learn(event)
             case StepJudged():
                 self._judge(event)
+            case StepRun(step=step):
+                self._last_run = step
             case StepAgain(step=step):
                 self._begin(step - 1)
         return [Launch(op=op) for lane in sorted(self._ready) for op in self._take(lane)]
@@ -187,11 +190,12 @@ class Policy(ABC):
     def _keeps_together(self, op: Op) -> bool:
         """Whether `op` lets no GPU go on to weights that another one, if it is lost, will never have.
 
-        The first layer's delta opens a step: it comes up once all payloads of the step before are down. So the others
-        still have the weights of the step that a lost one is missing in.
+        The first layer's delta opens a step: it comes up once the step before is over on all GPUs and its payloads are
+        down. So the others still have the weights of the step that a lost one is missing in.
         """
-        is_first = op.stream is WorkStream.H2D and op.layer == 0
-        return not is_first or len(self._parts[WorkStream.H2D]) == 1 or self.all_done(WorkStream.D2H, op.step)
+        if op.stream is not WorkStream.H2D or op.layer > 0 or len(self._parts[WorkStream.H2D]) == 1:
+            return True
+        return op.step <= self._last_run and self.all_done(WorkStream.D2H, op.step)
 
     def _finds_room(self, op: Op) -> bool:
         """Whether the device may hold the delta, if `op` brings one up."""

@@ -7,11 +7,12 @@ Nothing is random, so the same costs give the same trace to the last bit.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone
+from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepRun
 from lsp_ray.schedule.policy import Lane, Policy, lane_of
 from lsp_ray.sim import network as net
 from lsp_ray.sim.costs import StepCosts
@@ -132,7 +133,7 @@ class Simulator:
         self._now_s = 0.0
         self._spans: list[Span] = []
         self._waits: list[Wait] = []
-        self._num_first_ready = 0  # parts of the first step whose backward is over
+        self._num_over: Counter[int] = Counter()  # step -> its parts whose backward is over
         self._step_ends: dict[int, tuple[float, _Gpu]] = {}
 
     def run(self) -> Simulation:
@@ -213,12 +214,14 @@ class Simulator:
 
     def _announce(self, ready: GradientReady) -> None:
         self._queue.push(self._now_s + self._costs.hop_s, ready)
-        if (ready.step, ready.layer) == (0, 0):
-            self._num_first_ready += 1
-            if self._num_first_ready == len(self._gpu_of_part):
-                # the live driver, too, tells after the first step what layers cost
-                measured = CostsMeasured(step=0, layers=self._costs.measured)
-                self._queue.push(self._now_s + self._costs.hop_s, measured)
+        self._num_over[ready.step] += ready.layer == 0
+        if ready.layer > 0 or self._num_over[ready.step] < len(self._gpu_of_part):
+            return
+        if len(self._gpus) > 1:
+            self._queue.push(self._now_s + self._costs.hop_s, StepRun(step=ready.step))
+        if ready.step == 0:  # the live driver, too, tells after the first step what layers cost
+            measured = CostsMeasured(step=0, layers=self._costs.measured)
+            self._queue.push(self._now_s + self._costs.hop_s, measured)
 
     def _arrive(self, op: Op) -> None:
         gpu = self._gpus[op.part]

@@ -117,7 +117,7 @@ class DeviceSide:
             weight_decay=config.weight_decay,
             seed=config.seed,
             on_gradients=self._tell,
-            on_due=self._tell_due if job.delta_room is not None else None,
+            on_due=_telling(self._gpu, self._tell) if job.delta_room is not None else None,
             local_shard=self._local_shard,
             refitter=self._refitter,
             judge=Judge(units, max_grad_norm=config.max_grad_norm, skips=config.on_nonfinite == "skip"),
@@ -309,5 +309,7 @@ class DeviceSide:
     def _say(self, what: str) -> None:
         self.progress = what
 
-    def _tell_due(self, due: DeltaDue) -> None:
-        self._tell(replace(due, gpu=self._gpu))
+
+def _telling(gpu: int, tell: Callable[[News], None]) -> Callable[[DeltaDue], None]:
+    """Tells of deltas on this GPU; no method, which would keep the device's side alive in a circle."""
+    return lambda due: tell(replace(due, gpu=gpu))

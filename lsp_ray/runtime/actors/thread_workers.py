@@ -40,7 +40,13 @@ class ThreadWorkers:
         self._job = job
         self._completions: queue.SimpleQueue[Completion | BaseException] = queue.SimpleQueue()
         assert job.layout.num_gpus == 1, "threads of one process are one GPU's"
-        self.side = DeviceSide(job, self._tell)
+        completions = self._completions
+
+        def tell(news: News) -> None:  # no method: it would keep this object alive in a circle
+            if not isinstance(news, Takeover):  # told where there are other GPUs
+                completions.put(news)
+
+        self.side = DeviceSide(job, tell)
         wires = [job.codec.wire_numel(numel) for numel in job.payload_sizes]
         dtype, num_parts = job.codec.dtype, job.config.replicas
         self._slots = [
@@ -67,10 +73,6 @@ class ThreadWorkers:
         ]
         self._compute, self._d2h, self._h2d = (ThreadPoolExecutor(1, name) for name in ("compute", "d2h", "h2d"))
         self._cpu = [ThreadPoolExecutor(1, f"shard-{index}") for index in range(layout.num_shards)]
-
-    def _tell(self, news: News) -> None:
-        if not isinstance(news, Takeover):  # told where there are other GPUs
-            self._completions.put(news)
 
     def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`; progress is not told."""

@@ -14,7 +14,17 @@ from lsp_ray.runtime.drive.layer_times import LayerTimes
 from lsp_ray.runtime.drive.ledger import ClosedStep, Ledger, OpReport
 from lsp_ray.runtime.drive.open_steps import OpenSteps, op_of
 from lsp_ray.runtime.drive.step_judge import StepJudge
-from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepAgain, StepJudged
+from lsp_ray.schedule.ops import (
+    CostsMeasured,
+    DeltaDue,
+    Event,
+    GradientReady,
+    Op,
+    OpDone,
+    StepAgain,
+    StepJudged,
+    StepRun,
+)
 from lsp_ray.schedule.policy import Policy
 from lsp_ray.trace import Span
 
@@ -144,7 +154,11 @@ class Driver:
         match completion:
             case StepReport():
                 self.times.add_step(completion)
-                self._add_judged(self._judge.add_step(completion))
+                before = self._judge.num_run
+                report = self._judge.add_step(completion)
+                if self._judge.num_run > before and len(set(self._policy.gpu_of_part)) > 1:
+                    self._decide(StepRun(step=completion.step))
+                self._add_judged(report)
             case OpReport():
                 self.ledger.add_op(completion)
                 self.times.add_op(completion.span)
@@ -197,16 +211,15 @@ class Driver:
     def _replace(self, lost: GpuLostError) -> None:
         """Let another actor make the step in which a GPU was lost, with the weights that the others have before it.
 
-        They cannot be further: the first layer's delta of a step comes up once all of its payloads are down.
+        They cannot be further: the first layer's delta of a step comes up once all have told it and sent its payloads.
         """
         gpu, workers = lost.gpu, cast("ReplacingWorkers", self._workers)  # no others tell of a lost GPU
         for completion in workers.forget(gpu):
             self._handle(completion)
-        step = self._open.lacking(gpu, self.ledger.num_closed)
-        is_known = step <= self._judge.num_run and step < self._num_started
+        step = min(self._open.lacking(gpu, self.ledger.num_closed), self._judge.num_run)
         self._losses = [*(at for at in self._losses if at == self.ledger.num_closed), self.ledger.num_closed]
         is_hopeless = len(self._losses) >= MAX_LOSSES_IN_A_ROW
-        if is_hopeless or not is_known or not workers.can_replace(gpu, step):
+        if is_hopeless or step == self._num_started or not workers.can_replace(gpu, step):
             raise lost
         while not (self._others_have_made(gpu, step) and workers.is_idle()):
             for completion in workers.next_completions():

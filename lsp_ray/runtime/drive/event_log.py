@@ -21,6 +21,7 @@ from lsp_ray.schedule.ops import (
     OpDone,
     StepAgain,
     StepJudged,
+    StepRun,
 )
 from lsp_ray.schedule.policy import POLICIES, Policy
 from lsp_ray.trace import WorkStream
@@ -28,7 +29,7 @@ from lsp_ray.trace import WorkStream
 MAX_STEPS = 100  # enough to see and to replay what a policy does; a run of days must not fill the disk with it
 
 # a stream's name, "gradient" or "due", step, layer, and the part or GPU unless it is 0; "judged", step, whether it
-# stands; "costs", step, layers' seconds; "again", step, 0
+# stands; "costs", step, layers' seconds; "run" or "again", step, 0
 _Row = list[Any]
 
 
@@ -102,6 +103,8 @@ def _event(row: _Row) -> Event:
             return DeltaDue(step=step, layer=subject, gpu=part)
         case "again":
             return StepAgain(step=step)
+        case "run":
+            return StepRun(step=step)
         case "judged":
             return StepJudged(step=step, stands=subject)
         case "costs":
@@ -121,6 +124,8 @@ def _event_row(event: Event) -> _Row:
             return ["judged", event.step, event.stands]
         case StepAgain():
             return ["again", event.step, 0]
+        case StepRun():
+            return ["run", event.step, 0]
     return _op_row(event.op)
 
 
