@@ -16,6 +16,7 @@ from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.persistence import fine_tune_persistently
 from lsp_ray.runtime.prepare.job import Job, resumed
 from lsp_ray.runtime.training import NeverStop
+from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.trace import StepMetrics
 from tests.astray import Astray
 from tests.killers import Killer
@@ -106,6 +107,9 @@ class AstrayWorkers(RayWorkers):
 
 def test_gpus_that_no_longer_agree_end_the_run_at_the_next_checkpoint(tmp_path: Path) -> None:
     job = job_on(2, tmp_path, num_replicas=2, save_steps=3, max_steps=6)
+    wires = tuple(job.codec.wire_numel(numel) for numel in job.payload_sizes)
+    # bounded, all drain before the pause, and owe an answer to that besides
+    job = replace(job, delta_room=DeltaRoom(sizes=wires, num_bytes=2 * max(wires)))
     workers = AstrayWorkers(job)
     try:
         with pytest.raises(DivergedError, match="the weights of gpu-1 are not those of gpu-0"):

@@ -23,7 +23,7 @@ import torch
 from lsp_ray.device.fits import Fit
 from lsp_ray.device.projected_linear import BiasProbe, InSubspace
 from lsp_ray.device.rounding import mixed
-from lsp_ray.device.switch import Group, Switch, Takeover
+from lsp_ray.device.switch import Group, Switch, Takeover, takes_over
 from lsp_ray.device.unit import Unit
 from lsp_ray.projection.sparse_projector import SparseProjector
 
@@ -95,7 +95,7 @@ class Refitter(Switch):
             self._sampled = self._sample(step)
             for module in (module for group in self._sampled for module in group.modules):
                 module.probe = BiasProbe()
-        if self.takes_over(step):
+        if takes_over(step, self._check_every):
             projectors: dict[int, SparseProjector] = {}
             for group, fit in self._fits:
                 new = fit.result()  # done long ago, unless fitting is slower than half a period of steps

@@ -6,7 +6,7 @@ import queue
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from lsp_ray.device.switch import Switch, Takeover
+from lsp_ray.device.switch import Switch, Takeover, takes_over
 from lsp_ray.device.unit import Unit
 from lsp_ray.errors import DeadlineError
 
@@ -35,7 +35,7 @@ class RefitFollower(Switch):
         Raises:
             DeadlineError: Nothing was given in time.
         """
-        if not self.takes_over(step):
+        if not takes_over(step, self._check_every):
             return
         try:
             takeover = self._given.get(timeout=TIMEOUT_S)

@@ -48,6 +48,11 @@ class Group:
         return [site.module for site in self.sites]
 
 
+def takes_over(step: int, check_every: int) -> bool:
+    """Whether new projectors take over in this step, if there are any."""
+    return step >= check_every and step % check_every == check_every // 2
+
+
 class Switch:
     """The groups of matrices that learn together, and the projectors that wait to take over.
 
@@ -60,10 +65,6 @@ class Switch:
         self._check_every = check_every
         self._groups = _groups(units)
         self._takeovers: dict[int, list[tuple[Group, list[SparseProjector]]]] = {}
-
-    def takes_over(self, step: int) -> bool:
-        """Whether new projectors take over in this step, if there are any."""
-        return step >= self._check_every and step % self._check_every == self._check_every // 2
 
     def take_over(self, projectors: Mapping[int, SparseProjector]) -> None:
         """Let these be the next ones of the matrices with these numbers, of whole groups; see `switch`."""

@@ -67,10 +67,11 @@ class Policy(ABC):
         self.speculates = speculates
         self.room = room
         self.gpu_of_part = tuple(gpu_of_part)
+        self.num_gpus = len(set(gpu_of_part))
         self._parts = {
             WorkStream.D2H: range(len(gpu_of_part)),
             WorkStream.CPU: range(1),
-            WorkStream.H2D: range(len(set(gpu_of_part))),
+            WorkStream.H2D: range(self.num_gpus),
         }
         self.num_layers = len(shard_of_layer)
         self._shard_of_layer = tuple(shard_of_layer)
@@ -193,7 +194,7 @@ class Policy(ABC):
         The first layer's delta opens a step: it comes up once the step before is over on all GPUs and its payloads are
         down. So the others still have the weights of the step that a lost one is missing in.
         """
-        if op.stream is not WorkStream.H2D or op.layer > 0 or len(self._parts[WorkStream.H2D]) == 1:
+        if op.stream is not WorkStream.H2D or op.layer > 0 or self.num_gpus == 1:
             return True
         return op.step <= self._last_run and self.all_done(WorkStream.D2H, op.step)
 

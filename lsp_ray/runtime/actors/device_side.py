@@ -144,9 +144,14 @@ class DeviceSide:
         return Decided(throttle=self._kept_to, projectors=on_cpu(self._linears))
 
     def hand_over(self, step: int, weights: Path) -> Decided:
-        """While the next forward waits for the first delta of `step`: leave all that it begins with in a file."""
+        """While the next forward waits for the first delta of `step`: leave all that it begins with in a file.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
         assert self.worker.is_before(step), f"deltas of step {step} have been added"
-        save_trained(self.worker.units, weights)
+        with writing(weights.parent):
+            save_trained(self.worker.units, weights)
         return replace(self.decided(), step=step, weights=weights)
 
     def digest(self) -> int:

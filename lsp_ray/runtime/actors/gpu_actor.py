@@ -40,7 +40,7 @@ class GpuActor:
     def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0) -> None:
         self._news: Connection | None = None
         self._telling = threading.Lock()
-        self._name = "gpu" if job.layout.num_gpus == 1 else f"gpu-{gpu}"
+        self._name = job.layout.name_of(gpu)
         self._gpu = gpu
         self._side = DeviceSide(job, self._tell, gpu)
         self._slots = [own.open() for own in slots]

@@ -108,11 +108,13 @@ class GpuPool:
         """Call a method of the first one and return what it does."""
         return self._lanes[0][COMPUTE].call(f"{self._name(0)}: {what}", method, *args, meanwhile=meanwhile)
 
-    def wait(self) -> None:
-        """Wait for the long calls under way."""
-        for lanes in self._lanes:
+    def wait(self) -> list[Any]:
+        """Wait for the long calls under way; returns each one's last answer. Of a drain nobody needs the answer."""
+        answers: list[Any] = [None] * self._num_gpus
+        for gpu, lanes in enumerate(self._lanes):
             while lanes[COMPUTE].owed:
-                lanes[COMPUTE].answer()
+                answers[gpu] = lanes[COMPUTE].answer()
+        return answers
 
     def keep_to(self, throttle: Throttle) -> None:
         """See `DeviceSide.keep_to`."""
@@ -130,7 +132,7 @@ class GpuPool:
             return
         for gpu in range(self._num_gpus):
             self._order(gpu, COMPUTE, "digest", "digest")
-        digests = [lanes[COMPUTE].answer() for lanes in self._lanes]
+        digests = self.wait()
         for gpu, digest in enumerate(digests):
             if digest != digests[0]:
                 raise DivergedError(f"the weights of {self._name(gpu)} are not those of {self._name(0)}")
@@ -170,4 +172,4 @@ class GpuPool:
             self._lanes[gpu][lane].order(Order(what=f"{self._name(gpu)}: {what}", method=method, args=args))
 
     def _name(self, gpu: int) -> str:
-        return "gpu" if self._num_gpus == 1 else f"gpu-{gpu}"
+        return self._job.layout.name_of(gpu)

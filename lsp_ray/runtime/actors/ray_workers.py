@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lsp_ray.device.switch import Takeover
+from lsp_ray.device.switch import Takeover, takes_over
 from lsp_ray.errors import DeadlineError, GpuLostError, WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
@@ -145,7 +145,7 @@ class RayWorkers:
         """See `Workers`. What is learned of projectors is on the first GPU alone; who takes over is told once."""
         every = self._job.config.lsp.check_every if self._job.config.method == "lsp" else 0
         is_learning = bool(every) and step >= every and step % every <= every // 2
-        is_told = bool(every) and any(at >= every and at % every == every // 2 for at in (step, step + 1))
+        is_told = bool(every) and any(takes_over(at, every) for at in (step, step + 1))
         return not self._job.staleness and not is_told and not (gpu == 0 and is_learning)
 
     def is_idle(self) -> bool:
@@ -156,7 +156,7 @@ class RayWorkers:
     def replace(self, gpu: int, step: int) -> None:
         """See `Workers`."""
         self._gpus.replace(gpu, step)
-        self._note(f"gpu-{gpu} is replaced in step {step + 1}, and no step is lost")
+        self._note(f"{self._job.layout.name_of(gpu)} is replaced in step {step + 1}, and no step is lost")
 
     def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
         """See `Workers`."""

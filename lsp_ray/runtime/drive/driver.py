@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from lsp_ray.device.step_report import StepReport
-from lsp_ray.errors import GpuLostError
+from lsp_ray.errors import CheckpointError, GpuLostError
 from lsp_ray.runtime.drive.event_log import EventLog
 from lsp_ray.runtime.drive.layer_times import LayerTimes
 from lsp_ray.runtime.drive.ledger import ClosedStep, Ledger, OpReport
@@ -123,7 +123,7 @@ class Driver:
         self._made: set[Op] = set()  # of a step that is told anew: what need not be made again
         self._grad_scales: dict[int, float] = {}  # of steps that are judged and not closed
         self.times = LayerTimes(policy.num_layers)
-        self.ledger = Ledger(policy.num_layers, learning_rates, first_step, len(set(policy.gpu_of_part)))
+        self.ledger = Ledger(policy.num_layers, learning_rates, first_step, policy.num_gpus)
 
     def train(self, end: int, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Run the steps before `end`, fewer where `should_stop` says so; on return their deltas have come up."""
@@ -156,7 +156,7 @@ class Driver:
                 self.times.add_step(completion)
                 before = self._judge.num_run
                 report = self._judge.add_step(completion)
-                if self._judge.num_run > before and len(set(self._policy.gpu_of_part)) > 1:
+                if self._judge.num_run > before and self._policy.num_gpus > 1:
                     self._decide(StepRun(step=completion.step))
                 self._add_judged(report)
             case OpReport():
@@ -224,7 +224,10 @@ class Driver:
         while not (self._others_have_made(gpu, step) and workers.is_idle()):
             for completion in workers.next_completions():
                 self._handle(completion)
-        workers.replace(gpu, step)
+        try:
+            workers.replace(gpu, step)
+        except CheckpointError as error:  # no room for what it would be given: the last checkpoint is there
+            raise lost from error
         now_s = time.monotonic()
         for op in self._open.not_up(gpu, step - 1) if step > self.ledger.num_closed else ():
             span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=now_s, end_s=now_s, part=op.part)

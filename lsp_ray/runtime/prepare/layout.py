@@ -36,6 +36,10 @@ class Layout:
         """GPUs, or CPU actors in their place, that compute."""
         return len(set(self.gpu_of_part))
 
+    def name_of(self, gpu: int) -> str:
+        """What people and Ray's dashboard call it."""
+        return "gpu" if self.num_gpus == 1 else f"gpu-{gpu}"
+
     def parts_of(self, gpu: int) -> range:
         """The parts of a step that a GPU computes, one after the other."""
         first = self.gpu_of_part.index(gpu)
