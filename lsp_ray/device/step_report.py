@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lsp_ray.device.refit import BiasReport
 from lsp_ray.trace import ComputeSpan, Wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasReport:
+    """Mean relative bias of the matrices measured in one step, and how many of them are refitted.
+
+    `relative_by_unit` has the same of each unit with a matrix in the sample.
+    """
+
+    relative: float
+    relative_by_unit: dict[int, float]
+    num_measured: int
+    num_refitted: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

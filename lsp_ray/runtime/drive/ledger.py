@@ -8,7 +8,7 @@ their waiting is counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.optim.reproject import Reprojection
@@ -131,7 +131,9 @@ class Ledger:
         spans = self._spans(report.step)
         counted = self._counted(report)
         step_time_s = sum(end_s - start_s for start_s, end_s in counted)
-        late = exposed(self._waits(report), spans, report.waiting_parts)
+        # of several GPUs one may have begun the step, and waited, while others were still at the one before
+        waits = [part for wait in self._waits(report) for part in _within(wait, counted)]
+        late = exposed(waits, spans, report.waiting_parts)
 
         def busy(stream: WorkStream) -> float:
             return sum(busy_s(spans, stream, start_s, end_s) for start_s, end_s in counted)
@@ -163,6 +165,12 @@ class Ledger:
             bias_by_layer=_by_name(report.bias.relative_by_unit) if report.bias else None,
             num_refitted=report.bias.num_refitted if report.bias else None,
         )
+
+
+def _within(wait: Wait, counted: Sequence[tuple[float, float]]) -> list[Wait]:
+    """What of a wait lies in the time that counts."""
+    cut = [(max(wait.start_s, start_s), min(wait.end_s, end_s)) for start_s, end_s in counted]
+    return [replace(wait, start_s=start_s, end_s=end_s) for start_s, end_s in cut if start_s < end_s]
 
 
 def _by_name(bias_by_unit: Mapping[int, float]) -> dict[str, float]:
