@@ -171,7 +171,13 @@ class RayWorkers:
             lanes = [*self._gpus.lanes, *(self._shards.lanes if self._shards is not None else ())]
             ready: list[Any] = wait(lanes, min(POLL_S, max(0.0, deadline_s - time.monotonic())))
             ready = ready or [lane for lane in lanes if lane.has_ended()]
-            completions = [completion for lane in ready for completion in self._received(lane)]
+            completions: list[Completion] = []
+            try:
+                for lane in ready:
+                    completions += self._received(lane)
+            except GpuLostError:
+                if not completions:  # else the lane says so again, once these are taken care of
+                    raise
             if completions:
                 return completions
             if time.monotonic() >= deadline_s:

@@ -17,6 +17,7 @@ from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
 from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS as FEW_ARENAS
 from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
 from lsp_ray.runtime.cluster.nodes import FIELD, Node, nodes
+from lsp_ray.runtime.cluster.ray_process import saying_nothing
 
 
 @contextmanager
@@ -35,6 +36,11 @@ def joined_cluster(address: str) -> Iterator[Sequence[Node]]:
         yield nodes()
         return
     limit_arenas()
+    with saying_nothing():
+        yield from _joined(address)
+
+
+def _joined(address: str) -> Iterator[Sequence[Node]]:
     try:
         ray.init(
             address=address,

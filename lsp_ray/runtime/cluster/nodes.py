@@ -74,7 +74,7 @@ def on_node(node_id: str) -> dict[str, Any]:
 
 def answering(there: Sequence[Node]) -> list[Node]:
     """Those on which something can be run; Ray takes some seconds to know that one is gone."""
-    looks = {node.id: _looked.options(**on_node(node.id)).remote(()) for node in there}
+    looks = {node.id: _answer.options(**on_node(node.id)).remote() for node in there}
     found = []
     for node in there:
         with suppress(RayError):
@@ -159,6 +159,10 @@ def _left_in(folder: Path) -> Iterator[Path]:
         yield mark
     finally:
         mark.rmdir()
+
+
+# no function of a module's, which would be imported where it runs, and torch with it
+_answer = ray.remote(num_cpus=0)(lambda: None)
 
 
 @ray.remote(num_cpus=0)

@@ -66,10 +66,19 @@ class StepJudge:
         """Whether the GPUs of these parts have reported the step."""
         return parts <= {part for report in self._reports.get(step, ()) for part in report.losses}
 
+    def lacking(self, parts: set[int]) -> int:
+        """The first step that the GPU of these parts has not reported."""
+        step = self._num_judged
+        while self.has(step, parts):
+            step += 1
+        return step
+
     def forget(self, step: int, parts: set[int]) -> None:
         """Drop what the GPU of these parts has said of a step that it makes again."""
         reports = self._reports.get(step, [])
         self._reports[step] = [report for report in reports if parts.isdisjoint(report.losses)]
+        self._square_sums.pop(step, None)  # shards are asked once more: no step is judged before all of it is there
+        self.num_run = min(self.num_run, step)  # its report may have come before the payloads that it lacked
 
     def _judged(self, step: int) -> StepReport | None:
         if len(self._reports.get(step, ())) < self._num_gpus:
