@@ -7,6 +7,7 @@ their waiting is counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,7 @@ class Ledger:
         self._learning_rates = learning_rates
         self._steps: dict[int, StepReport] = {}
         self._ops: dict[int, list[OpReport]] = {}
+        self._ups: Counter[int] = Counter()  # of those, by step: on the way up
         self._pauses: dict[int, tuple[float, float]] = {}  # step that comes next -> from when until when
         self.num_closed = first_step
         self.peak_device_bytes: int | None = None
@@ -68,10 +70,12 @@ class Ledger:
     def add_op(self, report: OpReport) -> None:
         """Note that an operation is done."""
         self._ops.setdefault(report.span.step, []).append(report)
+        self._ups[report.span.step] += report.span.stream is WorkStream.H2D
 
     def forget(self, step: int, is_dropped: Callable[[OpReport], bool]) -> None:
         """Drop operations of a step that are made again."""
         self._ops[step] = [op for op in self._ops.get(step, []) if not is_dropped(op)]
+        self._ups[step] = sum(op.span.stream is WorkStream.H2D for op in self._ops[step])
 
     def add_pause(self, start_s: float, end_s: float) -> None:
         """Note that training stood still between the last closed step, whose deltas are all up, and the next."""
@@ -82,13 +86,13 @@ class Ledger:
         step = self.num_closed
         report = self._steps.get(step)
         # the way up is a unit's last operation; updates may have been made twice
-        num_up = sum(op.span.stream is WorkStream.H2D for op in self._ops.get(step, []))
-        if report is None or num_up < self._num_up:
+        if report is None or self._ups[step] < self._num_up:
             return None
         closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report), notes=report.notes)
         self.num_closed += 1
         self._steps.pop(step - 1, None)
         self._ops.pop(step - STEPS_KEPT, None)
+        del self._ups[step]
         self._pauses.pop(step, None)
         return closed
 
