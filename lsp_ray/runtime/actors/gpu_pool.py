@@ -58,7 +58,7 @@ class GpuPool:
 
     def news(self, lane: Lane) -> bool:
         """Whether it is one on which news come, and no answers."""
-        return any(lanes.get(NEWS) is lane for lanes in self._lanes)
+        return not lane.owed and any(lanes.get(NEWS) is lane for lanes in self._lanes)
 
     def forget(self, gpu: int) -> list[Lane]:
         """Take the lanes of one that is lost away; orders to it are for nobody until it is replaced."""

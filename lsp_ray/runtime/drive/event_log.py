@@ -66,8 +66,10 @@ class EventLog:
 
     def write(self, event: Event, actions: Sequence[Action]) -> None:
         """Append one decision, up to the first event of step MAX_STEPS: what follows would have no beginning."""
+        if self._is_full:
+            return
         row = _event_row(event)
-        self._is_full = self._is_full or row[1] >= MAX_STEPS
+        self._is_full = row[1] >= MAX_STEPS
         if not self._is_full:
             self._write({"event": row, "launch": [_op_row(action.op) for action in actions]})
 
