@@ -26,14 +26,19 @@ class PacedGpu(GpuActor):
 
     def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0) -> None:
         super().__init__(job, slots, gpu)
-        self._parts, self._num_parts = job.layout.parts_of(gpu), len(job.layout.gpu_of_part)
+        self._gpu_of_part = job.layout.gpu_of_part
+        self._parts, self._num_parts = job.layout.parts_of(gpu), len(self._gpu_of_part)
         self._staleness = job.staleness
         self._came_up = threading.Condition()
         self._last_up = [-1] * len(slots)  # the step whose delta came up last, by unit
 
     def setup(self, decided: Decided | None = None) -> SetupReport:
         """Nothing to load."""
-        return SetupReport(unfitted=[], num_pageable=0, throttle=Throttle())
+        return SetupReport(unfitted=[], num_pageable=0, throttle=Throttle(), gpu_of_part=self._gpu_of_part)
+
+    def pace(self) -> float:
+        """The same on all."""
+        return UNIT_S
 
     def decided(self) -> Decided:
         """Nothing that others would have to have alike."""

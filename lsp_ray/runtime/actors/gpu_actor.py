@@ -71,6 +71,14 @@ class GpuActor:
         self._to_begin = ()
         return report
 
+    def pace(self) -> float:
+        """See `DeviceSide.pace`."""
+        return self._side.pace()
+
+    def divide(self, gpu_of_part: tuple[int, ...]) -> None:
+        """See `DeviceSide.divide`."""
+        self._side.divide(gpu_of_part)
+
     def decided(self) -> Decided:
         """See `DeviceSide.decided`."""
         return self._side.decided()

@@ -14,6 +14,7 @@ from lsp_ray.runtime.actors.gpu_actor import COMPUTE, CONCURRENCY_GROUPS, D2H, H
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.leftovers import own_folder
 from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.prepare.layout import parts_by_pace
 from lsp_ray.runtime.transport.answers import answer
 from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
 from lsp_ray.runtime.transport.unit_slots import UnitSlots
@@ -95,6 +96,8 @@ class GpuPool:
                 on_progress(now)
                 said = now
 
+        if self._job.has_parts_to_divide:
+            self._divide(tell_progress)
         report: SetupReport = self.first("setup", "setup", meanwhile=tell_progress)
         if self._num_gpus > 1:
             decided = self.first("what is decided", "decided")
@@ -103,6 +106,17 @@ class GpuPool:
             self.wait()
             self.check_alike()
         return report
+
+    def _divide(self, meanwhile: Callable[[], None]) -> None:
+        """Let a fast GPU compute more parts than a slow one; all measure at the same time, as they will compute."""
+        for gpu in range(1, self._num_gpus):
+            self._order(gpu, COMPUTE, "pace", "pace")
+        first_s: float = self.first("pace", "pace", meanwhile=meanwhile)
+        gpu_of_part = parts_by_pace(self._job.config.replicas, [first_s, *self.wait()[1:]])
+        self._job = self._job.with_parts(gpu_of_part)
+        for gpu in range(self._num_gpus):
+            self._order(gpu, COMPUTE, "parts", "divide", gpu_of_part)
+        self.wait()
 
     def first(self, what: str, method: str, *args: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """Call a method of the first one and return what it does."""

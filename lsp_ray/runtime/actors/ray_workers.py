@@ -73,6 +73,7 @@ class RayWorkers:
     def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`."""
         report = self._gpus.setup(on_progress)
+        self._job = self._job.with_parts(report.gpu_of_part)
         if self._shards is not None:
             self._shards.set_up(report.throttle)
         return report
