@@ -186,7 +186,7 @@ class Policy(ABC):
         return ops
 
     def _may_start(self, op: Op) -> bool:
-        return self._finds_slot(op) and self._finds_room(op) and self._keeps_together(op) and self.admits(op)
+        return self.admits(op) and self._finds_slot(op) and self._finds_room(op) and self._keeps_together(op)
 
     def _keeps_together(self, op: Op) -> bool:
         """Whether `op` lets no GPU go on to weights that another one, if it is lost, will never have.

@@ -96,10 +96,12 @@ class Ledger:
         self._pauses.pop(step, None)
         return closed
 
-    def _spans(self, step: int) -> list[Span]:
-        """Of the operations that may reach into the step."""
-        reaching = range(step - STEPS_KEPT, step + 1)
-        return [op.span for number in reaching for op in self._ops.get(number, [])]
+    def _spans(self, report: StepReport) -> list[Span]:
+        """Of the operations that reach into the step, or come after it began."""
+        begins_s = min(report.start_s, self._counted(report)[0][0])  # a GPU may begin before the slowest has ended
+        reaching = range(report.step - STEPS_KEPT, report.step + 1)
+        spans = (op.span for number in reaching for op in self._ops.get(number, ()))
+        return [span for span in spans if span.end_s > begins_s]
 
     def _counted(self, report: StepReport) -> list[tuple[float, float]]:
         """When the step's clock runs."""
@@ -127,12 +129,12 @@ class Ledger:
             end_s=report.end_s,
             compute=report.compute,
             ops=tuple(op.span for op in self._ops.get(report.step, [])),
-            waits=tuple(wait_parts(report.waits, self._spans(report.step), report.waiting_parts)),
+            waits=tuple(wait_parts(report.waits, self._spans(report), report.waiting_parts)),
         )
 
     def _metrics(self, report: StepReport) -> StepMetrics:
         own = self._ops.get(report.step, [])
-        spans = self._spans(report.step)
+        spans = self._spans(report)
         counted = self._counted(report)
         step_time_s = sum(end_s - start_s for start_s, end_s in counted)
         late = exposed(self._waits(report), spans, report.waiting_parts)
