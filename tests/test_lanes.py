@@ -105,6 +105,7 @@ def test_answers_come_in_order_and_errors_as_what_they_are(lane: Lane) -> None:
 
 def test_a_wait_for_a_dead_actor_ends_even_where_its_child_holds_the_socket(lane: Lane) -> None:
     child = lane.call("forking", "fork")
+    assert lane.process is not None
     lane.process.kill()
     try:
         with pytest.raises(WorkerLostError, match=r"^servant died \(update\)$"):

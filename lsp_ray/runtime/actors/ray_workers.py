@@ -35,6 +35,7 @@ class RayWorkers:
         job: The run.
         completion_timeout_s: How long nothing at all may happen.
         note: Told, in a line, of a shard that died and is replaced.
+        shared: A folder that all machines see; None: there is one.
 
     Attributes:
         gpu_actor: Of whose kind the GPU actor is.
@@ -48,6 +49,7 @@ class RayWorkers:
         *,
         completion_timeout_s: float = COMPLETION_TIMEOUT_S,
         note: Callable[[str], None] = lambda _line: None,
+        shared: Path | None = None,
     ) -> None:
         self._job = job
         self._completion_timeout_s = completion_timeout_s
@@ -59,7 +61,7 @@ class RayWorkers:
             new_unit_slots(unit, numel, job.codec, parts, job.config.replicas)
             for unit, (numel, parts) in enumerate(zip(job.payload_sizes, sums, strict=True))
         ]
-        self._gpus = GpuPool(job, self.gpu_actor, slots)
+        self._gpus = GpuPool(job, self.gpu_actor, slots, shared)
         self._shards: ShardPool | None = None
         try:
             self._shards = ShardPool(job, slots, note) if slots else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,10 +150,11 @@ def throttle_of(
     """To be decided before any linear is replaced: what is emulated then does not depend on the method."""
     runtime = job.config.runtime
     if runtime.emulate is None or not job.payload_sizes:
-        return Throttle(link_gbps=runtime.link_gbps)
+        return Throttle(link_gbps=runtime.link_gbps, network_gbps=runtime.network_gbps)
     say("measuring the compute of a step")
     size = job.config.gradient_accumulation_steps * len(job.layout.parts_of(0))
     batches = job.micro_batches.calibration(size * MEASURED_UPDATES)
     updates = [batches[first : first + size] for first in range(0, len(batches), size)]
     compute_s = compute_seconds(model, updates, backend)
-    return emulating(MACHINES[runtime.emulate], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
+    emulated = emulating(MACHINES[runtime.emulate], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
+    return replace(emulated, network_gbps=runtime.network_gbps)

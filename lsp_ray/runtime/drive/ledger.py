@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.optim.reproject import Reprojection
@@ -67,13 +67,15 @@ class Ledger:
 
     Args:
         num_units: Units that pass down, through their update and up in every step; 0 if nothing leaves the device.
-        num_gpus: To which each unit's delta comes up.
+        gpus: To which each unit's delta comes up, by name.
         learning_rates: One for every step.
         first_step: The first to be closed.
     """
 
-    def __init__(self, num_units: int, learning_rates: Sequence[float], first_step: int = 0, num_gpus: int = 1) -> None:
-        self._num_up = num_units * num_gpus
+    def __init__(
+        self, num_units: int, learning_rates: Sequence[float], first_step: int = 0, gpus: Sequence[str] = ("gpu",)
+    ) -> None:
+        self._names, self._num_up = gpus, num_units * len(gpus)
         self._learning_rates = learning_rates
         self._steps: dict[int, StepReport] = {}
         self._ops: dict[int, list[OpReport]] = {}
@@ -158,7 +160,9 @@ class Ledger:
         spans = self._spans(report)
         counted = self._counted(report)
         step_time_s = sum(end_s - start_s for start_s, end_s in counted)
-        late = exposed(self._waits(report), spans, report.waiting_parts)
+        # of several GPUs one may have begun the step, and waited, while others were still at the one before
+        waits = [part for wait in self._waits(report) for part in _within(wait, counted)]
+        late = exposed(waits, spans, report.waiting_parts)
 
         def busy(stream: WorkStream) -> float:
             return sum(busy_s(spans, stream, start_s, end_s) for start_s, end_s in counted)
@@ -183,13 +187,19 @@ class Ledger:
             exposed_cpu_s=late.cpu_s,
             exposed_h2d_s=late.h2d_s,
             exposed_peers_s=late.peers_s,
-            slowest_gpu=report.slowest_gpu,
+            computed_s_by_gpu=dict(zip(self._names, report.computed_s, strict=True)) if report.computed_s else None,
             bytes_d2h=moved(WorkStream.D2H),
             bytes_h2d=moved(WorkStream.H2D),
             bias=report.bias.relative if report.bias else None,
             bias_by_layer=_by_name(report.bias.relative_by_unit) if report.bias else None,
             num_refitted=report.bias.num_refitted if report.bias else None,
         )
+
+
+def _within(wait: Wait, counted: Sequence[tuple[float, float]]) -> list[Wait]:
+    """What of a wait lies in the time that counts."""
+    cut = [(max(wait.start_s, start_s), min(wait.end_s, end_s)) for start_s, end_s in counted]
+    return [replace(wait, start_s=start_s, end_s=end_s) for start_s, end_s in cut if start_s < end_s]
 
 
 def _by_name(bias_by_unit: Mapping[int, float]) -> dict[str, float]:

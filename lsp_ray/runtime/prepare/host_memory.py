@@ -39,7 +39,8 @@ def check_memory(job: Job, host: HostMemory) -> None:
     to be quantised is loaded one by one.
     """
     smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
-    if job.store_bytes > host.shared_bytes:
+    in_own_store = job.config.runtime.address is None  # else the cluster has one, which is looked at there
+    if in_own_store and job.store_bytes > host.shared_bytes:
         raise ConfigError(
             "method",
             f"fit its slots into {_shown(host.shared_bytes)} of shared memory that are free in {_SHARED_MEMORY} "
@@ -47,7 +48,8 @@ def check_memory(job: Job, host: HostMemory) -> None:
             job.config.method,
             hint=f"{smaller} needs less; in Docker, --shm-size sets how much there is",
         )
-    models = 1 if job.device == "cuda" else job.layout.num_gpus  # a GPU's is in main memory for a while alone
+    beside = job.layout.nodes.count(job.layout.nodes[0]) if job.layout.nodes else job.layout.num_gpus
+    models = 1 if job.device == "cuda" else beside  # a GPU's is in main memory for a while alone
     needed_bytes = job.store_bytes + (0 if job.quantized else models * job.num_weights * job.dtype.itemsize)
     if needed_bytes > host.main_bytes:
         raise ConfigError(

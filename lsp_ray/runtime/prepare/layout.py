@@ -15,12 +15,16 @@ GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU comput
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Threads of each actor, the shard that owns each unit, and the GPU that computes each part of a step."""
+    """Threads of each actor, the shard that owns each unit, and the GPU that computes each part of a step.
+
+    `nodes` are the names of the machines of all GPUs; empty: there is one machine.
+    """
 
     device_threads: int
     shard_threads: int
     shard_of_unit: tuple[int, ...]
     gpu_of_part: tuple[int, ...] = (0,)
+    nodes: tuple[str, ...] = ()
 
     @property
     def num_shards(self) -> int:
@@ -39,7 +43,8 @@ class Layout:
 
     def name_of(self, gpu: int) -> str:
         """What people and Ray's dashboard call it."""
-        return "gpu" if self.num_gpus == 1 else f"gpu-{gpu}"
+        name = "gpu" if self.num_gpus == 1 else f"gpu-{gpu}"
+        return f"{name}@{self.nodes[gpu]}" if self.nodes else name
 
     def parts_of(self, gpu: int) -> range:
         """The parts of a step that a GPU computes, one after the other."""
@@ -61,42 +66,53 @@ class CoreShares:
     device_threads: int
 
 
-def divide_cores(runtime: RuntimeConfig, *, num_units: int, cores: int, on_gpu: bool) -> CoreShares:
-    """Divide the cores among the actors; see `plan_layout`. `num_units` is 0 if nothing leaves the device."""
+def divide_cores(
+    runtime: RuntimeConfig, *, num_units: int, cores: int, on_gpu: bool, nodes: Sequence[str] = ()
+) -> CoreShares:
+    """Divide a machine's cores among the actors; see `plan_layout`. `num_units` is 0 if nothing leaves the device."""
     default = 2 if cores >= CORES_FOR_TWO_SHARDS else 1
     num_gpus = 1 if runtime.num_gpus == "auto" else runtime.num_gpus
+    beside = max(map(nodes.count, nodes), default=num_gpus)  # that share a machine
     num_shards = min(runtime.num_shards or default, max(1, num_units))
     if on_gpu:
-        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, max(1, cores // num_gpus))
-        shard_threads = runtime.shard_threads or max(1, (cores - num_gpus * device_threads) // num_shards)
+        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, max(1, cores // beside))
+        shard_threads = runtime.shard_threads or max(1, (cores - beside * device_threads) // num_shards)
     else:
         # compressed updates are small next to forward and backward: a quarter of the cores is enough for them
         shard_threads = runtime.shard_threads or max(1, cores // 4 // num_shards)
         left = cores - shard_threads * num_shards if num_units else cores
-        device_threads = runtime.device_threads or max(1, left // num_gpus)
+        device_threads = runtime.device_threads or max(1, left // beside)
     return CoreShares(
         num_gpus=num_gpus, num_shards=num_shards, shard_threads=shard_threads, device_threads=device_threads
     )
 
 
 def plan_layout(
-    runtime: RuntimeConfig, payload_sizes: Sequence[int], *, cores: int, on_gpu: bool, num_parts: int = 1
+    runtime: RuntimeConfig,
+    payload_sizes: Sequence[int],
+    *,
+    cores: int,
+    on_gpu: bool,
+    num_parts: int = 1,
+    nodes: Sequence[str] = (),
 ) -> Layout:
     """Divide units, parts and cores.
 
     Args:
         runtime: What was asked for; what is None is chosen here.
         payload_sizes: Elements of each unit's payload; empty if nothing leaves the device.
-        cores: CPU cores this run may use.
+        cores: CPU cores this run may use, on each machine.
         on_gpu: Whether a GPU computes; if not, the GPU actor needs most of the cores itself.
         num_parts: Of a step.
+        nodes: Names of the machines of all GPUs; empty: there is one machine.
     """
-    shares = divide_cores(runtime, num_units=len(payload_sizes), cores=cores, on_gpu=on_gpu)
+    shares = divide_cores(runtime, num_units=len(payload_sizes), cores=cores, on_gpu=on_gpu, nodes=nodes)
     return Layout(
         device_threads=shares.device_threads,
         shard_threads=shares.shard_threads,
         shard_of_unit=balanced(payload_sizes, shares.num_shards),
         gpu_of_part=even_parts(num_parts, shares.num_gpus),
+        nodes=tuple(nodes),
     )
 
 
