@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lsp_ray.device.step_report import StepReport
-from lsp_ray.errors import GpuLostError
-from lsp_ray.runtime.actors import ray_workers
+from lsp_ray.errors import GpuLostError, WorkerLostError
 from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.drive.driver import Completion, Driver
 from lsp_ray.runtime.drive.ledger import ClosedStep, OpReport
@@ -172,16 +172,22 @@ class _Pool:
 def test_what_others_have_said_before_a_gpu_is_lost_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     said = GradientReady(step=0, layer=0)
     workers = RayWorkers.__new__(RayWorkers)
+    workers._job = SimpleNamespace(layout=SimpleNamespace(num_gpus=2))  # type: ignore[assignment]
     workers._gpus, workers._shards, workers._completion_timeout_s = _Pool(["alive", "lost"]), None, 1.0  # type: ignore[assignment]
 
-    def received(lane: Any) -> list[Completion]:
+    def told(lane: Any) -> list[Completion]:
         if lane == "lost":
-            raise GpuLostError("lost", 1)
+            raise WorkerLostError("lost")
         return [said]
 
-    monkeypatch.setattr(workers, "_received", received, raising=False)
-    monkeypatch.setattr(ray_workers, "wait", lambda *_: ["alive", "lost"])
+    class Watch:
+        def wait(self, lanes: list[Any], _timeout_s: float) -> list[Any]:
+            return [lane for lane in lanes if lane != silent]
+
+    silent = ""
+    workers._watch = Watch()  # type: ignore[assignment]
+    monkeypatch.setattr(workers, "_told", told, raising=False)
     assert workers.next_completions() == [said]
-    monkeypatch.setattr(ray_workers, "wait", lambda *_: ["lost"])
+    silent = "alive"
     with pytest.raises(GpuLostError):
         workers.next_completions()

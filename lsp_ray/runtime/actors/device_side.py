@@ -37,7 +37,7 @@ from lsp_ray.runtime.actors.decided import Decided, on_cpu
 from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.actors.throttle import Throttle
-from lsp_ray.runtime.actors.trained_parts import News, build, local_shard_of, refitter_of, throttle_of
+from lsp_ray.runtime.actors.trained_parts import News, build, local_shard_of, part_seconds, refitter_of, throttle_of
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, TRAINED, writing
 from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.prepare.beginning import damaged_updates
@@ -54,12 +54,14 @@ _BASES = "galore_bases.safetensors"
 class SetupReport:
     """Linears whose projectors could not be learned and stay random, and host slots that could not be page-locked.
 
-    `throttle` is decided here for the whole run: the shards must keep to it as well.
+    `throttle` is decided here for the whole run: the shards must keep to it as well. `gpu_of_part` is how the parts of
+    a step are divided.
     """
 
     unfitted: list[str]
     num_pageable: int
     throttle: Throttle
+    gpu_of_part: tuple[int, ...]
 
 
 class DeviceSide:
@@ -80,26 +82,26 @@ class DeviceSide:
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
         self._files = ModelFiles(job, self.backend.device)
         self.progress = ""
-        self._is_set_up = False
+        self._is_loaded = self._is_set_up = False
         self._linears: Sequence[tuple[str, InSubspace]] = []
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
 
+    def pace(self) -> float:
+        """Before `setup`: seconds that a micro-batch takes here, forward and backward."""
+        self._load(None)
+        return part_seconds(self._job, self._model, self.backend, self._say)
+
+    def divide(self, gpu_of_part: tuple[int, ...]) -> None:
+        """Before `setup`: compute these parts of a step."""
+        self._job = self._job.with_parts(gpu_of_part)
+
     def setup(self, host_slots: Sequence[torch.Tensor] = (), decided: Decided | None = None) -> SetupReport:
         """Load, wrap and fit, or take what the first GPU decided; lock the pages of the slots if a GPU copies there."""
         job, config = self._job, self._job.config
-        torch.set_num_threads(job.layout.device_threads)
-        self._say("loading the model")
-        self._tokenizer = load_tokenizer(job.model_folder)
-        self._model = self._files.load(self._base(decided))
-        if not job.quantized:  # else it is there
-            self._model.to(self.backend.device)  # type: ignore[arg-type]
-        self._model.train()
-        fuse_norms(self._model)
-        self._tokens = tokens_of(self._model, self._tokenizer)
+        if not self._is_loaded:
+            self._load(decided)
         layers = find_layers(self._model, job.unreached)
-        if config.gradient_checkpointing:
-            self._model.activation_checkpointing_enable({"use_reentrant": False})
         throttle = (
             throttle_of(job, self._model, layers, self.backend, self._say) if decided is None else decided.throttle
         )
@@ -137,7 +139,12 @@ class DeviceSide:
             job.num_steps - first_step, first_step=first_step, page_locked=job.device == "cuda"
         )
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
-        return SetupReport(unfitted=trained.unfitted, num_pageable=len(pageable), throttle=throttle)
+        return SetupReport(
+            unfitted=trained.unfitted,
+            num_pageable=len(pageable),
+            throttle=throttle,
+            gpu_of_part=job.layout.gpu_of_part,
+        )
 
     def decided(self) -> Decided:
         """After `setup`: what other GPUs are to be given; its tensors are on the CPU."""
@@ -279,6 +286,21 @@ class DeviceSide:
             if self._job.config.keeps_base:
                 save_trained(self.worker.units, folder / TRAINED)
             save_kept_back(state, kept_back)
+
+    def _load(self, decided: Decided | None) -> None:
+        job = self._job
+        torch.set_num_threads(job.layout.device_threads)
+        self._say("loading the model")
+        self._tokenizer = load_tokenizer(job.model_folder)
+        self._model = self._files.load(self._base(decided))
+        if not job.quantized:  # else it is there
+            self._model.to(self.backend.device)  # type: ignore[arg-type]
+        self._model.train()
+        fuse_norms(self._model)
+        self._tokens = tokens_of(self._model, self._tokenizer)
+        if job.config.gradient_checkpointing:
+            self._model.activation_checkpointing_enable({"use_reentrant": False})
+        self._is_loaded = True
 
     def _take_up(self, saved: SavedRun | None, decided: Decided | None) -> int:
         """Go on from another GPU's weights or a checkpoint, or begin with what another run trained; returns where."""

@@ -72,6 +72,14 @@ class GpuActor:
             self._side.copy_totals(own.unit, own.open_total())
         return report
 
+    def pace(self) -> float:
+        """See `DeviceSide.pace`."""
+        return self._side.pace()
+
+    def divide(self, gpu_of_part: tuple[int, ...]) -> None:
+        """See `DeviceSide.divide`."""
+        self._side.divide(gpu_of_part)
+
     def totals(self) -> dict[int, Bytes]:
         """After `setup`: by unit, what the shards' sums are to begin with; float32."""
         return {own.unit: as_bytes(own.open_total()) for own in self._begun}

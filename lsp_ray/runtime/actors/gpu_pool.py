@@ -17,6 +17,7 @@ from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.leftovers import own_folder
 from lsp_ray.runtime.cluster.nodes import Node, answering, nodes, on_node
 from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.prepare.layout import parts_by_pace
 from lsp_ray.runtime.prepare.machines import place
 from lsp_ray.runtime.transport.answers import answer
 from lsp_ray.runtime.transport.lanes import (
@@ -80,7 +81,7 @@ class GpuPool:
 
     def news(self, lane: Lane) -> bool:
         """Whether it is one on which news come, and no answers."""
-        return any(lanes.get(NEWS) is lane for lanes in self._lanes)
+        return not lane.owed and any(lanes.get(NEWS) is lane for lanes in self._lanes)
 
     def forget(self, gpu: int) -> list[Lane]:
         """Take the lanes of one that is lost away; orders to it are for nobody until it is replaced."""
@@ -118,6 +119,8 @@ class GpuPool:
                 on_progress(now)
                 said = now
 
+        if self._job.has_parts_to_divide:
+            self._divide(tell_progress)
         report: SetupReport = self.first("setup", "setup", meanwhile=tell_progress)
         if self._num_gpus > 1:
             decided = self.first("what is decided", "decided")
@@ -126,6 +129,17 @@ class GpuPool:
             self.wait()
             self.check_alike()
         return report
+
+    def _divide(self, meanwhile: Callable[[], None]) -> None:
+        """Let a fast GPU compute more parts than a slow one; all measure at the same time, as they will compute."""
+        for gpu in range(1, self._num_gpus):
+            self._order(gpu, COMPUTE, "pace", "pace")
+        first_s: float = self.first("pace", "pace", meanwhile=meanwhile)
+        gpu_of_part = parts_by_pace(self._job.config.replicas, [first_s, *self.wait()[1:]])
+        self._job = self._job.with_parts(gpu_of_part)
+        for gpu in range(self._num_gpus):
+            self._order(gpu, COMPUTE, "parts", "divide", gpu_of_part)
+        self.wait()
 
     def first(self, what: str, method: str, *args: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """Call a method of the first one and return what it does."""

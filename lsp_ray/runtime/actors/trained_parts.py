@@ -37,7 +37,7 @@ from lsp_ray.schedule.ops import DeltaDue, GradientReady
 if TYPE_CHECKING:
     from peft import PeftModel
 
-MEASURED_UPDATES = 6  # forward and backward of so many, before training, where a machine is emulated
+MEASURED_UPDATES = 6  # forward and backward of so many, before training, where it must be known what they take
 
 News = GradientReady | DeltaDue | Takeover
 """What is told beside answers: a payload is ready to be sent, a delta is to be added, projectors take over."""
@@ -136,6 +136,12 @@ def local_shard_of(job: Job, units: Sequence[Unit], device: torch.device) -> Opt
     if job.config.method == "galore":
         return GaloreShard(units, job.config.galore, device)
     return OptimizerShard({unit.index: unit.numel for unit in units}, device=device)
+
+
+def part_seconds(job: Job, model: PreTrainedModel, backend: Backend, say: Callable[[str], None]) -> float:
+    """Of a micro-batch on this GPU, whose number in a part is the same on all; before any linear is replaced."""
+    say("measuring the compute of a part")
+    return compute_seconds(model, [[batch] for batch in job.micro_batches.calibration(MEASURED_UPDATES)], backend)
 
 
 def throttle_of(

@@ -164,10 +164,11 @@ class Driver:
                     self._decide(StepRun(step=completion.step))
                 self._add_judged(report)
             case OpReport():
+                op = op_of(completion)
                 self.ledger.add_op(completion)
                 self.times.add_op(completion.span)
-                self._open.add(completion)
-                self._decide(OpDone(op=op_of(completion)))
+                self._open.add(op)
+                self._decide(OpDone(op=op))
                 self._add_judged(self._judge.add_op(completion))
             case GradientReady():
                 self._open.announce(completion)

@@ -7,6 +7,7 @@ their waiting is counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,27 @@ class OpReport:
     size_bytes: int = 0
     reprojections: tuple[Reprojection, ...] = ()
     square_sum: float | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., OpReport], tuple[object, ...]]:
+        """For pickling: as dataclasses do it, the driver takes twice as long to read one, and a step has hundreds."""
+        span = self.span
+        own = self.size_bytes, self.reprojections, self.square_sum
+        return _read, (span.stream.value, span.step, span.layer, span.start_s, span.end_s, span.part, *own)
+
+
+def _read(
+    stream: str,
+    step: int,
+    layer: int,
+    start_s: float,
+    end_s: float,
+    part: int,
+    size_bytes: int,
+    reprojections: tuple[Reprojection, ...],
+    square_sum: float | None,
+) -> OpReport:
+    span = Span(stream=WorkStream(stream), step=step, layer=layer, start_s=start_s, end_s=end_s, part=part)
+    return OpReport(span=span, size_bytes=size_bytes, reprojections=reprojections, square_sum=square_sum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +79,7 @@ class Ledger:
         self._learning_rates = learning_rates
         self._steps: dict[int, StepReport] = {}
         self._ops: dict[int, list[OpReport]] = {}
+        self._ups: Counter[int] = Counter()  # of those, by step: on the way up
         self._pauses: dict[int, tuple[float, float]] = {}  # step that comes next -> from when until when
         self.num_closed = first_step
         self.peak_device_bytes: int | None = None
@@ -70,10 +93,12 @@ class Ledger:
     def add_op(self, report: OpReport) -> None:
         """Note that an operation is done."""
         self._ops.setdefault(report.span.step, []).append(report)
+        self._ups[report.span.step] += report.span.stream is WorkStream.H2D
 
     def forget(self, step: int, is_dropped: Callable[[OpReport], bool]) -> None:
         """Drop operations of a step that are made again."""
         self._ops[step] = [op for op in self._ops.get(step, []) if not is_dropped(op)]
+        self._ups[step] = sum(op.span.stream is WorkStream.H2D for op in self._ops[step])
 
     def add_pause(self, start_s: float, end_s: float) -> None:
         """Note that training stood still between the last closed step, whose deltas are all up, and the next."""
@@ -84,20 +109,22 @@ class Ledger:
         step = self.num_closed
         report = self._steps.get(step)
         # the way up is a unit's last operation; updates may have been made twice
-        num_up = sum(op.span.stream is WorkStream.H2D for op in self._ops.get(step, []))
-        if report is None or num_up < self._num_up:
+        if report is None or self._ups[step] < self._num_up:
             return None
         closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report), notes=report.notes)
         self.num_closed += 1
         self._steps.pop(step - 1, None)
         self._ops.pop(step - STEPS_KEPT, None)
+        del self._ups[step]
         self._pauses.pop(step, None)
         return closed
 
-    def _spans(self, step: int) -> list[Span]:
-        """Of the operations that may reach into the step."""
-        reaching = range(step - STEPS_KEPT, step + 1)
-        return [op.span for number in reaching for op in self._ops.get(number, [])]
+    def _spans(self, report: StepReport) -> list[Span]:
+        """Of the operations that reach into the step, or come after it began."""
+        begins_s = min(report.start_s, self._counted(report)[0][0])  # a GPU may begin before the slowest has ended
+        reaching = range(report.step - STEPS_KEPT, report.step + 1)
+        spans = (op.span for number in reaching for op in self._ops.get(number, ()))
+        return [span for span in spans if span.end_s > begins_s]
 
     def _counted(self, report: StepReport) -> list[tuple[float, float]]:
         """When the step's clock runs."""
@@ -125,12 +152,12 @@ class Ledger:
             end_s=report.end_s,
             compute=report.compute,
             ops=tuple(op.span for op in self._ops.get(report.step, [])),
-            waits=tuple(wait_parts(report.waits, self._spans(report.step), report.waiting_parts)),
+            waits=tuple(wait_parts(report.waits, self._spans(report), report.waiting_parts)),
         )
 
     def _metrics(self, report: StepReport) -> StepMetrics:
         own = self._ops.get(report.step, [])
-        spans = self._spans(report.step)
+        spans = self._spans(report)
         counted = self._counted(report)
         step_time_s = sum(end_s - start_s for start_s, end_s in counted)
         # of several GPUs one may have begun the step, and waited, while others were still at the one before

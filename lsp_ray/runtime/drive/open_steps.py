@@ -35,10 +35,10 @@ class OpenSteps:
         if self._is_noted and op.stream is WorkStream.H2D:
             self._launched.setdefault(op.step, []).append(op)
 
-    def add(self, report: OpReport) -> None:
+    def add(self, op: Op) -> None:
         """Note that an operation is done."""
         if self._is_noted:
-            self._done.setdefault(report.span.step, set()).add(op_of(report))
+            self._done.setdefault(op.step, set()).add(op)
 
     def close(self, step: int) -> None:
         """Forget a step and those before."""

@@ -145,6 +145,15 @@ class Job:
         )
 
     @property
+    def has_parts_to_divide(self) -> bool:
+        """Whether GPUs may compute unlike many parts of a step; an emulated machine's are all alike."""
+        return 1 < self.layout.num_gpus < self.config.replicas and self.config.runtime.emulate is None
+
+    def with_parts(self, gpu_of_part: tuple[int, ...]) -> Job:
+        """The run with the parts of a step divided so among the GPUs; its results do not depend on that."""
+        return replace(self, layout=replace(self.layout, gpu_of_part=gpu_of_part))
+
+    @property
     def resolved_config(self) -> RunConfig:
         """The run's configuration with every default decided."""
         runtime = replace(

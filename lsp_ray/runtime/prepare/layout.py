@@ -9,6 +9,7 @@ from lsp_ray.config import RuntimeConfig
 from lsp_ray.sim.store import balanced
 
 CORES_FOR_TWO_SHARDS = 16  # below, one with all threads is faster; more than two slow lsp down (simulated, docs/log.md)
+EVEN_ENOUGH = 1.05  # so much longer may a step's slowest GPU take under the even division: measuring is no surer
 GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU computes: launches and the two copy threads
 
 
@@ -110,6 +111,31 @@ def plan_layout(
         device_threads=shares.device_threads,
         shard_threads=shares.shard_threads,
         shard_of_unit=balanced(payload_sizes, shares.num_shards),
-        gpu_of_part=tuple(part * shares.num_gpus // num_parts for part in range(num_parts)),
+        gpu_of_part=even_parts(num_parts, shares.num_gpus),
         nodes=tuple(nodes),
     )
+
+
+def even_parts(num_parts: int, num_gpus: int) -> tuple[int, ...]:
+    """Return the GPU of each part where all are alike."""
+    return tuple(part * num_gpus // num_parts for part in range(num_parts))
+
+
+def parts_by_pace(num_parts: int, part_s: Sequence[float]) -> tuple[int, ...]:
+    """Return the GPU of each part so that the slowest is over as early as can be; each has one, and they are in order.
+
+    Args:
+        num_parts: Of a step; at least one for each GPU.
+        part_s: What a part takes on each GPU.
+    """
+    counts = [1] * len(part_s)
+    for _ in range(num_parts - len(part_s)):
+        ends_s = [(count + 1) * own_s for count, own_s in zip(counts, part_s, strict=True)]
+        counts[ends_s.index(min(ends_s))] += 1
+    by_pace = tuple(gpu for gpu, count in enumerate(counts) for _ in range(count))
+    even = even_parts(num_parts, len(part_s))
+    return by_pace if _slowest_s(even, part_s) > EVEN_ENOUGH * _slowest_s(by_pace, part_s) else even
+
+
+def _slowest_s(gpu_of_part: Sequence[int], part_s: Sequence[float]) -> float:
+    return max(gpu_of_part.count(gpu) * own_s for gpu, own_s in enumerate(part_s))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import select
+import selectors
 import socket
 import struct
 import time
@@ -129,11 +131,13 @@ class Lane:
         self, connection: Connection, who: str, process: psutil.Process | None, life: ray.ObjectRef[Any]
     ) -> None:
         self._connection, self._who, self._life = connection, who, life
+        self._poll = select.poll()  # kept: the connection's own prepares one for every message
+        self._poll.register(connection, select.POLLIN)
         self.process = process
         self.owed: deque[Order] = deque()
 
     def fileno(self) -> int:
-        """For `multiprocessing.connection.wait`."""
+        """For `Watch`."""
         return self._connection.fileno()
 
     def order(self, order: Order) -> None:
@@ -176,7 +180,7 @@ class Lane:
         Raises:
             WorkerLostError: It died.
         """
-        while not self._connection.poll(POLL_S):
+        while not self._poll.poll(1e3 * POLL_S):
             if self.has_ended():  # and a process that it has forked holds its end
                 raise self._lost()
             meanwhile()
@@ -187,7 +191,7 @@ class Lane:
 
     def has_message(self) -> bool:
         """Whether `message` would return at once, or raise."""
-        return self._connection.poll()
+        return bool(self._poll.poll(0))
 
     def has_ended(self) -> bool:
         """Whether the actor's process has, as far as is known."""
@@ -211,6 +215,27 @@ class Lane:
         except DeadlineError:
             return WorkerLostError(f"{self._who} died ({what})")
         return WorkerLostError(f"{self._who} ended ({what})")
+
+
+class Watch:
+    """Waits for what comes on any of several lanes; the system is told which they are only when that changes."""
+
+    def __init__(self) -> None:
+        self._lanes: list[Lane] = []
+        self._selector = selectors.DefaultSelector()
+
+    def wait(self, lanes: list[Lane], timeout_s: float) -> list[Lane]:
+        """Wait until `message` of some of them would return or raise; returns those, none where time is over."""
+        if lanes != self._lanes:
+            self.close()
+            self._lanes, self._selector = lanes, selectors.DefaultSelector()
+            for lane in lanes:
+                self._selector.register(lane, selectors.EVENT_READ, lane)
+        return [key.data for key, _ in self._selector.select(timeout_s)]
+
+    def close(self) -> None:
+        """Give the system back what it was told."""
+        self._selector.close()
 
 
 @cache
