@@ -141,7 +141,7 @@ class StepMetrics:
         exposed_h2d_s: The same for one that was late on its way up.
         exposed_peers_s: The same for one that lacked other GPUs' payloads. Of several GPUs, waiting is that of the one
             that waited longest.
-        slowest_gpu: That computed longest, where there are several.
+        computed_s_by_gpu: Of its time, what each GPU computed, by its name, where there are several.
         bytes_d2h: Down the link.
         bytes_h2d: Up the link.
         grad_scale: What gradients were multiplied by: below 1 where clipped, 0 where the step was skipped.
@@ -173,7 +173,7 @@ class StepMetrics:
     num_refitted: int | None = None
     eval_loss: float | None = None
     exposed_peers_s: float = 0.0
-    slowest_gpu: int | None = None
+    computed_s_by_gpu: dict[str, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What strict JSON can hold: a number that is not finite, as a skipped step's loss may be, is None."""
@@ -198,6 +198,12 @@ class StepMetrics:
     def exposed_s(self) -> float:
         """Seconds in which the compute stream waited."""
         return self.exposed_d2h_s + self.exposed_peers_s + self.exposed_cpu_s + self.exposed_h2d_s
+
+    @property
+    def slowest_gpu(self) -> str | None:
+        """The GPU that computed longest, where there are several."""
+        times_s = self.computed_s_by_gpu
+        return max(times_s, key=times_s.__getitem__) if times_s else None
 
     @property
     def busy_by_stream(self) -> dict[WorkStream, float]:

@@ -1,9 +1,12 @@
-"""A Ray cluster of several machines, all of them this one: a raylet each, at loopback addresses of their own."""
+"""A Ray cluster of several machines, all of them this one, started as docs/cluster.md says: a raylet each.
+
+They have loopback addresses of their own in place of the page's.
+"""
 
 from __future__ import annotations
 
 import os
-import secrets
+import re
 import signal
 import socket
 import subprocess
@@ -16,14 +19,9 @@ from pathlib import Path
 
 import psutil
 
-RAY = Path(sys.executable).with_name("ray")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "cluster.md"
+HEAD, OTHER = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[:2]
 START_TIMEOUT_S = 90.0
-HEALTH_CHECKS = {  # a machine that is gone or frozen is known to be in seconds
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 
 class Machines:
@@ -35,42 +33,33 @@ class Machines:
     """
 
     def __init__(self, folder: Path, *, store_bytes: int) -> None:
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32), encoding="utf-8")
-        token.chmod(0o600)
         self._folder, self._store_bytes = folder, store_bytes
         self._raylets: list[subprocess.Popen[bytes]] = []
         self._port = _free_port()
         self.address = f"127.0.0.2:{self._port}"
         self.environment = {
             **os.environ,
-            **HEALTH_CHECKS,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "HOME": str(folder),  # the token is there
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "OMP_WAIT_POLICY": "passive",
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         }
 
     def start(self) -> psutil.Process:
         """Add one; returns its raylet's process once all know it."""
         number = len(self._raylets) + 1
-        where = ["--head", f"--port={self._port}"] if number == 1 else [f"--address={self.address}"]
-        command = [
-            str(RAY),
-            "start",
-            *where,
-            f"--node-ip-address=127.0.0.{number + 1}",  # Ray takes 127.0.0.1 for one that others cannot reach
-            "--num-cpus=3",
-            f"--object-store-memory={self._store_bytes}",
-            "--include-log-monitor=false",
-            "--disable-usage-stats",
-            "--block",
-        ]
+        commands = HEAD if number == 1 else OTHER
+        commands = commands.replace("192.168.0.10:6379", self.address).replace("--port=6379", f"--port={self._port}")
+        # Ray takes 127.0.0.1 for an address that others cannot reach, and looks for another one
+        commands = re.sub(r"192\.168\.0\.1\d", f"127.0.0.{number + 1}", commands)
+        commands = re.sub(r"--object-store-memory=\d+", f"--object-store-memory={self._store_bytes}", commands)
+        own = ["--num-cpus=3", "--include-log-monitor=false", "--disable-usage-stats", "--block"]
         if number == 1:
-            command += ["--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
+            own += ["--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
+        command = ["bash", "-ec", f"{commands.strip()} {' '.join(own)}"]
         with (self._folder / f"raylet-{number}.log").open("wb") as log:
             started = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         self._raylets.append(started)

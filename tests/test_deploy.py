@@ -20,7 +20,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from lsp_ray.config import RunConfig
-from lsp_ray.runtime.watch.live_metrics import BIAS, BIAS_OF_LAYER, COUNTERS, GAUGES, PREFIX, STEPS
+from lsp_ray.runtime.watch.live_metrics import BIAS, BIAS_OF_LAYER, COUNTERS, GAUGES, GPU_COMPUTED, PREFIX, STEPS
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 UNIT = DEPLOY / "lsp-ray@.service"
@@ -89,7 +89,7 @@ def test_grafana_asks_the_prometheus_that_scrapes_ray() -> None:
 
 
 def test_the_dashboard_shows_metrics_that_a_run_has() -> None:
-    ours = {*GAUGES, BIAS, BIAS_OF_LAYER, *(f"{name}_total" for name in (*COUNTERS, STEPS))}
+    ours = {*GAUGES, BIAS, BIAS_OF_LAYER, GPU_COMPUTED, *(f"{name}_total" for name in (*COUNTERS, STEPS))}
     rays = {"ray_node_mem_used", "ray_object_store_used_memory", "ray_node_gram_used"}
     panels = json.loads(DASHBOARD.read_text())["panels"]
     asked = {name for panel in panels for target in panel["targets"] for name in re.findall(r"ray_\w+", target["expr"])}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
@@ -22,7 +22,8 @@ from lsp_ray.trace_file import read_trace
 from tests.machines import Machines, machines
 from tests.tiny_jobs import assert_same_bits, run_on_threads, saved_weights, tiny_config, tiny_job
 
-TIMEOUT_S = 200.0
+TIMEOUT_S = 280.0
+pytestmark = pytest.mark.timeout(900)  # each starts a dozen processes, which a busy machine takes minutes for
 REFITS = {"check_every": 6, "max_bias": 0.0, "calibration_batches": 2, "delta": "apart"}
 
 
@@ -33,7 +34,7 @@ def two() -> Iterator[tuple[Machines, list[psutil.Process]]]:
 
 
 class Run:
-    """A run on the command line.
+    """A run on the command line; use as a context, which ends it if nothing else has.
 
     Args:
         folder: With model and data, see `tiny_config`.
@@ -51,6 +52,13 @@ class Run:
             command = [sys.executable, "-m", "lsp_ray.run", "--config", str(options)]
             self._process = subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=subprocess.STDOUT)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
     def wait_for(self, num_steps: int) -> None:
         """Until so many steps are closed."""
         deadline_s = time.monotonic() + TIMEOUT_S
@@ -67,11 +75,7 @@ class Run:
 
     def end(self) -> str:
         """Wait for its end; what it has said."""
-        try:
-            status = self._process.wait(TIMEOUT_S)
-        finally:
-            self._process.kill()
-        assert status == 0, self._log.read_text()
+        assert self._process.wait(TIMEOUT_S) == 0, self._log.read_text()
         return self._log.read_text()
 
 
@@ -104,8 +108,8 @@ def actor_of(raylet: psutil.Process, kind: str) -> psutil.Process:
 def test_two_machines_train_to_the_bits_of_one(tmp_path: Path, two: tuple[Machines, list[psutil.Process]]) -> None:
     changes: dict[str, Any] = {"num_replicas": 3, "max_steps": 10, "max_grad_norm": 1.8, "lsp": REFITS}
     job = alone(tmp_path, **changes)
-    run = Run(tmp_path, two[0], **changes, runtime={"network_gbps": 0.01})
-    said = run.end()
+    with Run(tmp_path, two[0], **changes, runtime={"network_gbps": 0.01}) as run:
+        said = run.end()
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))
     assert "cluster: 2 machine(s)" in said
     steps = run.steps()
@@ -122,17 +126,17 @@ def test_whoever_is_lost_no_step_is(tmp_path: Path, two: tuple[Machines, list[ps
     cluster, raylets = two
     changes: dict[str, Any] = {"num_replicas": 2, "max_steps": 60, "save_steps": 0}
     job = alone(tmp_path, **changes)
-    run = Run(tmp_path, cluster, **changes)
     losses: list[Callable[[], psutil.Process]] = [
         lambda: actor_of(raylets[1], "GpuActor"),
         lambda: actor_of(raylets[0], "GpuRelay"),
         lambda: actor_of(raylets[0], "ShardActor"),
         lambda: raylets[1],
     ]
-    for number, lost in enumerate(losses):
-        run.wait_for(3 + 10 * number)
-        os.kill(lost().pid, signal.SIGKILL)
-    said = run.end()
+    with Run(tmp_path, cluster, **changes) as run:
+        for number, lost in enumerate(losses):
+            run.wait_for(3 + 10 * number)
+            os.kill(lost().pid, signal.SIGKILL)
+        said = run.end()
     raylets[1] = cluster.start()
     assert "starting again" not in said, said
     assert said.count("no step is lost") == 3
@@ -144,10 +148,10 @@ def test_a_machine_that_freezes_is_done_without(tmp_path: Path, two: tuple[Machi
     cluster, raylets = two
     changes: dict[str, Any] = {"num_replicas": 2, "max_steps": 30, "save_steps": 0}
     job = alone(tmp_path, **changes)
-    run = Run(tmp_path, cluster, **changes)
-    run.wait_for(5)
-    for process in (raylets[1], *raylets[1].children(recursive=True)):
-        process.suspend()
-    said = run.end()
+    with Run(tmp_path, cluster, **changes) as run:
+        run.wait_for(5)
+        for process in (raylets[1], *raylets[1].children(recursive=True)):
+            process.suspend()
+        said = run.end()
     assert said.count("no step is lost") == 1, said
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))

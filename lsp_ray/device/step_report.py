@@ -30,7 +30,7 @@ class StepReport:
     them lie the deadlines and the arrivals of a step. `grad_norm`, `grad_scale`: see `Verdict`; where the step has
     several parts, the norm is not known here, and the scale 0 says that a part is not finite. `notes` are for people.
     Of several GPUs together, `waits` are those of the one that waited longest, which computes `waiting_parts`, and
-    `slowest_gpu` is the one that computed longest.
+    `computed_s` is what each of them computed.
     """
 
     step: int
@@ -46,7 +46,7 @@ class StepReport:
     peak_device_bytes: int | None
     bias: BiasReport | None
     compute: tuple[ComputeSpan, ...] = ()
-    slowest_gpu: int | None = None
+    computed_s: tuple[float, ...] = ()
     waiting_parts: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
 

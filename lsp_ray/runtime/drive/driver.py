@@ -97,6 +97,7 @@ class Driver:
         on_step: Called with each step, in order.
         first_step: The first to be run.
         event_log: Where events and decisions are written, so that they can be replayed.
+        gpus: Names of the policy's GPUs; default: their numbers.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Driver:
         on_step: Callable[[ClosedStep], None],
         first_step: int = 0,
         event_log: EventLog | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
         self._workers = workers
         self._policy = policy
@@ -123,7 +125,8 @@ class Driver:
         self._made: set[Op] = set()  # of a step that is told anew: what need not be made again
         self._grad_scales: dict[int, float] = {}  # of steps that are judged and not closed
         self.times = LayerTimes(policy.num_layers)
-        self.ledger = Ledger(policy.num_layers, learning_rates, first_step, policy.num_gpus)
+        names = gpus or [f"gpu-{gpu}" for gpu in range(policy.num_gpus)]
+        self.ledger = Ledger(policy.num_layers, learning_rates, first_step, names)
 
     def train(self, end: int, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Run the steps before `end`, fewer where `should_stop` says so; on return their deltas have come up."""

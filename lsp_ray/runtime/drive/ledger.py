@@ -45,13 +45,15 @@ class Ledger:
 
     Args:
         num_units: Units that pass down, through their update and up in every step; 0 if nothing leaves the device.
-        num_gpus: To which each unit's delta comes up.
+        gpus: To which each unit's delta comes up, by name.
         learning_rates: One for every step.
         first_step: The first to be closed.
     """
 
-    def __init__(self, num_units: int, learning_rates: Sequence[float], first_step: int = 0, num_gpus: int = 1) -> None:
-        self._num_up = num_units * num_gpus
+    def __init__(
+        self, num_units: int, learning_rates: Sequence[float], first_step: int = 0, gpus: Sequence[str] = ("gpu",)
+    ) -> None:
+        self._names, self._num_up = gpus, num_units * len(gpus)
         self._learning_rates = learning_rates
         self._steps: dict[int, StepReport] = {}
         self._ops: dict[int, list[OpReport]] = {}
@@ -158,7 +160,7 @@ class Ledger:
             exposed_cpu_s=late.cpu_s,
             exposed_h2d_s=late.h2d_s,
             exposed_peers_s=late.peers_s,
-            slowest_gpu=report.slowest_gpu,
+            computed_s_by_gpu=dict(zip(self._names, report.computed_s, strict=True)) if report.computed_s else None,
             bytes_d2h=moved(WorkStream.D2H),
             bytes_h2d=moved(WorkStream.H2D),
             bias=report.bias.relative if report.bias else None,

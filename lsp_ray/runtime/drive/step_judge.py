@@ -113,7 +113,7 @@ def _together(reports: Sequence[StepReport]) -> StepReport:
         backward_s=max(report.backward_s for report in reports),
         waits=waiting.waits,
         waiting_parts=tuple(waiting.losses) if several else None,
-        slowest_gpu=computed_s.index(max(computed_s)) if several else None,
+        computed_s=tuple(computed_s) if several else (),
         compute=tuple(replace(span, gpu=gpu) for gpu, report in enumerate(reports) for span in report.compute),
         grad_scale=min(report.grad_scale for report in reports),
         peak_device_bytes=max(peaks, default=None),
