@@ -15,7 +15,7 @@ CHUNK_LOGITS = 1 << 25  # as in models/chunked_loss.py: more logits than this ar
 _CHUNK_BYTES = 8  # for a logit of a chunk: itself and its log-softmax in float32
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
-_RELAY_BYTES = 200e6  # the same of what stands for a GPU on another machine: 174 MB of its own when it has started
+_RELAY_BYTES = 200e6  # the same of what stands for a GPU on another machine: 174 MB of its own with its imports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
