@@ -267,7 +267,7 @@ def _prepared(
     if checkpoint is not None:
         config = with_saved_choices(config, checkpoint)
     elif rows is None:
-        config = with_subspace_dim(config, note)
+        config = with_subspace_dim(config, note, machines)
     job = prepare_job(config, note, rows, machines)
     clear_leftovers(output_dir, note)
     return job if checkpoint is None else resumed(job, checkpoint)

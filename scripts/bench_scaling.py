@@ -136,8 +136,7 @@ def _error(setting: Setting, found: Sequence[Found]) -> float:
 
 def _predicted_s(setting: Setting, found: Found) -> float:
     from lsp_ray.schedule.policy import POLICIES
-    from lsp_ray.sim.costs import LayerCosts, StepCosts
-    from lsp_ray.sim.network import Crossing, NetworkCosts
+    from lsp_ray.sim.costs import LayerCosts, NetworkCosts, StepCosts
     from lsp_ray.sim.simulator import Simulator
     from lsp_ray.sim.store import payload_bytes
     from scripts.overlap_prediction import HOP_S
@@ -152,17 +151,12 @@ def _predicted_s(setting: Setting, found: Found) -> float:
         )
         for layer in found.free.layers
     )
-    crossing_s = [payload_bytes(size, "bfloat16") / (setting.gbit * 1e9 / 8) for size in found.sizes]
-    network = NetworkCosts(
-        num_nodes=2,
-        node_of_shard=(0,),
-        nodes_of_gpu=((0,), (1,)),
-        layers=tuple(Crossing(down_s=seconds, up_s=seconds) for seconds in crossing_s),
-    )
+    crossing_s = tuple(payload_bytes(size, "bfloat16") / (setting.gbit * 1e9 / 8) for size in found.sizes)
+    network = NetworkCosts(layers_s=crossing_s, away=(0, 1))
     owners = [0] * len(layers)
     policy = POLICIES["layerwise"](owners, gpu_of_part=(0, 1))
-    costs = StepCosts(layers=layers, hop_s=HOP_S)
-    return Simulator(costs, policy, owners, num_steps=10, network=network).run().typical.step_s
+    costs = StepCosts(layers=layers, hop_s=HOP_S, network=network)
+    return Simulator(costs, policy, owners, num_steps=10).run().typical.step_s
 
 
 def _killed(folder: Path, there: Sequence[Machine]) -> dict[str, Any]:

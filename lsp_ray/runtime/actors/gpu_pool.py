@@ -216,7 +216,8 @@ class GpuPool:
         )
         if node.id == self._own.id:
             return [start.remote(job, self._slots, gpu)]
-        actor = start.remote(job, [OwnSlots(own) for own in self._slots], gpu)
+        parts = range(job.config.replicas) if job.has_parts_to_divide else job.layout.parts_of(gpu)
+        actor = start.remote(job, [OwnSlots(own, parts) for own in self._slots], gpu)
         relay = actor_class(GpuRelay, **GPU_GROUPS).options(num_cpus=0, max_restarts=0, **on_node(self._own.id))
         num_away = sum(place.id != self._own.id for place in self._places)
         return [relay.remote(actor, self._name(gpu), self._slots, self._own.ip, num_away), actor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,17 +66,19 @@ class OwnSlots:
 
     Args:
         like: Those of the store.
+        parts: Of a step, that are computed here; others have slots without room.
     """
 
-    def __init__(self, like: UnitSlots) -> None:
+    def __init__(self, like: UnitSlots, parts: Collection[int]) -> None:
         self.unit = like.unit
-        self._numel, self._codec, self._num_parts = like.numel, like.codec, len(like.down)
+        self._numel, self._codec = like.numel, like.codec
+        self._has_part = [part in parts for part in range(len(like.down))]
         self._total: torch.Tensor | None = None
 
     def open(self) -> OpenSlots:
         """Allocate them."""
         numel, dtype = self._codec.wire_numel(self._numel), self._codec.dtype
-        downs = [new_own_slot(numel, f"down {self.unit}", dtype) for _ in range(self._num_parts)]
+        downs = [new_own_slot(numel if has else 0, f"down {self.unit}", dtype) for has in self._has_part]
         return OpenSlots(down=downs, up=new_own_slot(numel, f"up {self.unit}", dtype))
 
     def open_total(self) -> torch.Tensor:
