@@ -92,6 +92,10 @@ def check_ray(words: list[str]) -> None:
     assert {word.split("=")[0] for word in words[1:] if word.startswith("--")} <= known
 
 
+def check_settings(words: list[str]) -> None:
+    assert all(re.fullmatch(r"\w+=\w+", word) for word in words)
+
+
 def check_no_arguments(words: list[str]) -> None:
     assert words == []
 
@@ -105,7 +109,7 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
         check_no_arguments(words[1:]) if words == [".venv/bin/activate"] else pytest.fail(str(words))
     ),
     "ray": check_ray,
-    "export": check_no_arguments,  # but for settings, which are taken away before
+    "export": check_settings,
     "echo": lambda words: json.loads(words[0]),  # a row of a data set
     "./scripts/demo": run_module.parse,
     "./scripts/test": check_no_arguments,

@@ -47,7 +47,8 @@ class GpuActor:
         self._side = DeviceSide(job, self._tell, gpu)
         self._slots = [own.open() for own in slots]
         self._begun = slots if job.begins_with is not None and gpu == 0 else ()
-        self._host_payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
+        payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
+        self._host_payloads = [payload for payload in payloads if payload.numel()]
 
     def __repr__(self) -> str:
         return self._name
