@@ -137,6 +137,26 @@ def test_rays_launcher_takes_the_cluster_files_and_every_ray_asks_for_the_token(
         assert all(" start " in command or command in ("ray stop", CLOSE_TOKEN) for command in commands)
 
 
+def test_kubernetes_pods_ask_for_a_token_share_their_work_and_have_room_for_the_slots() -> None:
+    spec = loaded(DEPLOY / "kuberay.yaml")["spec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert f"ray=={spec['rayVersion']}" in (DEPLOY.parent / "constraints.txt").read_text().splitlines()
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {
+            "work": "/work",
+            "shm": "/dev/shm",
+        }
+        assert volumes["work"]["persistentVolumeClaim"] == {"claimName": "lsp-ray-work"}
+        shared = volumes["shm"]["emptyDir"]
+        assert shared["medium"] == "Memory"
+        assert int(group["rayStartParams"]["object-store-memory"]) < int(shared["sizeLimit"].removesuffix("Gi")) << 30
+        assert {"name": "RAY_worker_niceness", "value": "0"} in container["env"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
 CLOSE_TOKEN = "chmod 600 ~/.ray/auth_token"
 CLIENT = """
 import sys, ray
