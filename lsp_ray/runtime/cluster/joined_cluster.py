@@ -75,7 +75,8 @@ def _joined(address: str) -> Iterator[Sequence[Node]]:
         )
     except (RuntimeError, OSError, ValueError, RayError) as error:
         line = " ".join(str(error).split())[:200]
-        raise ConfigError(FIELD, f"be a cluster that this machine is part of ({line})", address) from error
+        hint = "" if _asks_for_token() else "RAY_AUTH_MODE=token is wanted for one that asks for a token"
+        raise ConfigError(FIELD, f"be a cluster that this machine is part of ({line})", address, hint=hint) from error
     try:
         there = nodes()
         _check_token(there, address)
@@ -85,9 +86,13 @@ def _joined(address: str) -> Iterator[Sequence[Node]]:
 
 
 def _check_token(there: Sequence[Node], address: str) -> None:
-    asks = get_authentication_mode() == AuthenticationMode.TOKEN
     is_private = all(ip_address(node.ip).is_loopback for node in there)
-    if not asks and not is_private and os.environ.get("RAY_AUTH_MODE") != "disabled":
+    if not _asks_for_token() and not is_private and os.environ.get("RAY_AUTH_MODE") != "disabled":
         bound = "be a cluster that asks for a token, as whoever reaches it may run programs there"
         hint = "RAY_AUTH_MODE=token where Ray and runs are started; RAY_AUTH_MODE=disabled for a run goes without"
         raise ConfigError(FIELD, bound, address, hint=hint)
+
+
+def _asks_for_token() -> bool:
+    """Whether this process's Ray does, and answers those that do."""
+    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
