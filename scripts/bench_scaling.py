@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _joined() -> Iterator[list[Machine]]:
     """Both machines, which this process has joined."""
+    os.environ["SCALING_STEP_S"] = str(STEP_S)  # which the raylets hand on to their actors
     with machines(2, store_bytes=STORE_BYTES) as (cluster, _):
         os.environ.update(cluster.environment)
         from lsp_ray.runtime.cluster import nodes
@@ -219,7 +220,6 @@ def _job(folder: Path, there: Sequence[Machine], payload_mb: int, num_steps: int
     AutoModelForCausalLM.from_config(shape).save_pretrained(model)
     tiny_tokenizer("llama").save_pretrained(model)
     write_tiny_jsonl(data, "prompt_completion", 64)
-    os.environ["SCALING_STEP_S"] = str(STEP_S)
     config = RunConfig(
         model_name_or_path=str(model),
         dataset=str(data),
