@@ -138,14 +138,13 @@ class Workload:
     def weight_bytes(self, layer: LayerShape, linear: LinearShape) -> float:
         """Of a linear's weight as it is kept.
 
-        NF4 has half a byte for a value, for 64 of them a scale of a byte, and for 256 of these another in float32; both
-        tables of what the codes stand for come with each linear. LLM.int8 has a float32 scale for each row.
+        LLM.int8 has a float32 scale for each row.
         """
         if not self.is_quantized(layer):
             return float(self.element_bytes * linear.numel)
         if self.bits == 8:
             return float(linear.numel + 4 * linear.rows)
-        return linear.numel * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + _NF4_TABLE_BYTES
+        return nf4_bytes(linear.numel)
 
     def trains(self, layer: LayerShape, linear: LinearShape) -> bool:
         """Whether a linear gets a gradient of its own; a quantised one only where it is projected (lsp)."""
@@ -230,3 +229,12 @@ class Workload:
         if self.plain_updates:
             return ADAMW_BYTES
         return _UPDATE_BYTES[self.payload_dtype] + _UNDO_BYTES + (_SUM_BYTES if self.is_apart else 0)
+
+
+def nf4_bytes(numel: int) -> float:
+    """Of a linear's weight in NF4.
+
+    It has half a byte for a value, for 64 of them a scale of a byte, and for 256 of these another in float32; both
+    tables of what the codes stand for come with each linear.
+    """
+    return numel * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + _NF4_TABLE_BYTES
