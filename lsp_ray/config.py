@@ -21,6 +21,7 @@ PayloadDtype = Literal["bfloat16", "float32", "int8"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
 Weights = Literal["device", "host"]
+WeightsAsked = Literal["device", "host", "auto"]
 ReportTo = Literal["none", "tensorboard", "wandb"]
 SamplingStrategy = Literal["random", "group_by_length"]
 SchedulerType = Literal[  # transformers' own, but for the two that look at losses: reduce_lr_on_plateau and greedy
@@ -173,8 +174,8 @@ class RuntimeConfig:
     """Type of what crosses the link; int8, a quarter of float32's bytes, is for slow links."""
     cuda_graphs: bool | None = None
     """On a GPU, launch each block's passes as graphs, examples padded to multiples of 64; default: not if compiled."""
-    weights: Weights = "device"
-    """Where frozen weights live; host: in main memory, coming up block by block, for lsp with lsp.delta apart."""
+    weights: WeightsAsked = "auto"
+    """Where frozen weights live; host: main memory, up block by block (lsp, lsp.delta apart); auto: where needed."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
     emulate: EmulatedMachine | None = None
@@ -327,7 +328,7 @@ class RunConfig:
             raise ConfigError("lsp.delta", f"be apart with {field}, as quantised weights stay as they are", "merged")
 
     def _check_weights(self) -> None:
-        if self.runtime.weights == "device":
+        if not self.streams:
             return
         name, value = "runtime.weights", self.runtime.weights
         if self.method != "lsp":

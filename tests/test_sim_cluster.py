@@ -18,7 +18,8 @@ from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.costs import HostShares, LayerCosts, StepCosts
 from lsp_ray.sim.hardware_profile import load_hardware
 from lsp_ray.sim.network import Crossing, NetworkCosts
-from lsp_ray.sim.simulator import Simulation, Simulator
+from lsp_ray.sim.simulation import Simulation
+from lsp_ray.sim.simulator import Simulator
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import WorkStream
 from scripts.sim_paper import llama

@@ -13,7 +13,8 @@ from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 from lsp_ray.sim.memory import DeviceMemory, HostMemory, device_memory, host_memory, peak_payload_bytes
 from lsp_ray.sim.model_shape import ModelShape
-from lsp_ray.sim.simulator import Simulation, Simulator
+from lsp_ray.sim.simulation import Simulation
+from lsp_ray.sim.simulator import Simulator
 from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Exposed, WorkStream
@@ -57,7 +58,7 @@ class Forecast:
         bytes_each_way: Down the link in a step, and as many up.
         step_s: From a step's end to the next one's; no less than the driver's.
         single_s: The same of one GPU alone, with as much to compute as each one of several.
-        exposed: Time in which the device waits for deltas, by the stream that is late.
+        exposed: Time in which the device waits for deltas, by the stream that is late, or for weights.
         crossing: What of that is the network's.
         busy_s: Of each stream in a step.
         network_s: In which the busiest node's link to the others carried something, one way.
@@ -107,6 +108,7 @@ class Forecast:
             str(WorkStream.CPU): self.exposed.cpu_s - self.crossing.cpu_s,
             str(WorkStream.H2D): self.exposed.h2d_s - self.crossing.h2d_s,
             "network": self.crossing.total_s,
+            "weights": self.exposed.weights_s,
         }
         return max(late_s, key=lambda name: late_s[name])
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lsp_ray.schedule.ops import Op
 from lsp_ray.schedule.policy import Lane
 from lsp_ray.sim.costs import StepCosts
+from lsp_ray.sim.streaming import WeightsUp
 from lsp_ray.trace import WorkStream
 
 _LINK = (WorkStream.D2H, WorkStream.H2D)
@@ -16,10 +17,14 @@ _LINK = (WorkStream.D2H, WorkStream.H2D)
 
 @dataclass(slots=True)
 class LaneState:
-    """A lane: operations launched and waiting, and the one under way with the seconds it needs at full rate."""
+    """A lane: operations launched and waiting, and the one under way with the seconds it needs at full rate.
 
-    waiting: deque[Op] = field(default_factory=deque)
-    op: Op | None = None
+    Operations wait with their deadlines; `weights` wait beside them.
+    """
+
+    waiting: deque[tuple[Op, int]] = field(default_factory=deque)
+    weights: WeightsUp | None = None
+    op: Op | WeightsUp | None = None
     start_s: float = 0.0
     left_s: float = 0.0
     rate: float = 1.0
@@ -46,30 +51,48 @@ class Lanes:
         self._states: dict[Lane, LaneState] = {}
         self._lanes_of_host: dict[int, list[Lane]] = {}
 
-    def add(self, lane: Lane, op: Op) -> None:
-        """Let `op` wait for its turn."""
+    def add(self, lane: Lane, op: Op | WeightsUp, due: int = 0) -> None:
+        """Let `op` wait for its turn: operations in this order, weights until no operation is due as soon."""
         if lane not in self._states:
             self._states[lane] = LaneState()
             for host in self._hosts_of(lane):
                 self._lanes_of_host.setdefault(host, []).append(lane)
-        self._states[lane].waiting.append(op)
+        state = self._states[lane]
+        if isinstance(op, WeightsUp):
+            state.weights = op
+        else:
+            state.waiting.append((op, due))
 
-    def next_op(self, lane: Lane) -> Op | None:
+    def next_op(self, lane: Lane) -> Op | WeightsUp | None:
         """What a lane may start now; None while it is busy or has nothing to do."""
         state = self._states.get(lane)
-        return None if state is None or state.op is not None or not state.waiting else state.waiting[0]
+        if state is None or state.op is not None:
+            return None
+        if state.weights is not None and (not state.waiting or state.weights.due < state.waiting[0][1]):
+            return state.weights
+        return state.waiting[0][0] if state.waiting else None
 
     def start(self, lane: Lane, now_s: float) -> None:
         """Start `next_op`."""
-        state = self._states[lane]
-        state.op = op = state.waiting.popleft()
-        cost = self._costs.layers[op.layer]
-        state.left_s = {WorkStream.D2H: cost.d2h_s, WorkStream.CPU: cost.cpu_s, WorkStream.H2D: cost.h2d_s}[op.stream]
+        state, op = self._states[lane], self.next_op(lane)
+        assert op is not None, "there is something to start"
+        state.op = op
+        if isinstance(op, WeightsUp):
+            state.weights = None
+        else:
+            state.waiting.popleft()
+        state.left_s = self._seconds(op)
         state.start_s = state.since_s = now_s
         state.rate = 0.0  # set below, together with the others'
         self._set_rates(lane, now_s)
 
-    def finish(self, lane: Lane, version: int, now_s: float) -> tuple[Op, float] | None:
+    def _seconds(self, op: Op | WeightsUp) -> float:
+        cost = self._costs.layers[op.layer]
+        if isinstance(op, WeightsUp):
+            return cost.weights_s
+        return {WorkStream.D2H: cost.d2h_s, WorkStream.CPU: cost.cpu_s, WorkStream.H2D: cost.h2d_s}[op.stream]
+
+    def finish(self, lane: Lane, version: int, now_s: float) -> tuple[Op | WeightsUp, float] | None:
         """End a lane's operation and return it with its start; None where the promise no longer holds."""
         state = self._states[lane]
         if state.version != version:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lsp_ray.config import Bits, Method, PayloadDtype
+from lsp_ray.config import Bits, Method, PayloadDtype, Weights
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.cluster import ONE_GPU, Cluster
 from lsp_ray.sim.model_shape import LayerShape, LinearShape
@@ -43,6 +43,8 @@ class Workload:
         bf16: Weights and activations of 2 bytes, else of 4.
         bits: To which the linears of blocks are quantised (lsp, lora); None: they are as the other weights.
         apart: Whether updates are kept beside the weights and not added to them (lsp); with `bits` they are.
+        weights: Where the weights that stay as they are live: on the device, or in main memory, from where they come
+            up block by block (lsp, apart, with gradient checkpointing).
         gradient_checkpointing: Whether the backward runs each block's forward again.
         subspace_dim: Columns asked for of P and of Q (lsp).
         nnz_per_row: R (lsp).
@@ -68,6 +70,7 @@ class Workload:
     bf16: bool = True
     bits: Bits | None = None
     apart: bool = False
+    weights: Weights = "device"
     gradient_checkpointing: bool = False
     subspace_dim: int = 256
     nnz_per_row: int = 8
@@ -90,6 +93,9 @@ class Workload:
                 raise ConfigError(f"workload.{name}", "be at least 1", getattr(self, name))
         if self.bits is not None and self.method not in ON_QUANTIZED:
             raise ConfigError("workload.bits", f"be None for {self.method}, which changes the weights", self.bits)
+        if self.streams and not (self.is_apart and self.gradient_checkpointing):
+            bound = "be device but for lsp, updates apart, with gradient checkpointing"
+            raise ConfigError("workload.weights", bound, self.weights)
 
     @property
     def full(self) -> Workload:
@@ -130,6 +136,21 @@ class Workload:
     def is_apart(self) -> bool:
         """Whether what is trained of a linear stays beside it, and shards keep the sum of all updates (lsp)."""
         return self.method == "lsp" and (self.apart or self.bits is not None)
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights come up from main memory."""
+        return self.weights == "host"
+
+    def streamed_bytes(self, layer: LayerShape) -> float:
+        """Of a layer's weights that come up, each time."""
+        if not (self.streams and layer.is_block):
+            return 0.0
+        return sum(
+            self.weight_bytes(layer, linear)
+            for linear in layer.linears
+            if self.bits is not None or self.dims_of(linear) is not None
+        )
 
     def is_quantized(self, layer: LayerShape) -> bool:
         """Whether a layer's linears are: those of blocks."""

@@ -37,6 +37,7 @@ from lsp_ray.runtime.prepare.job_checks import check_method, check_model, check_
 from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.prepare.layout import Layout, plan_layout
 from lsp_ray.runtime.prepare.learning_rates import learning_rates
+from lsp_ray.runtime.prepare.weights_home import with_weights
 from lsp_ray.runtime.watch.metrics_file import METRICS, read_metrics
 from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
 from lsp_ray.schedule.policy import POLICIES
@@ -196,6 +197,17 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     check_model(skeleton, model_folder, tokenizer, tokenized, config, dtype)
     unreached = unreached_by_text(skeleton)
     layers = find_layers(skeleton, unreached)
+    config = with_weights(
+        config,
+        load_config(model_folder),
+        skeleton,
+        layers,
+        # all of it: to ask what is free would take some of it for this process
+        torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None,
+        note,
+        quantized=quantized,
+        bf16=dtype == torch.bfloat16,
+    )
     check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
     payload_sizes = _payload_sizes(layers, config, quantized=quantized)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lsp_ray.config import RunConfig
+from lsp_ray.config import Delta, RunConfig
 from lsp_ray.data.tokenize import TokenizedRows, check_token_ids
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.galore import check_rank
@@ -45,10 +46,15 @@ def check_model(
 
 def _check_recomputed(layers: Sequence[Layer]) -> None:
     """What a block that is not checkpointed keeps of its weights would be gone in the backward."""
-    for layer in layers:
-        if layer.block is not None and not isinstance(layer.block, GradientCheckpointingLayer):
-            bound = f"be device for this model, whose {type(layer.block).__name__} has no gradient checkpointing"
-            raise ConfigError("runtime.weights", bound, "host")
+    block = _not_recomputed(layers)
+    if block is not None:
+        bound = f"be device for this model, whose {type(block).__name__} has no gradient checkpointing"
+        raise ConfigError("runtime.weights", bound, "host")
+
+
+def _not_recomputed(layers: Sequence[Layer]) -> nn.Module | None:
+    blocks = (layer.block for layer in layers if layer.block is not None)
+    return next((block for block in blocks if not isinstance(block, GradientCheckpointingLayer)), None)
 
 
 def check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
@@ -97,12 +103,12 @@ def with_delta(
     quantized = config.bits is not None or found is not None
     if found is not None:
         _check_found(config, found)
-    if not quantized and not config.streams:
-        return replace(config, lsp=replace(config.lsp, delta=config.lsp.delta or "merged")), False
+    if not quantized:
+        delta: Delta = "apart" if config.streams else "merged"
+        return replace(config, lsp=replace(config.lsp, delta=config.lsp.delta or delta)), False
     if config.method == "lsp" and config.lsp.check_every:
-        base = "a quantised base" if quantized else "a base in main memory (runtime.weights)"
-        note(f"projectors stay to the end (lsp.check_every is 0), as {base} cannot take in what others did")
-    return replace(config, lsp=replace(config.lsp, delta="apart", check_every=0)), quantized
+        note("projectors stay to the end (lsp.check_every is 0), as a quantised base cannot take in what others did")
+    return replace(config, lsp=replace(config.lsp, delta="apart", check_every=0)), True
 
 
 def _check_found(config: RunConfig, found: Mapping[str, Any]) -> None:
@@ -111,6 +117,23 @@ def _check_found(config: RunConfig, found: Mapping[str, Any]) -> None:
         raise ConfigError("method", "be lsp or lora, as the model's weights are quantised", config.method)
     if config.lsp.delta == "merged":
         raise ConfigError("lsp.delta", "be apart, as the model's weights are quantised", "merged")
-    if config.streams and not (found.get("quant_method") == "bitsandbytes" and found.get("load_in_4bit")):
+    if config.streams and not _is_nf4(found):
         bound = "be device for this model; in 4 bits of bitsandbytes, or not quantised, weights can be host"
         raise ConfigError("runtime.weights", bound, "host")
+
+
+def can_stream(config: RunConfig, model_config: PreTrainedConfig, layers: Sequence[Layer]) -> bool:
+    """Whether `runtime.weights host` would be taken, for a run whose `lsp.delta` is decided."""
+    found = quantization_of(model_config)
+    return (
+        config.method == "lsp"
+        and config.lsp.is_apart
+        and not config.load_in_8bit
+        and (found is None or _is_nf4(found))
+        and not (config.torch_compile or config.runtime.cuda_graphs)
+        and _not_recomputed(layers) is None
+    )
+
+
+def _is_nf4(found: Mapping[str, Any]) -> bool:
+    return found.get("quant_method") == "bitsandbytes" and bool(found.get("load_in_4bit"))
