@@ -93,6 +93,9 @@ class DeviceSide:
         job, config = self._job, self._job.config
         torch.set_num_threads(job.layout.device_threads)
         layers = self._load(decided)
+        num_pageable = self._page_lock(self.host_weights)
+        if self._weights is not None:
+            self._weights.start()
         throttle = (
             throttle_of(job, self._model, layers, self.backend, self._say) if decided is None else decided.throttle
         )
@@ -130,9 +133,12 @@ class DeviceSide:
         self._micro_batches = job.micro_batches.read_ahead(
             job.num_steps - first_step, first_step=first_step, page_locked=job.device == "cuda"
         )
-        crossing = [*host_slots, *self.host_weights] if job.device == "cuda" else []
-        pageable = [buffer for buffer in crossing if not self.backend.page_lock(buffer)]
-        return SetupReport(unfitted=trained.unfitted, num_pageable=len(pageable), throttle=throttle)
+        num_pageable += self._page_lock(host_slots)
+        return SetupReport(unfitted=trained.unfitted, num_pageable=num_pageable, throttle=throttle)
+
+    def _page_lock(self, buffers: Sequence[torch.Tensor]) -> int:
+        """Lock the pages of what a GPU copies from or to; returns of how many that is impossible."""
+        return sum(not self.backend.page_lock(buffer) for buffer in buffers) if self._job.device == "cuda" else 0
 
     def _load(self, decided: Decided | None) -> list[Layer]:
         """Bring the model to the device; returns its layers."""
@@ -150,8 +156,6 @@ class DeviceSide:
         self._tokens = tokens_of(self._model, self._tokenizer)
         if job.config.recomputes:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
-        if self._weights is not None:
-            self._weights.start()
         return layers
 
     @property

@@ -50,7 +50,10 @@ def with_weights(
                     f"spare do not fit into the device's {device_bytes / 1e9:.1f} GB"
                 )
         config = replace(config, runtime=replace(config.runtime, weights=home))
-    if not config.streams or not config.lsp.check_every:
+    if not config.streams:
+        return config
+    note("runtime.weights host: each block's forward runs again in its backward, as with gradient_checkpointing")
+    if not config.lsp.check_every:
         return config
     note("projectors stay to the end (lsp.check_every is 0), as weights in main memory cannot take in what others did")
     return replace(config, lsp=replace(config.lsp, check_every=0))
