@@ -58,6 +58,18 @@ def _above_zero(name: str, value: float | None) -> None:
         raise ConfigError(name, "be above 0", value)
 
 
+def _check_address(address: str | None) -> None:
+    """Raise ConfigError unless it is one that a driver on a machine of the cluster can join."""
+    if address is None or address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if address.startswith("ray://"):
+        hint = "start the run on one of the cluster's machines, with auto"
+        raise ConfigError("runtime.address", "be HOST:PORT or auto; Ray's client does not do", address, hint=hint)
+    if not host or not port.isdecimal():
+        raise ConfigError("runtime.address", "be HOST:PORT or auto", address)
+
+
 def _no_nulls(config: Any, prefix: str = "") -> None:
     """Raise ConfigError where a field that needs a value has None."""
     for known in fields(config):
@@ -161,7 +173,9 @@ class RuntimeConfig:
     num_shards: int | None = None
     """CPU shard actors that own the optimizer state; default: 1, from 16 cores on 2."""
     num_gpus: int | Literal["auto"] = "auto"
-    """GPUs of this machine that compute, lsp and zero_offload alone several; auto: all, at most num_replicas."""
+    """GPUs that compute, lsp and zero_offload alone several; auto: all, at most num_replicas."""
+    address: str | None = None
+    """Ray cluster whose machines compute, HOST:PORT or auto for the one that runs here; default: this machine alone."""
     policy: PolicyName | None = None
     """Order of transfers and updates; default: layerwise, for zero_offload sequential."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -178,6 +192,8 @@ class RuntimeConfig:
     """Where frozen weights live; host: main memory, up block by block (lsp, lsp.delta apart); auto: where needed."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
+    network_gbps: float | None = None
+    """Slow the network to other machines down to so many gigabytes a second, in each direction; default: as it is."""
     emulate: EmulatedMachine | None = None
     """Slow link and shards down to a machine's proportions to GPU compute (paper, Table 1); measures the compute."""
     dashboard: bool = False
@@ -191,6 +207,14 @@ class RuntimeConfig:
         _at_least("runtime.device_threads", self.device_threads, 1)
         _at_least("runtime.shard_threads", self.shard_threads, 1)
         _above_zero("runtime.link_gbps", self.link_gbps)
+        _above_zero("runtime.network_gbps", self.network_gbps)
+        _check_address(self.address)
+        if self.dashboard and self.address is not None:
+            raise ConfigError("runtime.dashboard", "be left out with runtime.address: the cluster has its own", True)
+        if self.network_gbps is not None and self.address is None:
+            raise ConfigError(
+                "runtime.network_gbps", "come with runtime.address: one machine has no network", self.network_gbps
+            )
         if self.emulate is not None and self.link_gbps is not None:
             raise ConfigError("runtime.link_gbps", f"be left out where {self.emulate} is emulated", self.link_gbps)
 
@@ -370,6 +394,9 @@ class RunConfig:
             if num_gpus > 1:
                 bound = f"be 1 with method {self.method}, which trains on one GPU; method lsp uses several"
                 raise ConfigError("runtime.num_gpus", bound, num_gpus)
+            if self.runtime.address is not None:
+                bound = f"be left out with method {self.method}, which trains on one GPU; method lsp uses several"
+                raise ConfigError("runtime.address", bound, self.runtime.address)
         if self.num_replicas is not None and num_gpus > self.num_replicas:
             bound = f"be at most num_replicas ({self.num_replicas}), as a replica is computed by one GPU"
             raise ConfigError("runtime.num_gpus", bound, num_gpus)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
     from lsp_ray.runtime.cluster.private_cluster import ClusterInfo
     from lsp_ray.runtime.fine_tune import Summary
     from lsp_ray.runtime.prepare.job import Job
+    from lsp_ray.runtime.prepare.machines import Machine
     from lsp_ray.trace import StepMetrics
 
 
@@ -113,39 +114,88 @@ def run_config(
     _check_surroundings(config, with_dataset=rows is None)
     with report_server(config.report_port) as server, claimed(config) as output_dir:
         from lsp_ray.report.progress import Progress
-        from lsp_ray.runtime.actors.ray_workers import RayWorkers
-        from lsp_ray.runtime.cluster.private_cluster import ray_cluster
-        from lsp_ray.runtime.persistence import fine_tune_persistently
-        from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory
 
         with Progress(console=console) as progress:
             if server is not None:
                 server.serve(output_dir, progress.status)
                 progress.note(f"report: {server.url}")
-            progress.phase("preparing model and data")
-            job = _prepared(config, rows, output_dir, progress.note)
-            check_memory(job, read_host_memory())
-            _show(job, progress)
-            progress.phase("starting Ray")
-            with ray_cluster(
-                num_actors=job.layout.num_gpus + job.layout.num_shards,
-                num_gpus=job.layout.num_gpus if job.device == "cuda" else 0,
-                store_bytes=job.store_bytes,
-                dashboard=config.runtime.dashboard,
-            ) as cluster:
-                if stop is not None:
-                    stop.take()
-                _note_dashboard(cluster, progress)
-                _write_config(output_dir, job)
-                signal = stop or StopSignal()
-                listener = _Followed(progress, follower)
-                if follower is not None:
-                    follower.begins(job.num_steps, job.micro_batches.steps_per_epoch, job.first_step)
-                with _reported(output_dir, progress):
-                    workers = partial(RayWorkers, note=progress.note)
-                    summary = fine_tune_persistently(job, workers, output_dir, listener, _decoder(job), signal)
+            with _joined(config.runtime.address, progress) as machines:
+                progress.phase("preparing model and data")
+                job = _prepared(config, rows, output_dir, progress.note, machines)
+                _show(job, progress)
+                summary = _trained(job, output_dir, progress, stop, follower)
             progress.note(_done(job, summary, output_dir, progress.elapsed))
     return RunResult(output_dir=output_dir, summary=summary)
+
+
+def _trained(
+    job: Job, output_dir: Path, progress: Progress, stop: StopSignal | None, follower: Follower | None
+) -> Summary:
+    """What came of the job, on a Ray of its own or on the cluster that was joined."""
+    from lsp_ray.runtime.actors.ray_workers import RayWorkers
+    from lsp_ray.runtime.cluster.nodes import check_nodes, nodes
+    from lsp_ray.runtime.cluster.private_cluster import ray_cluster
+    from lsp_ray.runtime.persistence import fine_tune_persistently
+    from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory
+
+    check_memory(job, read_host_memory())
+    runtime = job.config.runtime
+    is_joined = runtime.address is not None
+    if not is_joined:
+        progress.phase("starting Ray")
+    with ray_cluster(
+        num_actors=job.layout.num_gpus + job.layout.num_shards,
+        num_gpus=job.layout.num_gpus if job.device == "cuda" else 0,
+        store_bytes=job.store_bytes,
+        dashboard=runtime.dashboard,
+    ) as cluster:
+        if is_joined:
+            check_nodes(nodes(), job.model_folder, output_dir, job.store_bytes)
+        if stop is not None:
+            stop.take()
+        _note_dashboard(cluster, progress)
+        _write_config(output_dir, job)
+        if follower is not None:
+            follower.begins(job.num_steps, job.micro_batches.steps_per_epoch, job.first_step)
+        with _reported(output_dir, progress):
+            return fine_tune_persistently(
+                job,
+                partial(RayWorkers, note=progress.note, shared=output_dir if is_joined else None),
+                output_dir,
+                _Followed(progress, follower),
+                _decoder(job),
+                stop or StopSignal(),
+                _laid_out if is_joined else _as_it_is,
+            )
+
+
+@contextmanager
+def _joined(address: str | None, progress: Progress) -> Iterator[Sequence[Machine]]:
+    """The machines of the cluster that a run uses; none: it starts a Ray of its own on this one."""
+    if address is None:
+        yield []
+        return
+    from lsp_ray.runtime.cluster.joined_cluster import joined_cluster
+    from lsp_ray.runtime.cluster.nodes import machines
+
+    progress.phase("joining Ray's cluster")
+    with joined_cluster(address) as there:
+        found = machines(there)
+        names = ", ".join(f"{one.name} ({one.cores} cores, {one.num_gpus} GPUs)" for one in found)
+        progress.note(f"cluster: {len(found)} machine(s): {names}")
+        yield found
+
+
+def _laid_out(job: Job) -> Job:
+    """The job for the machines that are left of its cluster."""
+    from lsp_ray.runtime.cluster.nodes import answering, machines, nodes
+    from lsp_ray.runtime.prepare.job import laid_out
+
+    return laid_out(job, machines(answering(nodes())))
+
+
+def _as_it_is(job: Job) -> Job:
+    return job
 
 
 def _check_surroundings(config: RunConfig, *, with_dataset: bool) -> None:
@@ -199,7 +249,13 @@ def _command() -> str:
     return shlex.quote(str(beside.relative_to(here) if beside.is_relative_to(here) else beside))
 
 
-def _prepared(config: RunConfig, rows: TokenizedRows | None, output_dir: Path, note: Callable[[str], None]) -> Job:
+def _prepared(
+    config: RunConfig,
+    rows: TokenizedRows | None,
+    output_dir: Path,
+    note: Callable[[str], None],
+    machines: Sequence[Machine],
+) -> Job:
     """The job with everything decided, from its checkpoint on if there is one."""
     from lsp_ray.plan.auto_dim import with_subspace_dim
     from lsp_ray.runtime.checkpoints.saved_run import find_checkpoint, with_saved_choices
@@ -211,8 +267,8 @@ def _prepared(config: RunConfig, rows: TokenizedRows | None, output_dir: Path, n
     if checkpoint is not None:
         config = with_saved_choices(config, checkpoint)
     elif rows is None:
-        config = with_subspace_dim(config, note)
-    job = prepare_job(config, note, rows)
+        config = with_subspace_dim(config, note, machines)
+    job = prepare_job(config, note, rows, machines)
     clear_leftovers(output_dir, note)
     return job if checkpoint is None else resumed(job, checkpoint)
 

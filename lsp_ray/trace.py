@@ -152,7 +152,7 @@ class StepMetrics:
         exposed_peers_s: The same for one that lacked other GPUs' payloads. Of several GPUs, waiting is that of the one
             that waited longest.
         exposed_weights_s: In which this step's passes waited for weights on their way up from main memory.
-        slowest_gpu: That computed longest, where there are several.
+        computed_s_by_gpu: Of its time, what each GPU computed, by its name, where there are several.
         bytes_d2h: Down the link.
         bytes_h2d: Up the link, weights as well.
         grad_scale: What gradients were multiplied by: below 1 where clipped, 0 where the step was skipped.
@@ -185,7 +185,7 @@ class StepMetrics:
     eval_loss: float | None = None
     exposed_peers_s: float = 0.0
     exposed_weights_s: float = 0.0
-    slowest_gpu: int | None = None
+    computed_s_by_gpu: dict[str, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """What strict JSON can hold: a number that is not finite, as a skipped step's loss may be, is None."""
@@ -210,6 +210,12 @@ class StepMetrics:
     def exposed_s(self) -> float:
         """Seconds in which the compute stream waited."""
         return sum(self.exposed_by_cause.values())
+
+    @property
+    def slowest_gpu(self) -> str | None:
+        """The GPU that computed longest, where there are several."""
+        times_s = self.computed_s_by_gpu
+        return max(times_s, key=times_s.__getitem__) if times_s else None
 
     @property
     def busy_by_stream(self) -> dict[WorkStream, float]:

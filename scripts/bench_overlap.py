@@ -27,6 +27,8 @@ from typing import Any
 import torch
 
 from lsp_ray.data.tokenize import TokenizedRows
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.private_cluster import ray_cluster
 from lsp_ray.runtime.prepare.job import prepare_job
@@ -113,7 +115,7 @@ def machine_of(settings: Sequence[Setting], rows: TokenizedRows) -> Iterator[Mac
         stack.enter_context(ray_cluster(num_actors=num_actors, store_bytes=sum(job.store_bytes for job in on_ray)))
         sessions = {}
         for host, job in jobs.items():
-            sessions[host] = LiveSession(job, on_ray=host.on_ray)
+            sessions[host] = LiveSession(job, RayWorkers if host.on_ray else ThreadWorkers)
             stack.callback(sessions[host].close)
         yield Machine(sessions)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.driver import Driver
 from lsp_ray.runtime.drive.ledger import ClosedStep
+from lsp_ray.runtime.drive.step_judge import StepJudge
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.schedule.ops import LayerSeconds
 from lsp_ray.schedule.policy import POLICIES, Policy
@@ -42,16 +43,20 @@ class Block:
 
 
 class LiveSession:
-    """Sets the workers up; leave by `close`. Ray must be running where `on_ray`.
+    """Sets the workers up; leave by `close`.
+
+    Args:
+        job: The run.
+        start: Starts its workers; Ray's need Ray running.
 
     Attributes:
         emulated: The throttle of the job's `runtime.emulate`; none where it emulates nothing.
         payload_sizes: Of the job.
     """
 
-    def __init__(self, job: Job, *, on_ray: bool) -> None:
+    def __init__(self, job: Job, start: Callable[[Job], RayWorkers | ThreadWorkers]) -> None:
         self._job = job
-        self._workers: RayWorkers | ThreadWorkers = RayWorkers(job) if on_ray else ThreadWorkers(job)
+        self._workers = start(job)
         self._policies: dict[PolicyName, Policy] = {}  # what one has learned of the layers stays for its next block
         self._num_run = 0
         self.payload_sizes = job.payload_sizes
@@ -60,11 +65,15 @@ class LiveSession:
     def run(self, name: PolicyName, throttle: Throttle, num_steps: int) -> Block:
         """Run one step that does not count, as its forward finds every delta there, and `num_steps` that do."""
         self._workers.keep_to(throttle)
-        owners = self._job.layout.shard_of_unit if self.payload_sizes else ()
-        policy = self._policies.setdefault(name, POLICIES[name](owners, room=self._job.delta_room))
+        layout, num_sent = self._job.layout, len(self.payload_sizes)
+        owners = layout.shard_of_unit if num_sent else ()
+        fresh = POLICIES[name](owners, room=self._job.delta_room, gpu_of_part=layout.gpu_of_part)
+        policy = self._policies.setdefault(name, fresh)
+        first, num_parts = self._num_run, len(layout.gpu_of_part)
+        judge = StepJudge(num_sent, num_parts=num_parts, num_gpus=layout.num_gpus, first_step=first)
         closed: list[ClosedStep] = []
         rates = self._job.learning_rates
-        driver = Driver(self._workers, policy, rates, on_step=closed.append, first_step=self._num_run)
+        driver = Driver(self._workers, policy, rates, judge=judge, on_step=closed.append, first_step=first)
         self._num_run += 1 + num_steps
         driver.train(self._num_run)
         counted = [step.metrics for step in closed[1:]]

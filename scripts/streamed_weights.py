@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig
+from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig, Weights
 from lsp_ray.output_folder import INTERNALS
 from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
@@ -142,7 +142,7 @@ def main() -> None:
     losses: list[float] | None = None
     with tempfile.TemporaryDirectory() as folder:
         for link_gbps in (None, *asked.link_gbps):
-            home = "device" if link_gbps is None else "host"
+            home: Weights = "device" if link_gbps is None else "host"
             runtime = replace(config.runtime, weights=home, link_gbps=link_gbps)
             job = prepare_job(replace(config, runtime=runtime), lambda _line: None)
             summary, steps, trace = run(job, Path(folder) / f"{home}-{link_gbps}")

@@ -1,4 +1,4 @@
-"""A GPU actor that goes astray; in a module of its own, so that Ray's workers find it."""
+"""GPU actors that go astray or are slow; in a module of their own, so that Ray's workers find them."""
 
 from __future__ import annotations
 
@@ -18,3 +18,11 @@ class Astray(GpuActor):
             weight = cast("AddedTarget", self._side.worker.units[0].targets[0]).addition.weight
             weight.data[(0,) * weight.ndim] += 1.0
         return report
+
+
+class SlowFirst(GpuActor):
+    """The first GPU takes three times as long as the others."""
+
+    def pace(self) -> float:
+        assert super().pace() > 0.0
+        return 3.0 if self._gpu == 0 else 1.0

@@ -11,8 +11,9 @@ import pytest
 
 from lsp_ray.config import LspConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.plan.auto_dim import throttled, why_no_larger, with_subspace_dim
+from lsp_ray.plan.auto_dim import cluster_of, throttled, why_no_larger, with_subspace_dim
 from lsp_ray.runtime.actors.throttle import Throttle
+from lsp_ray.runtime.prepare.machines import Machine
 from lsp_ray.sim.advice import largest_hidden_dim
 from lsp_ray.sim.hardware_profile import load_hardware
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
@@ -52,6 +53,30 @@ def test_what_would_be_late_with_a_larger_subspace_is_named() -> None:
         rf"the largest that is hidden: {dim + 32} would expose \S+ s of a simulated step of \S+ s, mostly the way down",
         said,
     )
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "num_replicas", "seen"),
+    [(None, None, (1, 1)), (None, 3, (1, 3)), (2, None, (2, 1)), (2, 5, (2, 3))],  # the one with most parts counts
+)
+def test_a_subspace_is_chosen_for_the_gpus_and_parts_of_the_run(
+    tmp_path: Path, num_gpus: int | None, num_replicas: int | None, seen: tuple[int, int]
+) -> None:
+    runtime = {} if num_gpus is None else {"num_gpus": num_gpus}
+    cluster = cluster_of(tiny_config(tmp_path, lsp=AUTO, num_replicas=num_replicas, runtime=runtime), "cpu")
+    assert (cluster.gpus_per_node, cluster.parts_per_gpu, cluster.num_away) == (*seen, 0)
+
+
+def test_where_other_machines_compute_a_subspace_has_to_be_a_number_before_anything_is_measured(tmp_path: Path) -> None:
+    asked = replace(tiny_config(tmp_path, lsp=AUTO, runtime={"address": "auto"}), model_name_or_path="/nowhere")
+    two = [Machine(name=name, num_gpus=0, cores=2, has_bf16=False) for name in "ab"]
+    line = (
+        "^lsp.subspace_dim must be a number where GPUs of other machines compute, as nobody has measured the network,"
+    )
+    with pytest.raises(ConfigError, match=line):
+        with_subspace_dim(asked, lambda _line: None, two)
+    alone = replace(asked, runtime=replace(asked.runtime, num_gpus=1))
+    assert cluster_of(alone, "cpu", two).num_gpus == 1
 
 
 @pytest.mark.parametrize("changes", [{"method": "native", "lsp": AUTO}, {"method": "zero_offload", "lsp": AUTO}, {}])

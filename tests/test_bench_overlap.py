@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lsp_ray.hardware import BACKWARD_SHARE, MACHINES
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.actors.throttle import Throttle, emulating
 from lsp_ray.schedule.ops import LayerSeconds
 from scripts.bench_overlap import Found, figures_of
@@ -73,7 +74,7 @@ def test_a_setting_is_compared_with_one_of_the_same_round() -> None:
 def test_blocks_in_any_order_and_behind_any_throttle_are_the_steps_of_one_run(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, max_steps=5, lsp={"fit": "random"})
     run_on_threads(job, tmp_path / "straight")
-    session = LiveSession(job, on_ray=False)
+    session = LiveSession(job, ThreadWorkers)
     try:
         slow = session.run("sequential", Throttle(link_gbps=1e-3), 1)
         fast = session.run("layerwise", Throttle(), 2)

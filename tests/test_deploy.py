@@ -20,7 +20,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from lsp_ray.config import RunConfig
-from lsp_ray.runtime.watch.live_metrics import BIAS, BIAS_OF_LAYER, COUNTERS, GAUGES, PREFIX, STEPS
+from lsp_ray.runtime.watch.live_metrics import BIAS, BIAS_OF_LAYER, COUNTERS, GAUGES, GPU_COMPUTED, PREFIX, STEPS
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 UNIT = DEPLOY / "lsp-ray@.service"
@@ -89,7 +89,7 @@ def test_grafana_asks_the_prometheus_that_scrapes_ray() -> None:
 
 
 def test_the_dashboard_shows_metrics_that_a_run_has() -> None:
-    ours = {*GAUGES, BIAS, BIAS_OF_LAYER, *(f"{name}_total" for name in (*COUNTERS, STEPS))}
+    ours = {*GAUGES, BIAS, BIAS_OF_LAYER, GPU_COMPUTED, *(f"{name}_total" for name in (*COUNTERS, STEPS))}
     rays = {"ray_node_mem_used", "ray_object_store_used_memory", "ray_node_gram_used"}
     panels = json.loads(DASHBOARD.read_text())["panels"]
     asked = {name for panel in panels for target in panel["targets"] for name in re.findall(r"ray_\w+", target["expr"])}
@@ -135,6 +135,26 @@ def test_rays_launcher_takes_the_cluster_files_and_every_ray_asks_for_the_token(
         assert not any("0.0.0.0" in command for command in commands)
         assert all(command.startswith("RAY_AUTH_MODE=token ") for command in commands if " ray start " in command)
         assert all(" start " in command or command in ("ray stop", CLOSE_TOKEN) for command in commands)
+
+
+def test_kubernetes_pods_ask_for_a_token_share_their_work_and_have_room_for_the_slots() -> None:
+    spec = loaded(DEPLOY / "kuberay.yaml")["spec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    assert f"ray=={spec['rayVersion']}" in (DEPLOY.parent / "constraints.txt").read_text().splitlines()
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {
+            "work": "/work",
+            "shm": "/dev/shm",
+        }
+        assert volumes["work"]["persistentVolumeClaim"] == {"claimName": "lsp-ray-work"}
+        shared = volumes["shm"]["emptyDir"]
+        assert shared["medium"] == "Memory"
+        assert int(group["rayStartParams"]["object-store-memory"]) < int(shared["sizeLimit"].removesuffix("Gi")) << 30
+        assert {"name": "RAY_worker_niceness", "value": "0"} in container["env"]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
 CLOSE_TOKEN = "chmod 600 ~/.ray/auth_token"

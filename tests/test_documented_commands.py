@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.scripts.scripts import get_auth_token, start
 
 import lsp_ray
 from lsp_ray import export, generate
@@ -84,6 +85,17 @@ def check_lm_eval(words: list[str]) -> None:
     assert options["--model_args"] == "pretrained=my-run"
 
 
+def check_ray(words: list[str]) -> None:
+    """`test_machines` runs them."""
+    known = {option for command in (start, get_auth_token) for parameter in command.params for option in parameter.opts}
+    assert words[0] in ("start", "get-auth-token")
+    assert {word.split("=")[0] for word in words[1:] if word.startswith("--")} <= known
+
+
+def check_settings(words: list[str]) -> None:
+    assert all(re.fullmatch(r"\w+=\w+", word) for word in words)
+
+
 def check_no_arguments(words: list[str]) -> None:
     assert words == []
 
@@ -96,6 +108,8 @@ CHECKS: dict[str, Callable[[list[str]], object]] = {
     "source": lambda words: (
         check_no_arguments(words[1:]) if words == [".venv/bin/activate"] else pytest.fail(str(words))
     ),
+    "ray": check_ray,
+    "export": check_settings,
     "echo": lambda words: json.loads(words[0]),  # a row of a data set
     "./scripts/demo": run_module.parse,
     "./scripts/test": check_no_arguments,

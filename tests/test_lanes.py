@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -15,7 +16,9 @@ import ray
 import torch
 
 from lsp_ray.errors import ConfigError, DeadlineError, OutOfDeviceMemoryError, WorkerLostError
-from lsp_ray.runtime.transport.lanes import Lane, Order, bounded, connect, open_lanes, serve
+from lsp_ray.runtime.drive.ledger import OpReport
+from lsp_ray.runtime.transport.lanes import Lane, Order, Watch, bounded, connect, open_lanes, serve, tell
+from lsp_ray.trace import Span, WorkStream
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -102,6 +105,7 @@ def test_answers_come_in_order_and_errors_as_what_they_are(lane: Lane) -> None:
 
 def test_a_wait_for_a_dead_actor_ends_even_where_its_child_holds_the_socket(lane: Lane) -> None:
     child = lane.call("forking", "fork")
+    assert lane.process is not None
     lane.process.kill()
     try:
         with pytest.raises(WorkerLostError, match=r"^servant died \(update\)$"):
@@ -123,3 +127,28 @@ def test_an_order_that_nobody_takes_ends_in_time() -> None:
     lane = Lane(bounded(ours, 1.0), "hanging", psutil.Process(), nobody)
     with theirs, pytest.raises(DeadlineError, match=r"^an order was not taken in time \(large\)$"):
         lane.order(Order(what="large", method="doubled", args=(torch.zeros(1 << 20),)))
+
+
+def test_a_watch_tells_which_lanes_have_something_to_say_whoever_they_are_by_now() -> None:
+    nobody: Any = None
+    pairs = [socket.socketpair() for _ in range(3)]
+    lanes = [Lane(bounded(ours, 1.0), "told of", psutil.Process(), nobody) for ours, _ in pairs]
+    theirs = [bounded(its, 1.0) for _, its in pairs]
+    watch = Watch()
+    assert watch.wait(lanes[:2], 0.0) == []
+    tell(theirs[1], "news")
+    tell(theirs[2], "of a lane that is not waited for")
+    assert watch.wait(lanes[:2], 1.0) == [lanes[1]]
+    assert lanes[1].message() == "news"
+    assert watch.wait(lanes[:2], 0.0) == []
+    lanes[1].close()
+    assert watch.wait([lanes[0], lanes[2]], 1.0) == [lanes[2]]
+    theirs[0].close()  # an end is something to be told as well
+    assert set(watch.wait([lanes[0], lanes[2]], 1.0)) == {lanes[0], lanes[2]}
+    watch.close()
+
+
+def test_an_operations_report_arrives_as_it_was_sent() -> None:
+    span = Span(stream=WorkStream.H2D, step=1, layer=2, start_s=3.0, end_s=4.0, part=5)
+    report = OpReport(span=span, size_bytes=6, reprojections=(), square_sum=7.0)
+    assert pickle.loads(pickle.dumps(report)) == report

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lsp_ray.config import RuntimeConfig
-from lsp_ray.runtime.prepare.layout import plan_layout
+from lsp_ray.runtime.prepare.layout import EVEN_ENOUGH, parts_by_pace, plan_layout
 
 SIZES = st.lists(st.integers(1, 1000), min_size=1, max_size=40)
 
@@ -49,3 +53,35 @@ def test_every_unit_has_one_shard_and_no_shard_is_far_above_the_mean(sizes: list
     assert sorted(unit for units in owned for unit in units) == list(range(len(sizes)))
     loads = [sum(sizes[unit] for unit in units) for units in owned]
     assert max(loads) <= sum(sizes) / layout.num_shards + max(sizes)  # Graham's bound of greedy balancing
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=4), st.integers(0, 5))
+def test_parts_by_pace_are_over_as_early_as_any_division(part_s: list[float], num_more: int) -> None:
+    num_parts = len(part_s) + num_more
+    divided = parts_by_pace(num_parts, part_s)
+    assert len(divided) == num_parts
+    assert list(divided) == sorted(divided)
+    assert set(divided) == set(range(len(part_s)))
+
+    def slowest_s(counts: Sequence[int]) -> float:
+        return max(count * own_s for count, own_s in zip(counts, part_s, strict=True))
+
+    every = (counts for counts in product(range(1, num_parts + 1), repeat=len(part_s)) if sum(counts) == num_parts)
+    best_s = min(slowest_s(counts) for counts in every)
+    assert slowest_s([divided.count(gpu) for gpu in range(len(part_s))]) <= EVEN_ENOUGH * best_s
+
+
+@pytest.mark.parametrize(
+    ("part_s", "divided"),
+    [
+        ((1.0, 3.0), (0, 0, 0, 1)),
+        ((3.0, 1.0), (0, 1, 1, 1)),
+        ((1.0, 1.04), (0, 0, 1, 1)),
+        ((1.0, 1.0, 1.0), (0, 0, 1, 2)),
+        ((1.04, 1.0, 1.0), (0, 0, 1, 2)),  # two parts there or elsewhere: not worth leaving the even division
+    ],
+)
+def test_a_fast_gpu_computes_more_parts_and_like_ones_divide_them_evenly(
+    part_s: tuple[float, ...], divided: tuple[int, ...]
+) -> None:
+    assert parts_by_pace(4, part_s) == divided

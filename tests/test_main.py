@@ -105,3 +105,18 @@ def test_a_wrong_option_is_answered_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert line.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("actor", "absent"),
+    [
+        ("shard_actor", ["transformers", "torch._dynamo", "datasets", "peft"]),
+        ("gpu_relay", ["transformers", "torch._dynamo", "datasets", "peft"]),
+        ("gpu_actor", ["peft", "bitsandbytes", "datasets"]),
+    ],
+)
+def test_an_actor_imports_no_more_than_it_needs_as_another_one_is_waited_for(actor: str, absent: list[str]) -> None:
+    look = (
+        f"import sys, lsp_ray.runtime.actors.{actor}\nfound = set({absent}) & set(sys.modules)\nassert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", look], check=True, timeout=120)

@@ -145,7 +145,9 @@ def test_a_folder_that_wandb_wrote_is_not_taken_for_the_package(
 
 
 def test_every_number_of_a_step_is_a_scalar_and_what_is_not_measured_is_left_out() -> None:
-    everything = replace(STEP, bias=0.5, bias_by_layer={"3": 0.25}, num_refitted=0, eval_loss=2.5, slowest_gpu=1)
-    names = {field.name for field in fields(StepMetrics)} - {"step", "bias_by_layer"}
-    assert scalars(everything).keys() == names | {"bias_by_layer/3"}
-    assert scalars(STEP).keys() == names - {"bias", "num_refitted", "eval_loss", "slowest_gpu"}
+    everything = replace(
+        STEP, bias=0.5, bias_by_layer={"3": 0.25}, num_refitted=0, eval_loss=2.5, computed_s_by_gpu={"gpu-1": 0.5}
+    )
+    names = {field.name for field in fields(StepMetrics)} - {"step", "bias_by_layer", "computed_s_by_gpu"}
+    assert scalars(everything).keys() == names | {"bias_by_layer/3", "computed_s_by_gpu/gpu-1"}
+    assert scalars(STEP).keys() == names - {"bias", "num_refitted", "eval_loss"}

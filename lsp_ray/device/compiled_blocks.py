@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils.checkpoint import checkpoint
 
+from lsp_ray.device import gpu_products
 from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import Layer
@@ -47,6 +47,7 @@ class CompiledBlocks:
     ) -> None:
         # torch 2.13's compiler looks at it itself, of every input, and lets the warning through
         warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+        gpu_products.know_compiler()
         anchor = torch.zeros((), device=device, requires_grad=True)
         self._blocks = [_Block(layer.name, layer.block, anchor, backend) for layer in layers if layer.block is not None]
 
@@ -88,7 +89,7 @@ class _Block:
             if self._recomputes:
                 return checkpoint(forward, *args, use_reentrant=False, **kwargs)
             return forward(*args, **kwargs)
-        except TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             bound = f"be false for this model: {self._name} cannot be compiled"
             lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
             raise ConfigError(FIELD, bound, True, hint=lines[0] if lines else type(error).__name__) from error

@@ -48,7 +48,11 @@ def project(factors: Sequence[BlockFactor], tables: Sequence[torch.Tensor]) -> t
     return _projected(tables, values, groups)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def know_compiler() -> None:
+    """To be called before torch compiles what is projected here; imports its compiler, which takes seconds."""
+    torch.compiler.assume_constant_result(_runs_on)
+
+
 def _runs_on(device: torch.device) -> bool:
     return gpu_kernels.runs_on(device)
 

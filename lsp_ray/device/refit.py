@@ -23,25 +23,13 @@ import torch
 from lsp_ray.device.fits import Fit
 from lsp_ray.device.projected_linear import BiasProbe, InSubspace
 from lsp_ray.device.rounding import mixed
+from lsp_ray.device.step_report import BiasReport
 from lsp_ray.device.switch import Group, Switch, Takeover, takes_over
 from lsp_ray.device.unit import Unit
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 SAMPLED_SHARE = 8  # one group in so many is measured in each period
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BiasReport:
-    """Mean relative bias of the matrices measured in one step, and how many of them are refitted.
-
-    `relative_by_unit` has the same of each unit with a matrix in the sample.
-    """
-
-    relative: float
-    relative_by_unit: dict[int, float]
-    num_measured: int
-    num_refitted: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lsp_ray.device.refit import BiasReport
 from lsp_ray.device.streamed_weights import StreamedStep
 from lsp_ray.trace import ComputeSpan, Wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasReport:
+    """Mean relative bias of the matrices measured in one step, and how many of them are refitted.
+
+    `relative_by_unit` has the same of each unit with a matrix in the sample.
+    """
+
+    relative: float
+    relative_by_unit: dict[int, float]
+    num_measured: int
+    num_refitted: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +31,7 @@ class StepReport:
     them lie the deadlines and the arrivals of a step. `grad_norm`, `grad_scale`: see `Verdict`; where the step has
     several parts, the norm is not known here, and the scale 0 says that a part is not finite. `notes` are for people.
     Of several GPUs together, `waits` are those of the one that waited longest, which computes `waiting_parts`, and
-    `slowest_gpu` is the one that computed longest. `weights` is empty where weights are on the device.
+    `computed_s` is what each of them computed. `weights` is empty where weights are on the device.
     """
 
     step: int
@@ -35,7 +47,7 @@ class StepReport:
     peak_device_bytes: int | None
     bias: BiasReport | None
     compute: tuple[ComputeSpan, ...] = ()
-    slowest_gpu: int | None = None
+    computed_s: tuple[float, ...] = ()
     waiting_parts: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     weights: StreamedStep = field(default_factory=StreamedStep)

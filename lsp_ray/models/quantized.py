@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from lsp_ray.config import Bits
 from lsp_ray.errors import ConfigError
@@ -53,6 +52,8 @@ def check_quantizer(config: PreTrainedConfig, bits: Bits | None, *, on_gpu: bool
         return
     try:
         asked: Any = found if bits is None else _bitsandbytes(bits, torch.bfloat16)
+        from transformers.quantizers.auto import AutoHfQuantizer  # imports every quantiser that there is
+
         quantizer = AutoHfQuantizer.from_config(asked, pre_quantized=bits is None)
         quantizer.validate_environment(device_map={"": "cuda:0" if on_gpu else "cpu"})
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from lsp_ray.config import PolicyName, RunConfig
+from lsp_ray.errors import ConfigError
 from lsp_ray.hardware import MACHINES
 from lsp_ray.models.resolve import resolve_config
 from lsp_ray.plan.measure import measure
 from lsp_ray.plan.skeleton import quantized_bits, shape_of
 from lsp_ray.plan.typical_batch import typical_batch
 from lsp_ray.runtime.actors.throttle import Throttle, emulating
-from lsp_ray.runtime.prepare.device_choice import choose_bf16, choose_device
+from lsp_ray.runtime.prepare.device_choice import Device, choose_bf16, choose_device, choose_gpus
 from lsp_ray.runtime.prepare.layout import divide_cores
+from lsp_ray.runtime.prepare.machines import Machine, place
 from lsp_ray.sim.advice import DIM_STEP, largest_dim, largest_hidden_dim
+from lsp_ray.sim.cluster import Cluster
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.forecast import simulate
 from lsp_ray.sim.hardware_profile import HardwareProfile
@@ -28,7 +31,7 @@ from lsp_ray.trace import Exposed
 _BUDGET_S = 0.1  # of each rate measured: some seconds in all
 
 
-def with_subspace_dim(config: RunConfig, note: Callable[[str], None]) -> RunConfig:
+def with_subspace_dim(config: RunConfig, note: Callable[[str], None], machines: Sequence[Machine] = ()) -> RunConfig:
     """Return the run with a number in place of `lsp.subspace_dim auto`; any other run as it is.
 
     The machine is measured, slowed down to the link or the machine that the run asks for, and steps of the data set's
@@ -37,25 +40,43 @@ def with_subspace_dim(config: RunConfig, note: Callable[[str], None]) -> RunConf
     Args:
         config: What was asked for.
         note: Told, a line at a time, what was chosen and why.
+        machines: Of the cluster, this one first; none: this one alone.
 
     Raises:
-        ConfigError: The model is too small for a choice, or model or data set cannot be used.
+        ConfigError: The model is too small for a choice, model or data set cannot be used, or GPUs are elsewhere.
     """
     if config.method != "lsp" or config.lsp.subspace_dim != "auto":
         return config
-    config = replace(config, bf16=choose_bf16(config, choose_device(config), note))
-    dim, reason = _choose(config, note)
+    device = choose_device(config, machines)
+    cluster = cluster_of(config, device, machines)
+    config = replace(config, bf16=choose_bf16(config, device, note, machines))
+    dim, reason = _choose(config, device, cluster, note)
     note(f"lsp.subspace_dim auto: {dim}, {reason}")
     return replace(config, lsp=replace(config.lsp, subspace_dim=dim))
 
 
-def _choose(config: RunConfig, note: Callable[[str], None]) -> tuple[int, str]:
+def cluster_of(config: RunConfig, device: Device, machines: Sequence[Machine] = ()) -> Cluster:
+    """Return the GPUs of this machine that are to share a step, each with as many parts as the one that has most.
+
+    Raises:
+        ConfigError: There are GPUs on other machines, too, or fewer than asked for.
+    """
+    decided = choose_gpus(config, device, lambda _line: None, machines)  # the run itself says what it chooses
+    num_gpus = decided.runtime.num_gpus
+    assert num_gpus != "auto", "is decided by now"
+    if machines and any(own is not machines[0] for own in place(num_gpus, machines, on_gpu=device == "cuda")):
+        bound = "be a number where GPUs of other machines compute, as nobody has measured the network"
+        raise ConfigError("lsp.subspace_dim", bound, "auto", hint="lsp-ray plan recommends one for each network")
+    return Cluster(gpus_per_node=num_gpus, parts_per_gpu=-(-decided.replicas // num_gpus))
+
+
+def _choose(config: RunConfig, on: Device, cluster: Cluster, note: Callable[[str], None]) -> tuple[int, str]:
     """The largest hidden D, and why it is no larger."""
     folder = resolve_config(config.model_name_or_path, log=note)
     model = shape_of(folder)
-    device = torch.device(choose_device(config))
+    device = torch.device(on)
     cores = divide_cores(
-        config.runtime,
+        replace(config.runtime, num_gpus=cluster.gpus_per_node),
         num_units=len(model.layers),
         cores=len(os.sched_getaffinity(0)),
         on_gpu=device.type == "cuda",
@@ -85,6 +106,7 @@ def _choose(config: RunConfig, note: Callable[[str], None]) -> tuple[int, str]:
         num_shards=cores.num_shards,
         shard_threads=cores.shard_threads,
         payload_dtype=config.runtime.payload_dtype,
+        cluster=cluster,
     )
     measured = measure(folder, model, work, device=device, device_threads=cores.device_threads, budget_s=_BUDGET_S)
     machine = throttled(measured, _throttle(config, model, work, measured), work.update_bytes)

@@ -79,7 +79,7 @@ class PlanConfig:
     num_gpus: int = 1
     """GPUs of each machine, each of which computes its own part of a step (lsp and zero_offload)."""
     nodes: int = 1
-    """Machines like this one, on one switch."""
+    """Machines like this one, on one switch; the shards are on one of them."""
     network_gbit: float | None = None
     """Rate of each machine's network, in gigabits (10⁹ bits) a second each way; has to be given with several nodes."""
     method: Method | None = None
@@ -161,8 +161,6 @@ class PlanConfig:
             raise ConfigError("network_gbit", f"be given with {self.nodes} nodes", None, hint="1, 10 and 25 are common")
         if self.nodes == 1 and self.network_gbit is not None:
             raise ConfigError("network_gbit", "be left out with one node", self.network_gbit)
-        if self.nodes > 1 and self.runtime.shard_by == "slice":
-            raise ConfigError("runtime.shard_by", "be layer with several nodes", "slice")
         if self.cluster.num_gpus > 1 and self.method not in (None, "lsp", "zero_offload"):
             raise ConfigError("method", "be lsp or zero_offload with several GPUs", self.method)
 
@@ -210,8 +208,8 @@ class PlanConfig:
     @property
     def cluster(self) -> Cluster:
         """The GPUs that are to compute a step."""
-        network = {} if self.network_gbit is None else {"network_gbit": self.network_gbit}
-        return Cluster(num_nodes=self.nodes, gpus_per_node=self.num_gpus, **network)
+        network_gbit = 10.0 if self.network_gbit is None else self.network_gbit  # of one machine it does not matter
+        return Cluster(num_nodes=self.nodes, gpus_per_node=self.num_gpus, network_gbit=network_gbit)
 
     @property
     def keeps_dense(self) -> bool:

@@ -13,6 +13,7 @@ from lsp_ray.runtime.prepare.layout import GPU_HOST_THREADS, divide_cores
 from lsp_ray.sim.advice import Advice, Choices, advise, why_nothing_fits
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile
+from lsp_ray.sim.memory import HostMemory
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import ON_QUANTIZED, Workload
 
@@ -211,10 +212,15 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "bottleneck": entry.bottleneck,
         "bound": entry.bound,
         "busy_s": {**entry.busy_s, "network": entry.network_s, "driver": entry.driver_s},
-        "exposed_s": {**asdict(entry.exposed), "of_it_network_s": entry.crossing.total_s},
+        "exposed_s": {**asdict(entry.exposed), "of_it_network_s": entry.crossing_s},
         "payload_dtype": None if work.stays_on_device else work.payload_dtype,
         "bytes_each_way": entry.bytes_each_way,
         "device_bytes": {**asdict(entry.device), "peak": entry.device.peak_bytes, "longest": entry.longest_bytes},
-        "host_bytes": {**asdict(entry.host), "total": entry.host.total_bytes},
+        "host_bytes": _host_json(entry.host),
+        "host_bytes_elsewhere": None if entry.elsewhere is None else _host_json(entry.elsewhere),
         "misfits": list(map(str, entry.misfits)),
     }
+
+
+def _host_json(host: HostMemory) -> dict[str, float]:
+    return {**asdict(host), "total": host.total_bytes}

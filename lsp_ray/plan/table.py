@@ -51,8 +51,9 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     say(console, *_LEGEND)
     if config.cluster.num_gpus > 1:
         say(console, *_SHARED_LEGEND)
-    if config.cluster.num_nodes > 1:
-        say(console, "several nodes are forecast alone: a run uses the GPUs of one machine so far")
+    elsewhere = [row.elsewhere.total_bytes for row in rows if row.elsewhere]
+    if elsewhere:
+        say(console, f"host: of the node with driver and shards; of others {max(elsewhere) / 1e9:.1f} GB at most")
     if config.verbose:
         for table in (_memory(rows), _seconds_table(plan.by_policy())):
             console.print()

@@ -144,7 +144,7 @@ def _exposed(runs: Sequence[RunFolder]) -> Sequence[Markup]:
     )
     rows = []
     longest_s = 0.0
-    has_peers = any(step.slowest_gpu is not None for run in runs for step in run.steps)
+    has_peers = any(step.computed_s_by_gpu for run in runs for step in run.steps)
     has_weights = any(step.exposed_weights_s > 0 for run in runs for step in run.steps)
     shown = {Cause.PEERS: has_peers, Cause.WEIGHTS: has_weights}
     causes = [cause for cause in Cause if shown.get(cause, True)]
@@ -177,9 +177,28 @@ def _busy(runs: Sequence[RunFolder]) -> Sequence[Markup]:
             label = f"{run.name} · {name}" if len(runs) > 1 else name
             segment = Segment(value=share, kind=stream.value, text=f"{share:.1%}")
             rows.append(Bar(label=label, segments=[segment], figures=f"{share:.1%}"))
-    return _text("Share of the step in which a stream had work; several shards count as one stream."), bars(
-        rows, full=1
-    )
+    how = _text("Share of the step in which a stream had work; several shards count as one stream.")
+    return how, bars(rows, full=1), *_gpus(runs)
+
+
+def _gpus(runs: Sequence[RunFolder]) -> Sequence[Markup]:
+    """What each of several GPUs computed: the others wait for the slowest."""
+    rows, longest_s = [], 0.0
+    for run in runs:
+        times_s: dict[str, list[float]] = {}
+        for step in run.settled:
+            for gpu, seconds in (step.computed_s_by_gpu or {}).items():
+                times_s.setdefault(gpu, []).append(seconds)
+        means_s = {gpu: fmean(seconds) for gpu, seconds in times_s.items()}
+        for gpu, mean_s in means_s.items():
+            longest_s = max(longest_s, mean_s)
+            is_slowest = mean_s == max(means_s.values())
+            segment = Segment(value=mean_s, kind=WorkStream.GPU.value, text=f"{mean_s:.3f} s")
+            figures = f"{mean_s:.3f} s{', the slowest' if is_slowest else ''}"
+            rows.append(Bar(label=f"{run.name} · {gpu}" if len(runs) > 1 else gpu, segments=[segment], figures=figures))
+    if not rows:
+        return ()
+    return element("h3", "Compute of each GPU a step"), bars(rows, full=longest_s)
 
 
 def _memory(runs: Sequence[RunFolder]) -> Sequence[Markup]:

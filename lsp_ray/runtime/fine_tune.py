@@ -105,6 +105,7 @@ def fine_tune(
     start_s = time.monotonic()
     setup = workers.setup(listener.phase)
     _note_setup(job, setup, listener)
+    job = job.with_parts(setup.gpu_of_part)
     if job.saved is None:
         listener.phase("evaluating before training")
         before, sample_before = workers.evaluate(), decode(workers.sample())
@@ -182,6 +183,9 @@ def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
             f"{len(unfitted)} of {len(job.subspace_dims)} projectors stay random, as calibration gave their layers "
             f"no gradient: {', '.join(unfitted[:3])}{' …' if len(unfitted) > 3 else ''}"
         )
+    if setup.gpu_of_part != job.layout.gpu_of_part:
+        counts = [f"{job.layout.name_of(gpu)} {setup.gpu_of_part.count(gpu)}" for gpu in range(job.layout.num_gpus)]
+        listener.note(f"parts of a step that each GPU computes, by its pace: {', '.join(counts)}")
     if job.staleness:
         listener.note(
             f"policy {job.config.policy}: every update is added {job.staleness} step late, which changes losses"

@@ -33,8 +33,11 @@ def fine_tune_persistently(
     listener: Listener,
     decode: Callable[[Sequence[float]], str],
     stop: Stop,
+    laid_out: Callable[[Job], Job] = lambda job: job,
 ) -> Summary:
-    """See `fine_tune`. Steps depend on the job and on nothing else, so those that are made again give the same bits.
+    """See `fine_tune`. `laid_out` fits the job to what is left where an actor was lost.
+
+    Steps depend on the job and on nothing else, so those that are made again give the same bits.
 
     Raises:
         WorkerLostError: Workers were lost several times in a row, without a step further than before.
@@ -54,7 +57,7 @@ def fine_tune_persistently(
                 raise StoppedError(f"as {error}; {way_on(output_dir)}") from error
             listener.note(f"{error}; starting again")
         saved = list(checkpoints(output_dir).values())
-        job = resumed(replace(job, saved=None), saved[-1]) if saved else job
+        job = laid_out(resumed(replace(job, saved=None), saved[-1]) if saved else job)
 
 
 def _attempt(

@@ -267,6 +267,7 @@ class Training:
                 on_step=on_step,
                 first_step=job.first_step,
                 event_log=EventLog(events, job.config.policy, shard_of_unit, policy),
+                gpus=[layout.name_of(gpu) for gpu in range(layout.num_gpus)],
             )
             yield driver, log
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from typing import ClassVar
 
 from lsp_ray.schedule.delta_room import DeltaRoom
@@ -34,6 +35,7 @@ _WAY = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)
 _NEXT_STREAM = {WorkStream.D2H: WorkStream.CPU, WorkStream.CPU: WorkStream.H2D}
 
 Lane = tuple[WorkStream, int]  # the stream and the GPU, of the CPU the shard
+_LayerStep = tuple[WorkStream, int, int]  # a layer's pass through a stream: the step, the layer
 
 
 class Policy(ABC):
@@ -83,8 +85,7 @@ class Policy(ABC):
         self._ready: dict[Lane, list[Op]] = {}
         self._in_flight: Counter[Lane] = Counter()
         self._num_done: Counter[tuple[WorkStream, int]] = Counter()  # layers, with all their parts
-        self._parts_done: Counter[tuple[WorkStream, int, int]] = Counter()  # of a layer that has some to do
-        self._to_do: set[Op] = set()  # announced by a gradient and not done
+        self._to_do: dict[_LayerStep, int] = {}  # parts that are not done, of layers announced by a gradient
         self._last_judged = self._last_run = last_judged
         self._early: dict[Op, bool] = {}  # updates launched before their step was judged -> whether they have ended
         self._void: set[Op] = set()  # updates under way that must be made again
@@ -106,7 +107,8 @@ class Policy(ABC):
                 self._last_run = step
             case StepAgain(step=step):
                 self._begin(step - 1)
-        return [Launch(op=op) for lane in sorted(self._ready) for op in self._take(lane)]
+        free = [lane for lane, queue in self._ready.items() if queue and self._in_flight[lane] < self._depth]
+        return [Launch(op=op) for lane in sorted(free) for op in self._take(lane)]
 
     @abstractmethod
     def urgency(self, op: Op, position: int) -> tuple[int, ...]:
@@ -126,11 +128,9 @@ class Policy(ABC):
     def _announce(self, ready: GradientReady) -> None:
         for gpu in self._parts[WorkStream.H2D]:
             self._due.setdefault(gpu, (ready.step, 0))
-        down = Op(stream=WorkStream.D2H, step=ready.step, layer=ready.layer, part=ready.part)
-        self._to_do.add(down)
-        for stream in _NEXT_STREAM.values():  # announced by the first part; none can have begun before the last
-            self._to_do.update(self._ops(stream, ready.step, ready.layer))
-        self._enqueue(down)
+        if (WorkStream.D2H, ready.step, ready.layer) not in self._to_do:  # by the first of its parts
+            self._to_do.update(((stream, ready.step, ready.layer), len(parts)) for stream, parts in self._parts.items())
+        self._enqueue(Op(stream=WorkStream.D2H, step=ready.step, layer=ready.layer, part=ready.part))
 
     def _enqueue(self, op: Op) -> None:
         self._ready.setdefault(self._lane(op), []).append(op)
@@ -157,27 +157,27 @@ class Policy(ABC):
                 self._void.add(op)
 
     def _finish(self, op: Op) -> None:
-        self._to_do.remove(op)
         layer = op.stream, op.step, op.layer
-        self._parts_done[layer] += 1
-        if self._parts_done[layer] < len(self._parts[op.stream]):
+        self._to_do[layer] -= 1
+        if self._to_do[layer] > 0:
             return
-        del self._parts_done[layer]
+        del self._to_do[layer]
         self._num_done[op.stream, op.step] += 1
         if self.all_done(WorkStream.H2D, op.step):  # nobody will ask for this step any more
             for stream in _WAY:
                 del self._num_done[stream, op.step]
         if op.stream in _NEXT_STREAM:
-            for after in self._ops(_NEXT_STREAM[op.stream], op.step, op.layer):
-                self._enqueue(after)
+            after = _NEXT_STREAM[op.stream]
+            for part in self._parts[after]:
+                self._enqueue(Op(stream=after, step=op.step, layer=op.layer, part=part))
 
     def _take(self, lane: Lane) -> list[Op]:
         queue = self._ready[lane]
-        in_order = sorted(
-            (position for position, op in enumerate(queue) if self._may_start(op)),
-            key=lambda position: self.urgency(queue[position], position),
-        )
-        taken = in_order[: self._depth - self._in_flight[lane]]
+        in_order = sorted(range(len(queue)), key=lambda position: self.urgency(queue[position], position))
+        startable = (position for position in in_order if self._may_start(queue[position]))
+        taken = list(islice(startable, self._depth - self._in_flight[lane]))
+        if not taken:
+            return []
         ops = [queue[position] for position in taken]
         self._in_flight[lane] += len(ops)
         if self.speculates and lane[0] is WorkStream.CPU:
@@ -186,7 +186,7 @@ class Policy(ABC):
         return ops
 
     def _may_start(self, op: Op) -> bool:
-        return self._finds_slot(op) and self._finds_room(op) and self._keeps_together(op) and self.admits(op)
+        return self.admits(op) and self._finds_slot(op) and self._finds_room(op) and self._keeps_together(op)
 
     def _keeps_together(self, op: Op) -> bool:
         """Whether `op` lets no GPU go on to weights that another one, if it is lost, will never have.
@@ -208,11 +208,7 @@ class Policy(ABC):
     def _finds_slot(self, op: Op) -> bool:
         """Whether the slot that `op` writes has been read by all its readers: it is the same in every step."""
         reader = _NEXT_STREAM.get(op.stream)
-        return reader is None or self._to_do.isdisjoint(self._ops(reader, op.step - 1, op.layer))
-
-    def _ops(self, stream: WorkStream, step: int, layer: int) -> list[Op]:
-        """A layer's on a stream."""
-        return [Op(stream=stream, step=step, layer=layer, part=part) for part in self._parts[stream]]
+        return reader is None or (reader, op.step - 1, op.layer) not in self._to_do
 
     def _lane(self, op: Op) -> Lane:
         return lane_of(op, self._shard_of_layer, self.gpu_of_part)

@@ -13,7 +13,7 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.sim.cluster import NARROWEST, ONE_GPU
 from lsp_ray.sim.forecast import HIDDEN, Forecast, forecast, needs_of, simulate
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
-from lsp_ray.sim.memory import device_memory, host_memory
+from lsp_ray.sim.memory import device_memory, host_memory, host_memory_elsewhere
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.simulation import SimulatedStep
 from lsp_ray.sim.workload import ON_QUANTIZED, Workload
@@ -97,7 +97,7 @@ def largest_hidden_dim(
         work = replace(workload, method="lsp", subspace_dim=dim, nnz_per_row=min(workload.nnz_per_row, dim))
         return simulate(model, work, hardware, policy).typical
 
-    driver_s = workload.cluster.driver_s(len(model.layers)) if workload.cluster != ONE_GPU else 0.0
+    driver_s = workload.cluster.driver_s(len(model.layers)) if workload.cluster.num_gpus > 1 else 0.0
     messages_s = simulated(DIM_STEP).exposed.total_s
 
     def is_exposed(multiple: int) -> bool:
@@ -271,4 +271,5 @@ def _may_fit(model: ModelShape, workload: Workload, hardware: HardwareProfile) -
     """Whether it fits without payloads on the device, of which only a simulation knows."""
     peak_bytes = device_memory(model, workload.full, 0).peak_bytes
     host = host_memory(model, workload, on_gpu=hardware.on_gpu)
-    return all(need.fits for need in needs_of(hardware, peak_bytes, host))
+    elsewhere = host_memory_elsewhere(model, workload, on_gpu=hardware.on_gpu)
+    return all(need.fits for need in needs_of(hardware, peak_bytes, host, elsewhere))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.cluster import COPY_BYTES_PER_S
-from lsp_ray.sim.costs import HostShares, LayerCosts, StepCosts
+from lsp_ray.sim.costs import HostShares, LayerCosts, NetworkCosts, StepCosts
 from lsp_ray.sim.device_work import (
     DeviceWork,
     apply_work,
@@ -17,7 +17,6 @@ from lsp_ray.sim.device_work import (
 )
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import LayerShape, ModelShape
-from lsp_ray.sim.network import Crossing, NetworkCosts
 from lsp_ray.sim.workload import Workload
 
 
@@ -30,7 +29,11 @@ class CostModel:
     hardware: HardwareProfile
 
     def step(self) -> StepCosts:
-        """All costs of a step, of its parts of one; but for those of a network."""
+        """All costs of a step, of its parts of one.
+
+        One GPU is simulated, which stands for all: they do the same, and each has to wait for the slowest. Where there
+        are several machines it is on another one than the driver's, as are all that share the network with it.
+        """
         bytes_per_s = self._update_bytes_per_s()
         return StepCosts(
             layers=tuple(self._layer(layer, bytes_per_s) for layer in self.model.layers),
@@ -40,32 +43,16 @@ class CostModel:
             shared_link_rate=self.hardware.shared_link_rate,
             host=self._host_shares(bytes_per_s) if self.workload.cluster.gpus_per_node > 1 else None,
             num_buffers=FEWEST_BUFFERS if self.workload.streams else 0,
+            network=self._network() if self.workload.cluster.num_away else None,
         )
 
-    def network(self) -> NetworkCosts | None:
-        """What crosses between nodes; None on one.
-
-        One GPU is simulated, which stands for all: they do the same, and each has to wait for the slowest. Shards are
-        dealt out to nodes in turn.
-        """
+    def _network(self) -> NetworkCosts:
         cluster = self.workload.cluster
-        if cluster.num_nodes == 1:
-            return None
-        nodes, bytes_per_s = tuple(range(cluster.num_nodes)), self._update_bytes_per_s()
+        sizes = [self.workload.payload_bytes(layer) for layer in self.model.layers]
         return NetworkCosts(
-            num_nodes=cluster.num_nodes,
-            node_of_shard=nodes * self.workload.num_shards,
-            nodes_of_gpu=(nodes,),
-            layers=tuple(self._crossing(layer, bytes_per_s) for layer in self.model.layers),
-        )
-
-    def _crossing(self, layer: LayerShape, update_bytes_per_s: float) -> Crossing:
-        work, bytes_per_s = self.workload, self.workload.cluster.network_bytes_per_s
-        added = work.cluster.gpus_per_node - 1 if work.sums_on_node else 0
-        return Crossing(
-            sum_s=self._host_s(added * work.sum_bytes * work.payload_numel(layer), update_bytes_per_s),
-            down_s=work.crossing_bytes(layer) / bytes_per_s,
-            up_s=work.payload_bytes(layer) / bytes_per_s,
+            layers_s=tuple(size / cluster.network_bytes_per_s for size in sizes),
+            away=(cluster.num_away,),
+            most=min(1.0, COPY_BYTES_PER_S / cluster.network_bytes_per_s),
         )
 
     def _layer(self, layer: LayerShape, update_bytes_per_s: float) -> LayerCosts:
@@ -98,41 +85,36 @@ class CostModel:
         )
 
     def _shard_update_s(self, layer: LayerShape, bytes_per_s: float) -> float:
-        """AdamW on the shard that owns the layer, of the sum of all parts."""
-        work = self.workload
-        element_bytes = work.update_bytes + (work.parts_at_shard - 1) * work.sum_bytes
-        return self._host_s(element_bytes * work.payload_numel(layer), bytes_per_s)
-
-    def _host_s(self, moved_bytes: int, bytes_per_s: float) -> float:
-        """One shard's, bound by memory.
+        """AdamW on the shard that owns the layer, of the sum of all parts; bound by memory.
 
         Shards share the host's memory evenly, as if all of them always worked; with slices all of them do.
         """
-        share = 1 if self.workload.shard_by == "slice" else self.workload.num_shards
+        work = self.workload
+        moved_bytes = (work.update_bytes + work.sum_bytes) * work.payload_numel(layer)
+        share = 1 if work.shard_by == "slice" else work.num_shards
         return share * moved_bytes / bytes_per_s
 
     def _update_bytes_per_s(self) -> float:
-        """Of all shards of a host together, with the cores that Ray's copies leave them."""
+        """Of all shards together, with the cores that the network's copies leave them."""
         work, machine = self.workload, self.hardware
         threads = work.num_shards * work.shard_threads
         bytes_per_s = min(threads * machine.core_bytes_per_s, machine.host_bytes_per_s)
-        return bytes_per_s if work.cluster.num_nodes == 1 else bytes_per_s * self._left_by_copies()
+        return bytes_per_s * self._left_by_copies() if work.cluster.num_away else bytes_per_s
 
     def _left_by_copies(self) -> float:
-        """The part of a host's cores that Ray's copies over its boundary leave, spread over a step's compute.
+        """The part of the driver's machine's cores that copies over its network leave, spread over a step's compute.
 
-        What leaves a node or comes to it takes a core there; there is one each way, and half of all is left.
+        Half of all is left, and each way no more is copied than the network lets through.
         """
         cluster, layers = self.workload.cluster, self.model.layers
-        crossing = sum(self.workload.crossing_bytes(layer) + self.workload.payload_bytes(layer) for layer in layers)
-        each_way = crossing * (cluster.num_nodes - 1) / cluster.num_nodes
+        each_way = cluster.num_away * sum(map(self.workload.payload_bytes, layers))
         device_s = sum(
             self._device_s(work(self.model, self.workload, layer))
             for layer in layers
             for work in (forward_work, backward_work)
         )
-        taken = 2 * min(1.0, each_way / COPY_BYTES_PER_S / (self.workload.num_micro_batches * device_s))
-        return max(0.5, 1.0 - taken / self.hardware.num_cores)
+        copied_per_s = min(cluster.network_bytes_per_s, each_way / (self.workload.num_micro_batches * device_s))
+        return max(0.5, 1.0 - 2 * copied_per_s / COPY_BYTES_PER_S / self.hardware.num_cores)
 
     def _host_shares(self, update_bytes_per_s: float) -> HostShares:
         machine, num_gpus = self.hardware, self.workload.cluster.gpus_per_node

@@ -41,7 +41,7 @@ class LayerCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostShares:
-    """What an operation takes of its host's memory bandwidth at full rate; a GPU's with all that it stands for."""
+    """What an operation takes of the host's memory bandwidth at full rate; a GPU's with all that it stands for."""
 
     d2h: float
     cpu: float
@@ -50,6 +50,31 @@ class HostShares:
     def of(self, stream: WorkStream) -> float:
         """A copy's or an update's."""
         return {WorkStream.D2H: self.d2h, WorkStream.CPU: self.cpu, WorkStream.H2D: self.h2d}[stream]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkCosts:
+    """The driver's machine's way to others, which payloads of GPUs there take after their link, and deltas before it.
+
+    Those that are on it at one time, in one direction, have equal parts of it.
+
+    Attributes:
+        layers_s: Seconds of each layer's payload, or delta, that has all of it.
+        away: Of each GPU that is simulated, those on other machines that it stands for; 0: it is on the driver's.
+        most: Of the rate, what one GPU's connection reaches.
+    """
+
+    layers_s: tuple[float, ...]
+    away: tuple[int, ...]
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        for seconds in self.layers_s:
+            _check_seconds("layers_s", seconds)
+        if any(count < 0 for count in self.away):
+            raise ConfigError("sim.away", "be numbers of at least 0", self.away)
+        if not 0.0 < self.most <= 1.0:
+            raise ConfigError("sim.most", "be above 0 and at most 1", self.most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +93,7 @@ class StepCosts:
         host: Where several GPUs share a host's memory, what each operation takes of it; all slow down alike where that
             is more than there is. None: copies and updates take nothing from each other.
         num_buffers: Blocks whose weights are on the device at one time; 0: all of them.
+        network: Between the driver's machine and others; None: there is one.
     """
 
     layers: tuple[LayerCosts, ...]
@@ -78,6 +104,7 @@ class StepCosts:
     waits_for_all: bool = False
     host: HostShares | None = None
     num_buffers: int = 0
+    network: NetworkCosts | None = None
 
     def __post_init__(self) -> None:
         _check_seconds("loss_s", self.loss_s)
@@ -88,6 +115,8 @@ class StepCosts:
             raise ConfigError("sim.num_micro_batches", "be at least 1", self.num_micro_batches)
         if not 0.0 < self.shared_link_rate <= 1.0:
             raise ConfigError("sim.shared_link_rate", "be above 0 and at most 1", self.shared_link_rate)
+        if self.network is not None and len(self.network.layers_s) != len(self.layers):
+            raise ConfigError("sim.layers_s", f"be of {len(self.layers)} layers", len(self.network.layers_s))
 
     @property
     def compute_s(self) -> float:

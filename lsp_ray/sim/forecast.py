@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lsp_ray.config import PolicyName
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.delta_room import delta_room
 from lsp_ray.schedule.policy import POLICIES
-from lsp_ray.sim.cluster import ONE_GPU
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
-from lsp_ray.sim.memory import DeviceMemory, HostMemory, device_memory, host_memory, peak_payload_bytes
+from lsp_ray.sim.memory import (
+    DeviceMemory,
+    HostMemory,
+    device_memory,
+    host_memory,
+    host_memory_elsewhere,
+    peak_payload_bytes,
+)
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.simulation import Simulation
 from lsp_ray.sim.simulator import Simulator
@@ -54,14 +61,17 @@ class Forecast:
         device: With a typical micro-batch.
         longest_bytes: Peak on the device with the longest micro-batch there can be, every token with a target: what
             has to fit.
-        host: Beside what the device needs where the host computes.
+        host: Of the driver's machine, beside what the device needs where the host computes.
+        elsewhere: Of every other machine; None where there is none.
         bytes_each_way: Down the link in a step, and as many up.
         step_s: From a step's end to the next one's; no less than the driver's.
         single_s: The same of one GPU alone, with as much to compute as each one of several.
-        exposed: Time in which the device waits for deltas, by the stream that is late, or for weights.
-        crossing: What of that is the network's.
+        exposed: Time in which the device waits for deltas, by the stream that is late, or for weights; what a network
+            takes of a payload's way counts as d2h's, of a delta's as h2d's, as in a run.
+        crossing_s: By how much shorter the step were if the network took no time.
+        bound: What keeps several GPUs from more: themselves, the driver, or what they wait for longest.
         busy_s: Of each stream in a step.
-        network_s: In which the busiest node's link to the others carried something, one way.
+        network_s: In which the driver's machine's link to the others carries something, one way.
         driver_s: Of the driver's processor, where there are several GPUs; of one the simulation counts the messages.
         needs: What has to fit: into the device, the host, and the host's shared memory.
     """
@@ -71,13 +81,15 @@ class Forecast:
     device: DeviceMemory
     longest_bytes: float
     host: HostMemory
+    elsewhere: HostMemory | None
     bytes_each_way: int
     step_s: float
     exposed: Exposed
     busy_s: dict[WorkStream, float]
     needs: tuple[Need, ...]
     single_s: float
-    crossing: Exposed
+    crossing_s: float
+    bound: str
     network_s: float
     driver_s: float
 
@@ -97,42 +109,44 @@ class Forecast:
         return max(self.busy_s, key=lambda stream: self.busy_s[stream])
 
     @property
-    def bound(self) -> str:
-        """What keeps several GPUs from more: themselves, the driver, or what they wait for longest."""
-        if self.single_s >= (1.0 - HIDDEN) * self.step_s:
-            return str(WorkStream.GPU)
-        if self.driver_s >= self.step_s:
-            return "driver"
-        late_s = {
-            str(WorkStream.D2H): self.exposed.d2h_s,
-            str(WorkStream.CPU): self.exposed.cpu_s - self.crossing.cpu_s,
-            str(WorkStream.H2D): self.exposed.h2d_s - self.crossing.h2d_s,
-            "network": self.crossing.total_s,
-            "weights": self.exposed.weights_s,
-        }
-        return max(late_s, key=lambda name: late_s[name])
-
-    @property
     def efficiency(self) -> float:
         """Tokens a second, relative to as many GPUs that need not wait for each other."""
         return self.single_s / self.step_s
 
 
-def simulate(model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName | None) -> Simulation:
-    """Run a few steps; shards, those of all nodes, own layers in turn, or all of every layer's slices.
+def simulate(
+    model: ModelShape,
+    workload: Workload,
+    hardware: HardwareProfile,
+    policy: PolicyName | None,
+    *,
+    crosses: bool = True,
+) -> Simulation:
+    """Run a few steps; shards own layers in turn, or all of every layer's slices.
+
+    Args:
+        model: What is trained.
+        workload: A step.
+        hardware: Where.
+        policy: Who decides; None where nothing is sent.
+        crosses: Whether a network between machines takes time.
 
     Raises:
         ConfigError: Several GPUs are to compute what never leaves one.
     """
-    if workload.stays_on_device and workload.cluster.num_gpus > 1:
-        raise ConfigError("workload.cluster", f"be one GPU for {workload.method}", workload.cluster.num_gpus)
-    num_lanes = workload.cluster.num_nodes * (1 if workload.shard_by == "slice" else workload.num_shards)
+    cluster = workload.cluster
+    if workload.stays_on_device and cluster.num_gpus > 1:
+        raise ConfigError("workload.cluster", f"be one GPU for {workload.method}", cluster.num_gpus)
+    num_lanes = 1 if workload.shard_by == "slice" else workload.num_shards
     owners = [layer % num_lanes for layer in range(len(model.layers))]
     sizes = [workload.payload_bytes(layer) for layer in model.layers]
     room = delta_room(sizes, [payload_bytes(layer.numel, workload.payload_dtype) for layer in model.layers])
-    decides = None if policy is None or workload.stays_on_device else POLICIES[policy](owners, room=room)
-    costs = CostModel(model=model, workload=workload, hardware=hardware)
-    return Simulator(costs.step(), decides, owners, network=costs.network()).run()
+    parts = (0,) * cluster.parts_per_gpu
+    decides = None
+    if policy is not None and not workload.stays_on_device:
+        decides = POLICIES[policy](owners, room=room, gpu_of_part=parts)
+    costs = CostModel(model=model, workload=workload, hardware=hardware).step()
+    return Simulator(costs if crosses else replace(costs, network=None), decides, owners).run()
 
 
 def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName | None) -> Forecast:
@@ -142,44 +156,65 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
     buffers = peak_payload_bytes(simulation.spans, payloads)
     longest_bytes = device_memory(model, workload.full, buffers).peak_bytes
     host = host_memory(model, workload, on_gpu=hardware.on_gpu)
-    typical = simulation.typical
+    elsewhere = host_memory_elsewhere(model, workload, on_gpu=hardware.on_gpu)
+    typical = near = simulation.typical
     step_s = single_s = typical.step_s
     driver_s = 0.0
     if cluster.num_gpus > 1:
         driver_s = cluster.driver_s(len(model.layers))
         step_s = max(step_s, driver_s)
-        single_s = simulate(model, replace(workload, cluster=ONE_GPU), hardware, policy).typical.step_s
+        alone = replace(cluster, num_nodes=1, gpus_per_node=1)
+        single_s = simulate(model, replace(workload, cluster=alone), hardware, policy).typical.step_s
+    if cluster.num_away:
+        near = simulate(model, workload, hardware, policy, crosses=False).typical
+    crossing_s = max(0.0, typical.step_s - near.step_s)
+    is_driver = driver_s >= step_s
+    late_s = {"d2h": near.exposed.d2h_s, "cpu": near.exposed.cpu_s, "h2d": near.exposed.h2d_s, "network": crossing_s}
+    late_s["weights"] = near.exposed.weights_s
     return Forecast(
         workload=workload,
         policy=policy,
         device=device_memory(model, workload, buffers),
         longest_bytes=longest_bytes,
         host=host,
+        elsewhere=elsewhere,
         bytes_each_way=sum(payloads),
         step_s=step_s,
         single_s=single_s,
         exposed=typical.exposed,
         busy_s=typical.busy_s,
-        crossing=typical.crossing,
-        network_s=typical.network_s,
+        crossing_s=crossing_s,
+        bound=_bound(single_s / step_s, late_s, is_driver=is_driver),
+        network_s=cluster.network_s(sum(payloads)),
         driver_s=driver_s,
-        needs=needs_of(hardware, longest_bytes, host),
+        needs=needs_of(hardware, longest_bytes, host, elsewhere),
     )
 
 
-def needs_of(hardware: HardwareProfile, device_bytes: float, host: HostMemory) -> tuple[Need, ...]:
-    """Return what has to fit, given the device's peak and the host's memory."""
+def _bound(efficiency: float, late_s: Mapping[str, float], *, is_driver: bool) -> str:
+    if efficiency >= 1.0 - HIDDEN:
+        return str(WorkStream.GPU)
+    return "driver" if is_driver else max(late_s, key=lambda name: late_s[name])
+
+
+def needs_of(
+    hardware: HardwareProfile, device_bytes: float, host: HostMemory, elsewhere: HostMemory | None
+) -> tuple[Need, ...]:
+    """Return what has to fit, given the device's peak, the driver's machine's memory and that of each other one."""
     device_there, host_there = (
         max(0.0, size_bytes - RESERVE_BYTES)
         for size_bytes in (hardware.device_memory_bytes, hardware.host_memory_bytes)
     )
     # Linux gives shared memory half of the host's, and a run whose slots are larger is refused
     shared = Need(where="shared", needed_bytes=host.object_store, there_bytes=hardware.host_memory_bytes / 2)
+    host_bytes = max(host.total_bytes, elsewhere.total_bytes if elsewhere is not None else 0.0)
     if not hardware.on_gpu:  # one memory for both
-        needed_bytes = device_bytes + host.total_bytes
-        return (Need(where="host", needed_bytes=needed_bytes, there_bytes=min(device_there, host_there)), shared)
+        return (
+            Need(where="host", needed_bytes=device_bytes + host_bytes, there_bytes=min(device_there, host_there)),
+            shared,
+        )
     return (
         Need(where="device", needed_bytes=device_bytes, there_bytes=device_there),
-        Need(where="host", needed_bytes=host.total_bytes, there_bytes=host_there),
+        Need(where="host", needed_bytes=host_bytes, there_bytes=host_there),
         shared,
     )

@@ -1,9 +1,13 @@
-"""Lanes of a simulation: each executes one operation at a time, at a rate that depends on who else is busy."""
+"""Lanes of a simulation: each executes one operation at a time, at a rate that depends on who else is busy.
+
+A GPU on another machine has a payload on its link first and then on the network, a delta the other way round; its lane
+is busy with one all the while.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lsp_ray.schedule.ops import Op
@@ -19,12 +23,15 @@ _LINK = (WorkStream.D2H, WorkStream.H2D)
 class LaneState:
     """A lane: operations launched and waiting, and the one under way with the seconds it needs at full rate.
 
-    Operations wait with their deadlines; `weights` wait beside them.
+    `crosses` says that it is on the network, `then_s` what it needs after that, or before. Operations wait with their
+    deadlines; `weights` wait beside them.
     """
 
     waiting: deque[tuple[Op, int]] = field(default_factory=deque)
     weights: WeightsUp | None = None
     op: Op | WeightsUp | None = None
+    crosses: bool = False
+    then_s: float | None = None
     start_s: float = 0.0
     left_s: float = 0.0
     rate: float = 1.0
@@ -37,67 +44,58 @@ class Lanes:
 
     Args:
         costs: Of a step.
-        hosts_of: The hosts whose memory a lane's operations read or write.
         ends: Told when a lane's operation will be over, with the version of that promise: a later one takes its place.
     """
 
-    def __init__(
-        self,
-        costs: StepCosts,
-        hosts_of: Callable[[Lane], Sequence[int]],
-        ends: Callable[[float, Lane, int], None],
-    ) -> None:
-        self._costs, self._hosts_of, self._ends = costs, hosts_of, ends
+    def __init__(self, costs: StepCosts, ends: Callable[[float, Lane, int], None]) -> None:
+        self._costs, self._ends = costs, ends
         self._states: dict[Lane, LaneState] = {}
-        self._lanes_of_host: dict[int, list[Lane]] = {}
 
     def add(self, lane: Lane, op: Op | WeightsUp, due: int = 0) -> None:
         """Let `op` wait for its turn: operations in this order, weights until no operation is due as soon."""
-        if lane not in self._states:
-            self._states[lane] = LaneState()
-            for host in self._hosts_of(lane):
-                self._lanes_of_host.setdefault(host, []).append(lane)
-        state = self._states[lane]
+        state = self._states.setdefault(lane, LaneState())
         if isinstance(op, WeightsUp):
             state.weights = op
         else:
             state.waiting.append((op, due))
 
-    def next_op(self, lane: Lane) -> Op | WeightsUp | None:
-        """What a lane may start now; None while it is busy or has nothing to do."""
-        state = self._states.get(lane)
-        if state is None or state.op is not None:
-            return None
-        if state.weights is not None and (not state.waiting or state.weights.due < state.waiting[0][1]):
-            return state.weights
-        return state.waiting[0][0] if state.waiting else None
-
     def start(self, lane: Lane, now_s: float) -> None:
-        """Start `next_op`."""
-        state, op = self._states[lane], self.next_op(lane)
-        assert op is not None, "there is something to start"
-        state.op = op
-        if isinstance(op, WeightsUp):
-            state.weights = None
+        """Start what is to be next, where there is something and the lane is free."""
+        state = self._states[lane]
+        if state.op is not None:
+            return
+        if state.weights is not None and (not state.waiting or state.weights.due < state.waiting[0][1]):
+            state.op, state.weights = state.weights, None
+            state.left_s = self._costs.layers[state.op.layer].weights_s
+        elif state.waiting:
+            state.op, _ = state.waiting.popleft()
+            self._set_seconds(state, state.op, lane[1])
         else:
-            state.waiting.popleft()
-        state.left_s = self._seconds(op)
+            return
         state.start_s = state.since_s = now_s
         state.rate = 0.0  # set below, together with the others'
         self._set_rates(lane, now_s)
 
-    def _seconds(self, op: Op | WeightsUp) -> float:
-        cost = self._costs.layers[op.layer]
-        if isinstance(op, WeightsUp):
-            return cost.weights_s
-        return {WorkStream.D2H: cost.d2h_s, WorkStream.CPU: cost.cpu_s, WorkStream.H2D: cost.h2d_s}[op.stream]
+    def _set_seconds(self, state: LaneState, op: Op, index: int) -> None:
+        cost, network = self._costs.layers[op.layer], self._costs.network
+        state.left_s = {WorkStream.D2H: cost.d2h_s, WorkStream.CPU: cost.cpu_s, WorkStream.H2D: cost.h2d_s}[op.stream]
+        if network is not None and op.stream in _LINK and network.away[index]:
+            state.then_s = network.layers_s[op.layer]
+            state.crosses = op.stream is WorkStream.H2D
+            if state.crosses:
+                state.left_s, state.then_s = state.then_s, state.left_s
 
     def finish(self, lane: Lane, version: int, now_s: float) -> tuple[Op | WeightsUp, float] | None:
-        """End a lane's operation and return it with its start; None where the promise no longer holds."""
+        """End a lane's operation and return it with its start; None where that is not its end yet."""
         state = self._states[lane]
         if state.version != version:
             return None
-        op, state.op = state.op, None
+        if state.then_s is not None:
+            state.left_s, state.then_s, state.crosses = state.then_s, None, not state.crosses
+            state.since_s, state.rate = now_s, 0.0
+            self._set_rates(lane, now_s)
+            return None
+        op, state.op, state.crosses = state.op, None, False
         assert op is not None, "an end that holds belongs to an operation"
         self._set_rates(lane, now_s)
         return op, state.start_s
@@ -117,24 +115,32 @@ class Lanes:
             self._ends(now_s + state.left_s / rate, lane, state.version)
 
     def _concerned(self, changed: Lane) -> list[Lane]:
-        """The lanes beside it: both directions of a link; where hosts are shared, all of its hosts."""
-        if self._costs.host is not None:
-            return list(dict.fromkeys(lane for host in self._hosts_of(changed) for lane in self._lanes_of_host[host]))
+        """The lanes beside it: both directions of a link; where host or network are shared, all."""
+        if self._costs.host is not None or self._costs.network is not None:
+            return list(self._states)
         return [(stream, changed[1]) for stream in _LINK] if changed[0] in _LINK else [changed]
 
     def _rate(self, lane: Lane) -> float:
+        if self._states[lane].crosses:
+            return self._rate_between_machines(lane[0])
         stream, gpu = lane
         both = stream in _LINK and all(self._is_busy((way, gpu)) for way in _LINK)
         rate = self._costs.shared_link_rate if both else 1.0
         shares = self._costs.host
         if shares is None:
             return rate
-        taken = max(
-            sum(shares.of(other[0]) for other in self._lanes_of_host[host] if self._is_busy(other))
-            for host in self._hosts_of(lane)
-        )
+        taken = sum(shares.of(other[0]) for other in self._states if self._is_busy(other))
         return rate / max(1.0, taken)
 
+    def _rate_between_machines(self, direction: WorkStream) -> float:
+        network = self._costs.network
+        assert network is not None, "without a network nothing crosses one"
+        num_beside = sum(
+            network.away[gpu] for (stream, gpu), state in self._states.items() if stream is direction and state.crosses
+        )
+        return min(network.most, 1.0 / num_beside)
+
     def _is_busy(self, lane: Lane) -> bool:
+        """On this machine's side of the network."""
         state = self._states.get(lane)
-        return state is not None and state.op is not None
+        return state is not None and state.op is not None and not state.crosses

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.activations import activation_bytes, held_input_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
-from lsp_ray.sim.store import balanced, node_store_bytes, store_bytes
+from lsp_ray.sim.store import balanced, slot_bytes, store_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
@@ -16,6 +16,7 @@ CHUNK_LOGITS = 1 << 25  # as in models/chunked_loss.py: more logits than this ar
 _CHUNK_BYTES = 8  # for a logit of a chunk: itself and its log-softmax in float32
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
+_RELAY_BYTES = 200e6  # the same of what stands for a GPU on another machine: 174 MB of its own with its imports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class HostMemory:
 
     Attributes:
         object_store: Shared memory, as `sim.store` counts it.
-        processes: Python with torch, several times.
+        processes: Python with torch, several times, and slots of GPU actors on other machines than the driver's.
         weights: On their way to a GPU, before training; where the host computes the device's own are these, and what
             is to be quantised goes one by one. Those that come up from here are here to the end.
     """
@@ -129,44 +130,41 @@ def loss_bytes(
 
 
 def host_memory(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostMemory:
-    """Return the host's memory, beside what the device needs where the host computes; of several, the fullest one's."""
+    """Return the driver's machine's memory, beside what the device needs where the host computes."""
     sizes = [] if workload.stays_on_device else [workload.payload_numel(layer) for layer in model.layers]
-    num_gpus = workload.cluster.gpus_per_node
-    is_brought = on_gpu and workload.bits is None
-    weights = float(workload.element_bytes * model.num_parameters) if is_brought else 0.0
-    weights = max(weights, sum(map(workload.streamed_bytes, model.layers)))
-    return HostMemory(
-        object_store=_store_bytes(model, workload, sizes),
-        processes=(1 + num_gpus + (workload.num_shards if sizes else 0)) * _PROCESS_BYTES,
-        weights=num_gpus * weights,
-    )
-
-
-def _store_bytes(model: ModelShape, workload: Workload, sizes: Sequence[int]) -> int:
     cluster = workload.cluster
-    owners = balanced(sizes, workload.num_shards)
-    if cluster.num_nodes == 1:
-        return store_bytes(
+    num_beside = 1 + (workload.num_shards if sizes else 0)  # the driver and the shards
+    return HostMemory(
+        object_store=store_bytes(
             sizes,
-            owners,
+            balanced(sizes, workload.num_shards),
             speculates=workload.speculates,
             payload_dtype=workload.payload_dtype,
             summed=workload.is_apart,
-            num_parts=cluster.gpus_per_node,
-        )
-    return max(
-        node_store_bytes(
-            sizes,
-            range(node, len(sizes), cluster.num_nodes),
-            [(cluster.num_nodes - 1) * workload.crossing_bytes(layer) for layer in model.layers],
-            speculates=workload.speculates,
-            payload_dtype=workload.payload_dtype,
-            summed=workload.is_apart,
-            num_parts=cluster.gpus_per_node,
-            num_shards=workload.num_shards,
-        )
-        for node in range(min(cluster.num_nodes, len(sizes)))
+            num_parts=cluster.num_parts,
+        ),
+        processes=(cluster.gpus_per_node + num_beside) * _PROCESS_BYTES + cluster.num_away * _RELAY_BYTES,
+        weights=_brought_bytes(model, workload, on_gpu=on_gpu),
     )
+
+
+def host_memory_elsewhere(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostMemory | None:
+    """Return the same of each other machine, whose GPU actors have slots of their own; None: there is none."""
+    cluster = workload.cluster
+    if not cluster.num_away:
+        return None
+    slots = (cluster.num_parts + 1) * sum(slot_bytes(workload.payload_bytes(layer)) for layer in model.layers)
+    return HostMemory(
+        object_store=0.0,
+        processes=cluster.gpus_per_node * (_PROCESS_BYTES + slots),
+        weights=_brought_bytes(model, workload, on_gpu=on_gpu),
+    )
+
+
+def _brought_bytes(model: ModelShape, workload: Workload, *, on_gpu: bool) -> float:
+    is_brought = on_gpu and workload.bits is None
+    brought = float(workload.element_bytes * model.num_parameters) if is_brought else 0.0
+    return workload.cluster.gpus_per_node * max(brought, sum(map(workload.streamed_bytes, model.layers)))
 
 
 def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:

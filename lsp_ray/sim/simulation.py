@@ -12,24 +12,20 @@ class SimulatedStep:
     """Figures of one step, as the live run's: from the end of the backward before to the end of its own.
 
     With several GPUs a step ends with the last one's backward, and waits and busy times are of that GPU; updates are
-    those of the host that is busy longest with them.
+    those of all shards.
 
     Attributes:
         step: Counted from 0.
         step_s: From the step's begin to its end.
         exposed: In which the GPU waited for deltas, by the stream that was late, or for weights; the network's part of
-            a payload's way is the update's, which waits for it, of a delta's way it is h2d's.
+            a payload's way is d2h's, of a delta's way h2d's.
         busy_s: Of each stream.
-        network_s: In which the busiest of the nodes' lanes carried something; 0 on one node.
-        crossing: Of `exposed`, what was the network's.
     """
 
     step: int
     step_s: float
     exposed: Exposed
     busy_s: dict[WorkStream, float]
-    network_s: float
-    crossing: Exposed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

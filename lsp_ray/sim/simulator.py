@@ -1,8 +1,8 @@
 """Simulator: runs a live policy on costs instead of machines.
 
 Each GPU computes its plan; each lane (a direction of a GPU's link, or a shard) executes one operation at a time, in the
-order in which the policy launched them; on several nodes, what has to be on another one crosses the network first.
-Where weights come up from main memory, they take turns with deltas, by deadline.
+order in which the policy launched them; what a GPU on another machine sends or gets crosses the network as well. Where
+weights come up from main memory, they take turns with deltas, by deadline.
 Nothing is random, so the same costs give the same trace to the last bit.
 """
 
@@ -15,14 +15,13 @@ from dataclasses import dataclass, field, replace
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepRun
 from lsp_ray.schedule.policy import Lane, Policy, lane_of
-from lsp_ray.sim import network as net
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask, device_tasks
 from lsp_ray.sim.event_queue import EventQueue
 from lsp_ray.sim.lanes import Lanes
 from lsp_ray.sim.simulation import SimulatedStep, Simulation
 from lsp_ray.sim.streaming import StreamingGpu, WeightsUp
-from lsp_ray.trace import Exposed, Span, Wait, WorkStream, busy_s, exposed, wait_parts
+from lsp_ray.trace import Span, Wait, WorkStream, busy_s, exposed
 
 
 @dataclass(slots=True)
@@ -52,7 +51,7 @@ class _LaneDone:
     version: int
 
 
-_Happening = _DeviceDone | _LaneDone | Event | net.Happening
+_Happening = _DeviceDone | _LaneDone | Event
 
 
 class Simulator:
@@ -63,7 +62,6 @@ class Simulator:
         policy: Who decides, fresh, and says which GPU computes which part; None where nothing leaves the device.
         shard_of_layer: What the policy was made with.
         num_steps: Enough for the pipeline to fill; the figures to read are the last step's.
-        network: Between several nodes; None: there is one.
 
     Raises:
         ConfigError: The arguments do not fit each other.
@@ -76,7 +74,6 @@ class Simulator:
         shard_of_layer: Sequence[int],
         *,
         num_steps: int = 6,
-        network: net.NetworkCosts | None = None,
     ) -> None:
         if num_steps < 1:
             raise ConfigError("sim.num_steps", "be at least 1", num_steps)
@@ -89,12 +86,9 @@ class Simulator:
         self._gpu_of_part = policy.gpu_of_part if policy is not None else (0,)
         self._gpus = [self._new_gpu(gpu) for gpu in range(max(self._gpu_of_part) + 1)]
         self._queue: EventQueue[_Happening] = EventQueue()
-        self._placed = network
-        self._network: net.Network | None = None
-        if network is not None:
-            _check_places(network, num_gpus=len(self._gpus), num_shards=max(shard_of_layer, default=0) + 1)
-            self._network = net.Network(network, shard_of_layer, self._gpu_of_part, self._queue.push)
-        self._lanes = Lanes(costs, self._hosts_of, lambda at_s, *promise: self._queue.push(at_s, _LaneDone(*promise)))
+        if costs.network is not None and len(costs.network.away) != len(self._gpus):
+            raise ConfigError("sim.away", f"be of {len(self._gpus)} GPUs", len(costs.network.away))
+        self._lanes = Lanes(costs, lambda at_s, *promise: self._queue.push(at_s, _LaneDone(*promise)))
         self._now_s = 0.0
         self._spans: list[Span] = []
         self._waits: list[Wait] = []
@@ -124,8 +118,6 @@ class Simulator:
                 self._finish_task(gpu, task)
             case _LaneDone(lane=lane, version=version):
                 self._finish_op(lane, version)
-            case net.Summed() | net.Left() | net.Arrived():
-                self._carry(happening)
             case event:
                 self._decide(event)
 
@@ -135,7 +127,7 @@ class Simulator:
             lane = lane_of(action.op, self._shard_of_layer, self._gpu_of_part)
             weights = self._gpus[action.op.part].weights if action.op.stream is WorkStream.H2D else None
             self._lanes.add(lane, action.op, 0 if weights is None else weights.delta_due(action.op))
-            self._start_op(lane)
+            self._lanes.start(lane, self._now_s)
 
     # the GPUs
 
@@ -217,7 +209,7 @@ class Simulator:
         if up is not None:
             lane = WorkStream.H2D, gpu.index
             self._lanes.add(lane, up)
-            self._start_op(lane)
+            self._lanes.start(lane, self._now_s)
 
     def _have_come(self, gpu: _Gpu, start_s: float) -> None:
         assert gpu.weights is not None, "else no weights come up"
@@ -226,14 +218,7 @@ class Simulator:
         if task is not None:
             self._await_delta(gpu, task)
 
-    # the lanes and the network
-
-    def _start_op(self, lane: Lane) -> None:
-        op = self._lanes.next_op(lane)
-        if op is None:
-            return
-        if isinstance(op, WeightsUp) or self._network is None or self._network.has_come(op):
-            self._lanes.start(lane, self._now_s)
+    # the lanes
 
     def _finish_op(self, lane: Lane, version: int) -> None:
         ended = self._lanes.finish(lane, version, self._now_s)
@@ -242,33 +227,13 @@ class Simulator:
         op, start_s = ended
         if isinstance(op, WeightsUp):
             self._have_come(self._gpus[lane[1]], start_s)
-            self._start_op(lane)
+            self._lanes.start(lane, self._now_s)
             return
         self._add_span(op.stream, op.step, op.layer, op.part, start_s)
         if op.stream is WorkStream.H2D:
             self._arrive(op)
-        if self._network is not None:
-            self._network.after(op, self._now_s)
         self._queue.push(self._now_s + self._costs.hop_s, OpDone(op=op))
-        self._start_op(lane)
-
-    def _carry(self, happening: net.Happening) -> None:
-        assert self._network is not None, "only a network lets these happen"
-        arrived = self._network.handle(happening, self._now_s)
-        if arrived is None:
-            return
-        gpus, transfer = arrived
-        if transfer.way is WorkStream.D2H:
-            self._start_op((WorkStream.CPU, self._shard_of_layer[transfer.layer]))
-        else:
-            for gpu in gpus:
-                self._start_op((WorkStream.H2D, gpu))
-
-    def _hosts_of(self, lane: Lane) -> Sequence[int]:
-        if self._placed is None:
-            return (0,)
-        stream, index = lane
-        return (self._placed.node_of_shard[index],) if stream is WorkStream.CPU else self._placed.nodes_of_gpu[index]
+        self._lanes.start(lane, self._now_s)
 
     # the record
 
@@ -288,45 +253,20 @@ class Simulator:
                     weights_s=last.weights.waited_s(start_s, end_s) if last.weights is not None else 0.0,
                 ),
                 busy_s={stream: self._busy_s(stream, last, start_s, end_s) for stream in WorkStream},
-                network_s=0.0 if self._network is None else self._network.busy_s(start_s, end_s),
-                crossing=self._crossing(waits, last),
             )
             start_s = end_s
 
-    def _crossing(self, waits: Sequence[Wait], gpu: _Gpu) -> Exposed:
-        """Waiting while a payload or a delta was on its way from node to node, or in a queue for it."""
-        seconds = dict.fromkeys(WorkStream, 0.0)
-        if self._network is None:
-            return Exposed()
-        for part in wait_parts(waits, self._spans):
-            stream = WorkStream(part.cause)  # all parts count as the GPU's own: no wait is its peers'
-            index = gpu.index if stream is WorkStream.H2D else 0
-            came_s = self._network.came_s(Op(stream=stream, step=part.step, layer=part.layer, part=index))
-            seconds[stream] += max(0.0, min(came_s, part.end_s) - part.start_s)
-        return Exposed(cpu_s=seconds[WorkStream.CPU], h2d_s=seconds[WorkStream.H2D])
-
     def _busy_s(self, stream: WorkStream, gpu: _Gpu, start_s: float, end_s: float) -> float:
-        """Of this GPU's lane; of updates, those of the host that has most to do."""
-        lanes: dict[int, list[Span]] = {}
-        for span in (*self._spans, *(gpu.weights.spans if gpu.weights is not None else ())):
-            if span.stream is stream:
-                lanes.setdefault(self._place_of(span), []).append(span)
-        if stream is not WorkStream.CPU:
-            return busy_s(lanes.get(gpu.index, []), stream, start_s, end_s)
-        return max((busy_s(spans, stream, start_s, end_s) for spans in lanes.values()), default=0.0)
+        """Of this GPU's lane; of updates, all."""
+        spans = (*self._spans, *(gpu.weights.spans if gpu.weights is not None else ()))
+        own = [span for span in spans if span.stream is stream and self._gpu_of(span) in (None, gpu.index)]
+        return busy_s(own, stream, start_s, end_s)
 
-    def _place_of(self, span: Span) -> int:
-        """The GPU whose lane it was, of an update the host."""
+    def _gpu_of(self, span: Span) -> int | None:
+        """The GPU whose lane it was; None: a shard's."""
         match span.stream:
             case WorkStream.CPU:
-                return self._hosts_of((span.stream, self._shard_of_layer[span.layer]))[0]
+                return None
             case WorkStream.H2D:
                 return span.part
         return self._gpu_of_part[span.part]
-
-
-def _check_places(network: net.NetworkCosts, *, num_gpus: int, num_shards: int) -> None:
-    if len(network.nodes_of_gpu) != num_gpus:
-        raise ConfigError("sim.nodes_of_gpu", f"name the nodes of {num_gpus} GPUs", len(network.nodes_of_gpu))
-    if len(network.node_of_shard) < num_shards:
-        raise ConfigError("sim.node_of_shard", f"name the node of {num_shards} shards", len(network.node_of_shard))

@@ -69,35 +69,6 @@ def store_bytes(
     return (num_parts + 1) * sum(ways) + sum(states) + undo + SPARE_BYTES
 
 
-def node_store_bytes(
-    payload_sizes: Sequence[int],
-    owned: Sequence[int],
-    came: Sequence[int],
-    *,
-    speculates: bool,
-    payload_dtype: PayloadDtype,
-    summed: bool = False,
-    num_parts: int,
-    num_shards: int,
-) -> int:
-    """Return the size of the object store that one of several nodes needs; each of its GPUs computes a part.
-
-    Args:
-        payload_sizes: Elements of each unit's payload.
-        owned: The units of which the node's shards have the state.
-        came: Bytes of each unit that come from other nodes, all of which may be there before they are added up.
-        speculates: As in `store_bytes`.
-        payload_dtype: The same.
-        summed: The same.
-        num_parts: Of the node's own GPUs.
-        num_shards: Of the node.
-    """
-    ways = sum(slot_bytes(payload_bytes(numel, payload_dtype)) for numel in payload_sizes)
-    states = [slot_bytes(4 * state_numel(payload_sizes[unit], payload_dtype, summed=summed)) for unit in owned]
-    undo = sum(states) if speculates else sum(sorted(states)[-num_shards:])  # at most, whoever owns the largest
-    return (num_parts + 1) * ways + sum(states) + undo + sum(came[unit] for unit in owned) + SPARE_BYTES
-
-
 def balanced(sizes: Sequence[int], num_shards: int) -> tuple[int, ...]:
     """Give each unit, the largest first, to the shard with the least so far; ties go to the lowest index."""
     load = [0] * num_shards

@@ -24,9 +24,10 @@ _SUM_BYTES = 20  # a sum of all updates is copied with them, read and written, a
 # an update with the payload's element on its way from slot to slot: bfloat16 is read twice and made float32 in parts
 # that stay in a cache; of int8, as measured, torch's operators take a dozen passes, with what its rounding leaves out
 _UPDATE_BYTES: dict[PayloadDtype, int] = {"float32": ADAMW_BYTES, "bfloat16": 16 + 3 * 2, "int8": ADAMW_BYTES + 66}
-# for each part but the first, decoded and added twice, once for the norm: measured on a core that moves 9.4 to 18e9
-# bytes a second in updates, 8 M elements in 2, 4 and 8 parts
-_SUM_BYTES_OF_PART: dict[PayloadDtype, int] = {"float32": 40, "bfloat16": 34, "int8": 30}
+# where there are several parts: their sum is kept while its norm is taken in float64; each is decoded and added once.
+# Measured on a core that moves 12 to 22e9 bytes a second in updates of one part: 2, 4 and 8 parts (docs/log)
+_KEPT_SUM_BYTES: dict[PayloadDtype, int] = {"float32": 40, "bfloat16": 22, "int8": 14}
+_PART_BYTES: dict[PayloadDtype, int] = {"float32": 14, "bfloat16": 12, "int8": 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class Workload:
         payload_dtype: What crosses the link, both ways; the paper's float16 is as wide as bfloat16.
         plain_updates: Whether deltas are added without rounding and shards keep nothing to go back to, as in the paper.
         full_gradient: Whether the (M, N) gradient is formed before it is compressed, as in the paper (lsp).
-        cluster: The GPUs that compute a part of the step each; several only with lsp and zero_offload.
+        cluster: The GPUs that compute the parts of a step; several only with lsp and zero_offload.
     """
 
     method: Method
@@ -120,7 +121,7 @@ class Workload:
     @property
     def tokens_per_step(self) -> int:
         """Of all micro-batches of all parts."""
-        return self.tokens * self.num_micro_batches * self.cluster.num_gpus
+        return self.tokens * self.num_micro_batches * self.cluster.num_parts
 
     @property
     def element_bytes(self) -> int:
@@ -218,31 +219,10 @@ class Workload:
         return payload_bytes(self.payload_numel(layer), self.payload_dtype)
 
     @property
-    def sums_on_node(self) -> bool:
-        """Whether a node adds up what its GPUs send before it crosses the network.
-
-        The bits are then those of any other placement only if the sum crosses in float32; so it is made where that is
-        less than the parts are.
-        """
-        parts = self.cluster.gpus_per_node
-        return parts > 1 and payload_bytes(64, "float32") < parts * payload_bytes(64, self.payload_dtype)
-
-    def crossing_bytes(self, layer: LayerShape) -> int:
-        """Bytes that a layer's payloads of one node take over the network; its delta is as long as on the link."""
-        if self.sums_on_node:
-            return payload_bytes(self.payload_numel(layer), "float32")
-        return self.cluster.gpus_per_node * self.payload_bytes(layer)
-
-    @property
     def sum_bytes(self) -> int:
-        """Of an element that is read and written for each part that is added to another."""
-        return _SUM_BYTES_OF_PART[self.payload_dtype]
-
-    @property
-    def parts_at_shard(self) -> int:
-        """Payloads that a shard adds up: all parts; of nodes that have made a sum of theirs, that."""
-        cluster = self.cluster
-        return cluster.gpus_per_node + cluster.num_nodes - 1 if self.sums_on_node else cluster.num_gpus
+        """Of an element that a shard reads and writes to add up all parts, beside the update of one."""
+        num_added = self.cluster.num_parts - 1
+        return _KEPT_SUM_BYTES[self.payload_dtype] + num_added * _PART_BYTES[self.payload_dtype] if num_added else 0
 
     @property
     def update_bytes(self) -> int:

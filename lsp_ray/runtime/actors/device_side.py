@@ -31,7 +31,7 @@ from lsp_ray.errors import LspRayError
 from lsp_ray.methods.galore import GaloreShard
 from lsp_ray.methods.lsp import take_projectors
 from lsp_ray.methods.streaming import stream_weights
-from lsp_ray.models.layers import Layer, find_layers
+from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
@@ -39,7 +39,7 @@ from lsp_ray.runtime.actors.decided import Decided, on_cpu
 from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.actors.throttle import Throttle
-from lsp_ray.runtime.actors.trained_parts import News, build, local_shard_of, refitter_of, throttle_of
+from lsp_ray.runtime.actors.trained_parts import News, build, local_shard_of, part_seconds, refitter_of, throttle_of
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, TRAINED, writing
 from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.prepare.beginning import damaged_updates
@@ -56,12 +56,14 @@ _BASES = "galore_bases.safetensors"
 class SetupReport:
     """Linears whose projectors could not be learned and stay random; host buffers that could not be page-locked.
 
-    `throttle` is decided here for the whole run: the shards must keep to it as well.
+    `throttle` is decided here for the whole run: the shards must keep to it as well. `gpu_of_part` is how the parts of
+    a step are divided.
     """
 
     unfitted: list[str]
     num_pageable: int
     throttle: Throttle
+    gpu_of_part: tuple[int, ...]
 
 
 class DeviceSide:
@@ -82,20 +84,28 @@ class DeviceSide:
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
         self._files = ModelFiles(job, torch.device("cpu") if job.config.streams else self.backend.device)
         self.progress = ""
-        self._is_set_up = False
+        self._is_loaded = self._is_set_up = False
         self._linears: Sequence[tuple[str, InSubspace]] = []
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
         self._weights: StreamedWeights | None = None
+        self._num_pageable = 0
+
+    def pace(self) -> float:
+        """Before `setup`: seconds that a micro-batch takes here, forward and backward."""
+        self._load(None)
+        return part_seconds(self._job, self._model, self.backend, self._say)
+
+    def divide(self, gpu_of_part: tuple[int, ...]) -> None:
+        """Before `setup`: compute these parts of a step."""
+        self._job = self._job.with_parts(gpu_of_part)
 
     def setup(self, host_slots: Sequence[torch.Tensor] = (), decided: Decided | None = None) -> SetupReport:
         """Load, wrap and fit, or take what the first GPU decided; lock the pages of the slots if a GPU copies there."""
         job, config = self._job, self._job.config
-        torch.set_num_threads(job.layout.device_threads)
-        layers = self._load(decided)
-        num_pageable = self._page_lock(self.host_weights)
-        if self._weights is not None:
-            self._weights.start()
+        if not self._is_loaded:
+            self._load(decided)
+        layers = find_layers(self._model, job.unreached)
         throttle = (
             throttle_of(job, self._model, layers, self.backend, self._say) if decided is None else decided.throttle
         )
@@ -133,30 +143,16 @@ class DeviceSide:
         self._micro_batches = job.micro_batches.read_ahead(
             job.num_steps - first_step, first_step=first_step, page_locked=job.device == "cuda"
         )
-        num_pageable += self._page_lock(host_slots)
-        return SetupReport(unfitted=trained.unfitted, num_pageable=num_pageable, throttle=throttle)
+        return SetupReport(
+            unfitted=trained.unfitted,
+            num_pageable=self._num_pageable + self._page_lock(host_slots),
+            throttle=throttle,
+            gpu_of_part=job.layout.gpu_of_part,
+        )
 
     def _page_lock(self, buffers: Sequence[torch.Tensor]) -> int:
         """Lock the pages of what a GPU copies from or to; returns of how many that is impossible."""
         return sum(not self.backend.page_lock(buffer) for buffer in buffers) if self._job.device == "cuda" else 0
-
-    def _load(self, decided: Decided | None) -> list[Layer]:
-        """Bring the model to the device; returns its layers."""
-        job = self._job
-        self._say("loading the model")
-        self._tokenizer = load_tokenizer(job.model_folder)
-        self._model = self._files.load(self._base(decided))
-        layers = find_layers(self._model, job.unreached)
-        if job.config.streams:
-            self._weights = stream_weights(self._model, layers, job.config.lsp, self.backend, quantized=job.quantized)
-        elif not job.quantized:  # else it is there
-            self._model.to(self.backend.device)  # type: ignore[arg-type]
-        self._model.train()
-        fuse_norms(self._model)
-        self._tokens = tokens_of(self._model, self._tokenizer)
-        if job.config.recomputes:
-            self._model.activation_checkpointing_enable({"use_reentrant": False})
-        return layers
 
     @property
     def host_weights(self) -> Sequence[torch.Tensor]:
@@ -305,6 +301,27 @@ class DeviceSide:
             if self._job.config.keeps_base:
                 save_trained(self.worker.units, folder / TRAINED)
             save_kept_back(state, kept_back)
+
+    def _load(self, decided: Decided | None) -> None:
+        job = self._job
+        torch.set_num_threads(job.layout.device_threads)
+        self._say("loading the model")
+        self._tokenizer = load_tokenizer(job.model_folder)
+        self._model = self._files.load(self._base(decided))
+        if job.config.streams:
+            layers = find_layers(self._model, job.unreached)
+            self._weights = stream_weights(self._model, layers, job.config.lsp, self.backend, quantized=job.quantized)
+        elif not job.quantized:  # else it is there
+            self._model.to(self.backend.device)  # type: ignore[arg-type]
+        self._model.train()
+        fuse_norms(self._model)
+        self._tokens = tokens_of(self._model, self._tokenizer)
+        if job.config.recomputes:
+            self._model.activation_checkpointing_enable({"use_reentrant": False})
+        if self._weights is not None:
+            self._num_pageable = self._page_lock(self.host_weights)
+            self._weights.start()
+        self._is_loaded = True
 
     def _take_up(self, saved: SavedRun | None, decided: Decided | None) -> int:
         """Go on from another GPU's weights or a checkpoint, or begin with what another run trained; returns where."""

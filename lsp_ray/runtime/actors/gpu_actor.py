@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -19,11 +20,10 @@ from lsp_ray.runtime.actors.trained_parts import News
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.lanes import connect, serve, tell
-from lsp_ray.runtime.transport.unit_slots import UnitSlots
-
-CONCURRENCY_GROUPS = {"progress": 1}  # beside the default group of one thread, which computes
-COMPUTE, D2H, H2D, NEWS = LANES = ("compute", "d2h", "h2d", "news")
+from lsp_ray.runtime.transport.lanes import COMPUTE, D2H, GPU_LANES, H2D, NEWS, connect, serve, tell
+from lsp_ray.runtime.transport.network import Address
+from lsp_ray.runtime.transport.slots import Bytes, as_bytes
+from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
 
 
 class GpuActor:
@@ -31,28 +31,31 @@ class GpuActor:
 
     Gradients that are complete and deltas that are due are told on the lane NEWS, which takes no orders.
 
+    On another machine than the driver's, the slots are its own, and payloads cross as bytes: see `GpuRelay`.
+
     Args:
         job: The run.
         slots: Of every unit, by index; none where nothing leaves the device.
         gpu: Its number.
     """
 
-    def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0) -> None:
+    def __init__(self, job: Job, slots: Sequence[UnitSlots | OwnSlots], gpu: int = 0) -> None:
         self._news: Connection | None = None
         self._telling = threading.Lock()
         self._name = job.layout.name_of(gpu)
         self._gpu = gpu
         self._side = DeviceSide(job, self._tell, gpu)
         self._slots = [own.open() for own in slots]
-        self._to_begin = slots if job.begins_with is not None and gpu == 0 else ()
-        self._host_payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
+        self._begun = slots if job.begins_with is not None and gpu == 0 else ()
+        payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
+        self._host_payloads = [payload for payload in payloads if payload.numel()]
 
     def __repr__(self) -> str:
         return self._name
 
-    def serve(self, address: str) -> None:
+    def serve(self, address: str | Address) -> None:
         """Carry out the driver's orders for as long as it lives."""
-        lanes = {name: connect(address, name) for name in LANES}
+        lanes = {name: connect(address, name) for name in GPU_LANES}
         self._news = lanes[NEWS]
         for name in (D2H, H2D):
             threading.Thread(target=serve, args=(lanes[name], self), name=name, daemon=True).start()
@@ -66,10 +69,21 @@ class GpuActor:
     def setup(self, decided: Decided | None = None) -> SetupReport:
         """See `DeviceSide.setup`."""
         report = self._side.setup(self._host_payloads, decided)
-        for own in self._to_begin:  # before the shards' first update
+        for own in self._begun:  # before the shards' first update
             self._side.copy_totals(own.unit, own.open_total())
-        self._to_begin = ()
         return report
+
+    def pace(self) -> float:
+        """See `DeviceSide.pace`."""
+        return self._side.pace()
+
+    def divide(self, gpu_of_part: tuple[int, ...]) -> None:
+        """See `DeviceSide.divide`."""
+        self._side.divide(gpu_of_part)
+
+    def totals(self) -> dict[int, Bytes]:
+        """After `setup`: by unit, what the shards' sums are to begin with; float32."""
+        return {own.unit: as_bytes(own.open_total()) for own in self._begun}
 
     def decided(self) -> Decided:
         """See `DeviceSide.decided`."""
@@ -136,6 +150,22 @@ class GpuActor:
         payload = self._slots[unit].up.to_read(step)
         span = self._side.worker.prefetch(step, unit, payload, is_void=is_void)
         return OpReport(span=replace(span, part=self._gpu), size_bytes=payload.nbytes)
+
+    def send_bytes(self, step: int, unit: int, part: int) -> tuple[OpReport, Bytes]:
+        """The same, into a slot of its own; returns what is in it."""
+        report = self.send(step, unit, part)
+        return report, as_bytes(self._slots[unit].down[part].to_read(step))
+
+    def prefetch_bytes(self, step: int, unit: int, is_void: bool, delta: Bytes) -> OpReport:
+        """`prefetch` of a delta that has come as bytes."""
+        slot = self._slots[unit].up
+        as_bytes(slot.to_write())[:] = delta
+        slot.publish(step)
+        return self.prefetch(step, unit, is_void)
+
+    def clock(self) -> float:
+        """This machine's monotonic clock, seconds."""
+        return time.monotonic()
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> str:

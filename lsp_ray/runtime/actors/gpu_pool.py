@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from lsp_ray.device.switch import Takeover
-from lsp_ray.errors import DivergedError
+from lsp_ray.errors import DivergedError, WorkerLostError
 from lsp_ray.runtime.actors.device_side import SetupReport
-from lsp_ray.runtime.actors.gpu_actor import COMPUTE, CONCURRENCY_GROUPS, D2H, H2D, LANES, NEWS, GpuActor
+from lsp_ray.runtime.actors.gpu_actor import GpuActor
+from lsp_ray.runtime.actors.gpu_relay import GpuRelay
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.leftovers import own_folder
+from lsp_ray.runtime.cluster.nodes import Node, answering, nodes, on_node
 from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.prepare.layout import parts_by_pace
+from lsp_ray.runtime.prepare.machines import place
 from lsp_ray.runtime.transport.answers import answer
-from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
-from lsp_ray.runtime.transport.unit_slots import UnitSlots
+from lsp_ray.runtime.transport.lanes import (
+    COMPUTE,
+    D2H,
+    GPU_GROUPS,
+    GPU_LANES,
+    H2D,
+    NEWS,
+    START_TIMEOUT_S,
+    Lane,
+    Order,
+    actor_class,
+    open_lanes,
+)
+from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
 
 
 class GpuPool:
@@ -26,21 +43,27 @@ class GpuPool:
         job: The run.
         kind: Of whose kind they are.
         slots: Of every unit, by index.
+        shared: A folder that all machines see; None: there is one.
     """
 
-    def __init__(self, job: Job, kind: type[GpuActor], slots: Sequence[UnitSlots]) -> None:
-        self._job, self._slots = job, slots
-        self._class = actor_class(kind, **CONCURRENCY_GROUPS).options(  # type: ignore[arg-type]  # classes are hashable
-            num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0
-        )
+    def __init__(self, job: Job, kind: type[GpuActor], slots: Sequence[UnitSlots], shared: Path | None) -> None:
+        self._job, self._kind, self._slots, self._shared = job, kind, slots, shared
         self._num_gpus = job.layout.num_gpus
-        self._actors: list[Any] = [self._class.remote(job, slots, gpu) for gpu in range(self._num_gpus)]
+        there = nodes()
+        self._own = there[0]
+        if not job.layout.nodes:
+            there = [self._own]
+        places = place(self._num_gpus, there, on_gpu=job.device == "cuda")
+        if len(places) < self._num_gpus and job.layout.nodes:
+            raise WorkerLostError(f"{len(places)} GPUs of the cluster are left of {self._num_gpus}")
+        self._places = [*places, *[self._own] * (self._num_gpus - len(places))]
+        self._actors: list[list[Any]] = [self._new(gpu) for gpu in range(self._num_gpus)]
         self._lanes: list[dict[str, Lane]] = []  # none of a GPU that is lost
 
     def open(self) -> None:
         """Wait until all have started."""
-        for gpu, actor in enumerate(self._actors):
-            self._lanes.append(open_lanes(actor, self._name(gpu), LANES))
+        for gpu, actors in enumerate(self._actors):
+            self._lanes.append(open_lanes(actors[0], self._name(gpu), GPU_LANES))
 
     @property
     def lanes(self) -> list[Lane]:
@@ -58,23 +81,24 @@ class GpuPool:
 
     def news(self, lane: Lane) -> bool:
         """Whether it is one on which news come, and no answers."""
-        return any(lanes.get(NEWS) is lane for lanes in self._lanes)
+        return not lane.owed and any(lanes.get(NEWS) is lane for lanes in self._lanes)
 
     def forget(self, gpu: int) -> list[Lane]:
         """Take the lanes of one that is lost away; orders to it are for nobody until it is replaced."""
         lanes, self._lanes[gpu] = self._lanes[gpu], {}
-        ray.kill(self._actors[gpu])
+        _kill(self._actors[gpu])
         return list(lanes.values())
 
     def replace(self, gpu: int, step: int) -> None:
         """Start another one, with what the others have before a step that all of them have made."""
-        self._actors[gpu] = self._class.remote(self._job, self._slots, gpu)
-        with own_folder() as folder:
+        self._places[gpu] = self._place_for(gpu)
+        self._actors[gpu] = self._new(gpu)
+        with own_folder(self._shared) as folder:
             weights = str(folder / "weights.safetensors")
             donor = next(own for own in range(self._num_gpus) if own != gpu)
             what = f"{self._name(donor)}: weights for {self._name(gpu)}"
             decided = self._lanes[donor][H2D].call(what, "hand_over", step, weights)
-            self._lanes[gpu] = open_lanes(self._actors[gpu], self._name(gpu), LANES)
+            self._lanes[gpu] = open_lanes(self._actors[gpu][0], self._name(gpu), GPU_LANES)
             self._lanes[gpu][COMPUTE].call(f"{self._name(gpu)}: setup", "setup", decided)
 
     def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
@@ -90,11 +114,13 @@ class GpuPool:
 
         def tell_progress() -> None:
             nonlocal said
-            now = answer(self._actors[0].progress.remote(), "gpu: progress", START_TIMEOUT_S)
+            now = answer(self._actors[0][0].progress.remote(), "gpu: progress", START_TIMEOUT_S)
             if now and now != said:
                 on_progress(now)
                 said = now
 
+        if self._job.has_parts_to_divide:
+            self._divide(tell_progress)
         report: SetupReport = self.first("setup", "setup", meanwhile=tell_progress)
         if self._num_gpus > 1:
             decided = self.first("what is decided", "decided")
@@ -103,6 +129,17 @@ class GpuPool:
             self.wait()
             self.check_alike()
         return report
+
+    def _divide(self, meanwhile: Callable[[], None]) -> None:
+        """Let a fast GPU compute more parts than a slow one; all measure at the same time, as they will compute."""
+        for gpu in range(1, self._num_gpus):
+            self._order(gpu, COMPUTE, "pace", "pace")
+        first_s: float = self.first("pace", "pace", meanwhile=meanwhile)
+        gpu_of_part = parts_by_pace(self._job.config.replicas, [first_s, *self.wait()[1:]])
+        self._job = self._job.with_parts(gpu_of_part)
+        for gpu in range(self._num_gpus):
+            self._order(gpu, COMPUTE, "parts", "divide", gpu_of_part)
+        self.wait()
 
     def first(self, what: str, method: str, *args: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """Call a method of the first one and return what it does."""
@@ -162,8 +199,8 @@ class GpuPool:
 
     def close(self) -> None:
         """End the actors; what they held is lost."""
-        for actor in self._actors:
-            ray.kill(actor)
+        for actors in self._actors:
+            _kill(actors)
         for lane in self.lanes:
             lane.close()
 
@@ -171,5 +208,35 @@ class GpuPool:
         if self._lanes[gpu]:
             self._lanes[gpu][lane].order(Order(what=f"{self._name(gpu)}: {what}", method=method, args=args))
 
+    def _new(self, gpu: int) -> list[Any]:
+        """Start an actor, and where that is on another machine, what stands for it here; that one first."""
+        node, job = self._places[gpu], self._job
+        start = actor_class(self._kind, **GPU_GROUPS).options(  # type: ignore[arg-type]  # classes are hashable
+            num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0, **on_node(node.id)
+        )
+        if node.id == self._own.id:
+            return [start.remote(job, self._slots, gpu)]
+        parts = range(job.config.replicas) if job.has_parts_to_divide else job.layout.parts_of(gpu)
+        actor = start.remote(job, [OwnSlots(own, parts) for own in self._slots], gpu)
+        relay = actor_class(GpuRelay, **GPU_GROUPS).options(num_cpus=0, max_restarts=0, **on_node(self._own.id))
+        num_away = sum(place.id != self._own.id for place in self._places)
+        return [relay.remote(actor, self._name(gpu), self._slots, self._own.ip, num_away), actor]
+
+    def _place_for(self, gpu: int) -> Node:
+        """Where another actor is to come in a lost one's place: there if that machine is, else where there is room."""
+        there = answering(nodes()) if self._job.layout.nodes else [self._own]
+        if any(node.id == self._places[gpu].id for node in there):
+            return self._places[gpu]
+        used = [place.id for own, place in enumerate(self._places) if own != gpu]
+        free = [node for node in there if self._job.device == "cpu" or node.num_gpus > used.count(node.id)]
+        if not free:
+            raise WorkerLostError(f"no machine is left that has a GPU for {self._name(gpu)}")
+        return min(free, key=lambda node: used.count(node.id))
+
     def _name(self, gpu: int) -> str:
         return self._job.layout.name_of(gpu)
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lsp_ray.device.switch import Takeover, takes_over
 from lsp_ray.errors import DeadlineError, GpuLostError, WorkerLostError
@@ -21,7 +20,7 @@ from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.driver import Completion
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.lanes import POLL_S, Lane
+from lsp_ray.runtime.transport.lanes import POLL_S, Lane, Watch
 from lsp_ray.runtime.transport.unit_slots import new_unit_slots
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import WorkStream
@@ -36,6 +35,7 @@ class RayWorkers:
         job: The run.
         completion_timeout_s: How long nothing at all may happen.
         note: Told, in a line, of a shard that died and is replaced.
+        shared: A folder that all machines see; None: there is one.
 
     Attributes:
         gpu_actor: Of whose kind the GPU actor is.
@@ -49,17 +49,19 @@ class RayWorkers:
         *,
         completion_timeout_s: float = COMPLETION_TIMEOUT_S,
         note: Callable[[str], None] = lambda _line: None,
+        shared: Path | None = None,
     ) -> None:
         self._job = job
         self._completion_timeout_s = completion_timeout_s
         self._note = note
+        self._watch = Watch()
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
         sums: Sequence[Sequence[SummedPart] | None] = job.sums or [None] * len(job.payload_sizes)
         slots = [
             new_unit_slots(unit, numel, job.codec, parts, job.config.replicas)
             for unit, (numel, parts) in enumerate(zip(job.payload_sizes, sums, strict=True))
         ]
-        self._gpus = GpuPool(job, self.gpu_actor, slots)
+        self._gpus = GpuPool(job, self.gpu_actor, slots, shared)
         self._shards: ShardPool | None = None
         try:
             self._shards = ShardPool(job, slots, note) if slots else None
@@ -73,6 +75,7 @@ class RayWorkers:
     def setup(self, on_progress: Callable[[str], None]) -> SetupReport:
         """See `DeviceSide.setup`."""
         report = self._gpus.setup(on_progress)
+        self._job = self._job.with_parts(report.gpu_of_part)
         if self._shards is not None:
             self._shards.set_up(report.throttle)
         return report
@@ -167,23 +170,27 @@ class RayWorkers:
         deadline_s = time.monotonic() + self._completion_timeout_s
         while True:
             lanes = [*self._gpus.lanes, *(self._shards.lanes if self._shards is not None else ())]
-            ready: list[Any] = wait(lanes, min(POLL_S, max(0.0, deadline_s - time.monotonic())))
-            ready = ready or [lane for lane in lanes if lane.has_ended()]
-            completions = [completion for lane in ready for completion in self._received(lane)]
+            ready = self._watch.wait(lanes, min(POLL_S, max(0.0, deadline_s - time.monotonic())))
+            completions = self._received(ready or [lane for lane in lanes if lane.has_ended()])
             if completions:
                 return completions
             if time.monotonic() >= deadline_s:
                 pending = ", ".join(sorted(order.what for lane in lanes for order in lane.owed))
                 raise DeadlineError(f"nothing happened for {self._completion_timeout_s:.0f} s; waiting for {pending}")
 
-    def _received(self, lane: Lane) -> list[Completion]:
-        gpu = self._gpus.gpu_of(lane)
-        try:
-            return self._told(lane)
-        except WorkerLostError as error:
-            if gpu is None or self._job.layout.num_gpus == 1:
-                raise
-            raise GpuLostError(str(error), gpu) from error
+    def _received(self, lanes: Sequence[Lane]) -> list[Completion]:
+        completions: list[Completion] = []
+        for lane in lanes:
+            try:
+                completions += self._told(lane)
+            except WorkerLostError as error:
+                if completions:  # what has come is not lost with it: the next time it is told again
+                    return completions
+                gpu = self._gpus.gpu_of(lane)
+                if gpu is None or self._job.layout.num_gpus == 1:
+                    raise
+                raise GpuLostError(str(error), gpu) from error
+        return completions
 
     def _told(self, lane: Lane) -> list[Completion]:
         if self._gpus.news(lane):
@@ -216,6 +223,7 @@ class RayWorkers:
 
     def close(self) -> None:
         """End the actors; what they held is lost."""
+        self._watch.close()
         self._gpus.close()
         if self._shards is not None:
             self._shards.close()

@@ -13,9 +13,10 @@ from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.runtime.actors.shard_actor import LANE, ShardActor
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
+from lsp_ray.runtime.cluster.nodes import on_node
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
-from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo
+from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo, own_node
 from lsp_ray.schedule.ops import Op
 
 MAX_DEATHS_IN_A_ROW = 3
@@ -116,7 +117,7 @@ class ShardPool:
         self._slots, self._undo = [], []
 
     def _new(self, index: int) -> Any:
-        actor = actor_class(ShardActor).options(num_cpus=1, max_restarts=0)
+        actor = actor_class(ShardActor).options(num_cpus=1, max_restarts=0, **on_node(own_node()))
         threads, decay = self._job.layout.shard_threads, self._job.config.weight_decay
         return actor.remote(self._slots[index], self._undo[index], threads, index, decay)
 
@@ -128,7 +129,8 @@ class ShardPool:
         self.lanes[index].order(Order(what=f"shard {index}: throttle", method="keep_to", args=args))
 
 
-def _wait_for_end(process: psutil.Process) -> None:
+def _wait_for_end(process: psutil.Process | None) -> None:
+    assert process is not None, "shards are on this machine"
     try:
         if process.status() != psutil.STATUS_ZOMBIE:
             process.wait(START_TIMEOUT_S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ from lsp_ray.schedule.ops import DeltaDue, GradientReady
 if TYPE_CHECKING:
     from peft import PeftModel
 
-MEASURED_UPDATES = 6  # forward and backward of so many, before training, where a machine is emulated
+MEASURED_UPDATES = 6  # forward and backward of so many, before training, where it must be known what they take
 
 News = GradientReady | DeltaDue | Takeover
 """What is told beside answers: a payload is ready to be sent, a delta is to be added, projectors take over."""
@@ -140,16 +140,23 @@ def local_shard_of(job: Job, units: Sequence[Unit], device: torch.device) -> Opt
     return OptimizerShard({unit.index: unit.numel for unit in units}, device=device)
 
 
+def part_seconds(job: Job, model: PreTrainedModel, backend: Backend, say: Callable[[str], None]) -> float:
+    """Of a micro-batch on this GPU, whose number in a part is the same on all; before any linear is replaced."""
+    say("measuring the compute of a part")
+    return compute_seconds(model, [[batch] for batch in job.micro_batches.calibration(MEASURED_UPDATES)], backend)
+
+
 def throttle_of(
     job: Job, model: PreTrainedModel, layers: Sequence[Layer], backend: Backend, say: Callable[[str], None]
 ) -> Throttle:
     """To be decided before any linear is replaced: what is emulated then does not depend on the method."""
     runtime = job.config.runtime
     if runtime.emulate is None or not job.payload_sizes:
-        return Throttle(link_gbps=runtime.link_gbps)
+        return Throttle(link_gbps=runtime.link_gbps, network_gbps=runtime.network_gbps)
     say("measuring the compute of a step")
     size = job.config.gradient_accumulation_steps * len(job.layout.parts_of(0))
     batches = job.micro_batches.calibration(size * MEASURED_UPDATES)
     updates = [batches[first : first + size] for first in range(0, len(batches), size)]
     compute_s = compute_seconds(model, updates, backend)
-    return emulating(MACHINES[runtime.emulate], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
+    emulated = emulating(MACHINES[runtime.emulate], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
+    return replace(emulated, network_gbps=runtime.network_gbps)

@@ -18,13 +18,13 @@ _LOCK, _SESSION = "lock", "session"
 
 
 @contextmanager
-def own_folder() -> Iterator[Path]:
-    """Make a temporary folder, private to this user, gone at the end.
+def own_folder(within: Path | None = None) -> Iterator[Path]:
+    """Make a temporary folder, private to this user, gone at the end; `within` another one than the system's.
 
     Its lock lasts as long as this process, however that ends. A process's number would not tell: it is given anew, and
     is another one in another container.
     """
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))  # mode 0700
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=within))  # mode 0700
     aside = folder / f"{_LOCK}.new"
     with aside.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -43,7 +43,7 @@ def note_session(folder: Path, session: str) -> None:
 def clear_leftovers(run_folder: Path, note: Callable[[str], None]) -> None:
     """Remove what killed runs left in this run's folder, and their temporary folders; say so."""
     found = [*unfinished(run_folder), *run_folder.glob(f"{SAVING}*")]
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in (*Path(tempfile.gettempdir()).glob(f"{PREFIX}*"), *run_folder.glob(f"{PREFIX}*")):
         if _is_ours(folder) and _is_left(folder / _LOCK):
             found += [*_session_of(folder), folder]  # the folder last: it tells of the other
     for path in found:

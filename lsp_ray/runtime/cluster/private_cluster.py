@@ -22,7 +22,7 @@ from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
 from lsp_ray.runtime.cluster.leftovers import note_session, own_folder
 from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS as FEW_ARENAS
 from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
-from lsp_ray.runtime.cluster.ray_process import starting_apart
+from lsp_ray.runtime.cluster.ray_process import saying_nothing, starting_apart
 
 END_TIMEOUT_S = 10.0  # a killed process is gone at once, unless the kernel is busy with what it held
 
@@ -54,7 +54,7 @@ def ray_cluster(
     before = _environment()
     reaches_others = ray_constants.ENABLE_RAY_CLUSTER
     limit_arenas()  # before Ray's threads come
-    with own_folder() as private:
+    with own_folder() as private, saying_nothing():
         try:
             _set_environment(private, dashboard=dashboard)
             context = _started(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ray._private import services, utils
+from ray._private import services, utils, worker
 
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -48,3 +48,17 @@ def starting_apart() -> Iterator[None]:
     finally:
         services.ConsolePopen = before  # type: ignore[misc]
         utils.set_sigterm_handler = set_handler
+
+
+@contextmanager
+def saying_nothing() -> Iterator[None]:
+    """Within the context Ray's driver writes nothing to standard output: of a lost actor a run says more, in a line.
+
+    Ray prints a paragraph, and in the place of a raylet that is gone its log; no setting of its own keeps it quiet.
+    """
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_args, **_options: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before

@@ -26,7 +26,7 @@ from lsp_ray.schedule.ops import (
     StepRun,
 )
 from lsp_ray.schedule.policy import Policy
-from lsp_ray.trace import Span
+from lsp_ray.trace import Span, WorkStream
 
 MAX_LOSSES_IN_A_ROW = 3  # of GPUs without a step closed between them: then it is no accident
 STEPS_AHEAD = 2  # steps submitted at once: the device goes from one to the next without waiting for the driver
@@ -97,6 +97,7 @@ class Driver:
         on_step: Called with each step, in order.
         first_step: The first to be run.
         event_log: Where events and decisions are written, so that they can be replayed.
+        gpus: Names of the policy's GPUs; default: their numbers.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Driver:
         on_step: Callable[[ClosedStep], None],
         first_step: int = 0,
         event_log: EventLog | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
         self._workers = workers
         self._policy = policy
@@ -120,10 +122,12 @@ class Driver:
         self._event_log = event_log
         self._open = OpenSteps(policy.num_layers, policy.gpu_of_part)
         self._losses: list[int] = []  # of GPUs: the steps closed at each, since the last step
+        self._absent: int | None = None  # the GPU that is lost and not replaced yet
         self._made: set[Op] = set()  # of a step that is told anew: what need not be made again
         self._grad_scales: dict[int, float] = {}  # of steps that are judged and not closed
         self.times = LayerTimes(policy.num_layers)
-        self.ledger = Ledger(policy.num_layers, learning_rates, first_step, policy.num_gpus)
+        names = gpus or [f"gpu-{gpu}" for gpu in range(policy.num_gpus)]
+        self.ledger = Ledger(policy.num_layers, learning_rates, first_step, names)
 
     def train(self, end: int, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Run the steps before `end`, fewer where `should_stop` says so; on return their deltas have come up."""
@@ -160,10 +164,11 @@ class Driver:
                     self._decide(StepRun(step=completion.step))
                 self._add_judged(report)
             case OpReport():
+                op = op_of(completion)
                 self.ledger.add_op(completion)
                 self.times.add_op(completion.span)
-                self._open.add(completion)
-                self._decide(OpDone(op=op_of(completion)))
+                self._open.add(op)
+                self._decide(OpDone(op=op))
                 self._add_judged(self._judge.add_op(completion))
             case GradientReady():
                 self._open.announce(completion)
@@ -186,18 +191,23 @@ class Driver:
             self._decide(CostsMeasured(step=self.ledger.num_closed - 1, layers=self.times.medians()))
 
     def _decide(self, event: Event) -> None:
-        events = deque([event])
+        events, absent = deque([event]), list[Op]()
         while events:
             event = events.popleft()
             actions = self._policy.handle(event)
             if self._event_log is not None:
                 self._event_log.write(event, actions)
             for op in (action.op for action in actions):
+                self._open.launch(op)
                 if op in self._made:
                     self._made.remove(op)
                     events.append(OpDone(op=op))
+                elif op.stream is WorkStream.H2D and op.part == self._absent:
+                    absent.append(op)
                 else:
                     self._workers.launch(op, self._grad_scales.get(op.step, 1.0))
+        for op in absent:
+            self._do_without(op)
 
     # a GPU that is lost
 
@@ -216,11 +226,15 @@ class Driver:
         gpu, workers = lost.gpu, cast("ReplacingWorkers", self._workers)  # no others tell of a lost GPU
         for completion in workers.forget(gpu):
             self._handle(completion)
-        step = min(self._open.lacking(gpu, self.ledger.num_closed), self._judge.num_run)
+        own = self._open.parts_of(gpu)
+        step = min(self._open.lacking(gpu, self.ledger.num_closed), self._judge.lacking(own))
         self._losses = [*(at for at in self._losses if at == self.ledger.num_closed), self.ledger.num_closed]
         is_hopeless = len(self._losses) >= MAX_LOSSES_IN_A_ROW
         if is_hopeless or step == self._num_started or not workers.can_replace(gpu, step):
             raise lost
+        self._absent = gpu
+        for op in self._open.coming_up(gpu):
+            self._do_without(op)
         while not (self._others_have_made(gpu, step) and workers.is_idle()):
             for completion in workers.next_completions():
                 self._handle(completion)
@@ -228,19 +242,22 @@ class Driver:
             workers.replace(gpu, step)
         except CheckpointError as error:  # no room for what it would be given: the last checkpoint is there
             raise lost from error
-        now_s = time.monotonic()
-        for op in self._open.not_up(gpu, step - 1) if step > self.ledger.num_closed else ():
-            span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=now_s, end_s=now_s, part=op.part)
-            self.ledger.add_op(OpReport(span=span))
+        self._absent = None
         announced, self._made = self._open.announced_without(gpu, step), self._open.made_without(gpu, step)
         dropped = self._open.forget(gpu, step)
         self.ledger.forget(step, lambda report: op_of(report) in dropped)
-        self._judge.forget(step, self._open.parts_of(gpu))
+        self._judge.forget(step, own)
         self._decide(StepAgain(step=step))
         for ready in announced:
             self._decide(ready)
         drains = self._num_drained == self._num_started and self._policy.room is not None
         workers.start_again(gpu, range(step, self._num_started), drains=drains)
+
+    def _do_without(self, op: Op) -> None:
+        """A delta that would come up to a GPU that is lost: another one's weights, which replace it, have it."""
+        now_s = time.monotonic()
+        span = Span(stream=op.stream, step=op.step, layer=op.layer, start_s=now_s, end_s=now_s, part=op.part)
+        self._handle(OpReport(span=span))
 
     def _others_have_made(self, gpu: int, step: int) -> bool:
         """Whether all GPUs but this one have told all of their parts of the step."""

@@ -7,8 +7,9 @@ their waiting is counted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.optim.reproject import Reprojection
@@ -30,6 +31,27 @@ class OpReport:
     reprojections: tuple[Reprojection, ...] = ()
     square_sum: float | None = None
 
+    def __reduce__(self) -> tuple[Callable[..., OpReport], tuple[object, ...]]:
+        """For pickling: as dataclasses do it, the driver takes twice as long to read one, and a step has hundreds."""
+        span = self.span
+        own = self.size_bytes, self.reprojections, self.square_sum
+        return _read, (span.stream.value, span.step, span.layer, span.start_s, span.end_s, span.part, *own)
+
+
+def _read(
+    stream: str,
+    step: int,
+    layer: int,
+    start_s: float,
+    end_s: float,
+    part: int,
+    size_bytes: int,
+    reprojections: tuple[Reprojection, ...],
+    square_sum: float | None,
+) -> OpReport:
+    span = Span(stream=WorkStream(stream), step=step, layer=layer, start_s=start_s, end_s=end_s, part=part)
+    return OpReport(span=span, size_bytes=size_bytes, reprojections=reprojections, square_sum=square_sum)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedStep:
@@ -45,16 +67,19 @@ class Ledger:
 
     Args:
         num_units: Units that pass down, through their update and up in every step; 0 if nothing leaves the device.
-        num_gpus: To which each unit's delta comes up.
+        gpus: To which each unit's delta comes up, by name.
         learning_rates: One for every step.
         first_step: The first to be closed.
     """
 
-    def __init__(self, num_units: int, learning_rates: Sequence[float], first_step: int = 0, num_gpus: int = 1) -> None:
-        self._num_up = num_units * num_gpus
+    def __init__(
+        self, num_units: int, learning_rates: Sequence[float], first_step: int = 0, gpus: Sequence[str] = ("gpu",)
+    ) -> None:
+        self._names, self._num_up = gpus, num_units * len(gpus)
         self._learning_rates = learning_rates
         self._steps: dict[int, StepReport] = {}
         self._ops: dict[int, list[OpReport]] = {}
+        self._ups: Counter[int] = Counter()  # of those, by step: on the way up
         self._pauses: dict[int, tuple[float, float]] = {}  # step that comes next -> from when until when
         self.num_closed = first_step
         self.peak_device_bytes: int | None = None
@@ -68,10 +93,12 @@ class Ledger:
     def add_op(self, report: OpReport) -> None:
         """Note that an operation is done."""
         self._ops.setdefault(report.span.step, []).append(report)
+        self._ups[report.span.step] += report.span.stream is WorkStream.H2D
 
     def forget(self, step: int, is_dropped: Callable[[OpReport], bool]) -> None:
         """Drop operations of a step that are made again."""
         self._ops[step] = [op for op in self._ops.get(step, []) if not is_dropped(op)]
+        self._ups[step] = sum(op.span.stream is WorkStream.H2D for op in self._ops[step])
 
     def add_pause(self, start_s: float, end_s: float) -> None:
         """Note that training stood still between the last closed step, whose deltas are all up, and the next."""
@@ -82,20 +109,22 @@ class Ledger:
         step = self.num_closed
         report = self._steps.get(step)
         # the way up is a unit's last operation; updates may have been made twice
-        num_up = sum(op.span.stream is WorkStream.H2D for op in self._ops.get(step, []))
-        if report is None or num_up < self._num_up:
+        if report is None or self._ups[step] < self._num_up:
             return None
         closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report), notes=report.notes)
         self.num_closed += 1
         self._steps.pop(step - 1, None)
         self._ops.pop(step - STEPS_KEPT, None)
+        del self._ups[step]
         self._pauses.pop(step, None)
         return closed
 
-    def _spans(self, step: int) -> list[Span]:
-        """Of the operations that may reach into the step."""
-        reaching = range(step - STEPS_KEPT, step + 1)
-        return [op.span for number in reaching for op in self._ops.get(number, [])]
+    def _spans(self, report: StepReport) -> list[Span]:
+        """Of the operations that reach into the step, or come after it began."""
+        begins_s = min(report.start_s, self._counted(report)[0][0])  # a GPU may begin before the slowest has ended
+        reaching = range(report.step - STEPS_KEPT, report.step + 1)
+        spans = (op.span for number in reaching for op in self._ops.get(number, ()))
+        return [span for span in spans if span.end_s > begins_s]
 
     def _counted(self, report: StepReport) -> list[tuple[float, float]]:
         """When the step's clock runs."""
@@ -124,7 +153,7 @@ class Ledger:
             compute=report.compute,
             ops=tuple(op.span for op in self._ops.get(report.step, [])),
             waits=(
-                *wait_parts(report.waits, self._spans(report.step), report.waiting_parts),
+                *wait_parts(report.waits, self._spans(report), report.waiting_parts),
                 *(
                     WaitPart(
                         cause=Cause.WEIGHTS, step=wait.step, layer=wait.layer, start_s=wait.start_s, end_s=wait.end_s
@@ -137,11 +166,14 @@ class Ledger:
 
     def _metrics(self, report: StepReport) -> StepMetrics:
         own = self._ops.get(report.step, [])
-        spans = [*self._spans(report.step), *report.weights.copies]
+        spans = self._spans(report)
         counted = self._counted(report)
         step_time_s = sum(end_s - start_s for start_s, end_s in counted)
-        late = exposed(self._waits(report), self._spans(report.step), report.waiting_parts)
-        weights_s = sum(wait.end_s - wait.start_s for wait in report.weights.waits)
+        # of several GPUs one may have begun the step, and waited, while others were still at the one before
+        waits = [part for wait in self._waits(report) for part in _within(wait, counted)]
+        late = exposed(waits, spans, report.waiting_parts)
+        weights_s = sum(part.end_s - part.start_s for wait in report.weights.waits for part in _within(wait, counted))
+        spans = [*spans, *report.weights.copies]
 
         def busy(stream: WorkStream) -> float:
             return sum(busy_s(spans, stream, start_s, end_s) for start_s, end_s in counted)
@@ -167,13 +199,19 @@ class Ledger:
             exposed_h2d_s=late.h2d_s,
             exposed_peers_s=late.peers_s,
             exposed_weights_s=weights_s,
-            slowest_gpu=report.slowest_gpu,
+            computed_s_by_gpu=dict(zip(self._names, report.computed_s, strict=True)) if report.computed_s else None,
             bytes_d2h=moved(WorkStream.D2H),
             bytes_h2d=moved(WorkStream.H2D) + report.weights.num_bytes,
             bias=report.bias.relative if report.bias else None,
             bias_by_layer=_by_name(report.bias.relative_by_unit) if report.bias else None,
             num_refitted=report.bias.num_refitted if report.bias else None,
         )
+
+
+def _within(wait: Wait, counted: Sequence[tuple[float, float]]) -> list[Wait]:
+    """What of a wait lies in the time that counts."""
+    cut = [(max(wait.start_s, start_s), min(wait.end_s, end_s)) for start_s, end_s in counted]
+    return [replace(wait, start_s=start_s, end_s=end_s) for start_s, end_s in cut if start_s < end_s]
 
 
 def _by_name(bias_by_unit: Mapping[int, float]) -> dict[str, float]:

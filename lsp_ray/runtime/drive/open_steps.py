@@ -23,20 +23,26 @@ class OpenSteps:
         self._is_noted = len(set(gpu_of_part)) > 1  # one GPU that is lost leaves none to go on
         self._announced: dict[int, set[GradientReady]] = {}
         self._done: dict[int, set[Op]] = {}
+        self._launched: dict[int, list[Op]] = {}  # of the way up
 
     def announce(self, ready: GradientReady) -> None:
         """Note that a payload is ready."""
         if self._is_noted:
             self._announced.setdefault(ready.step, set()).add(ready)
 
-    def add(self, report: OpReport) -> None:
+    def launch(self, op: Op) -> None:
+        """Note that a delta is to come up, if the operation is of that kind."""
+        if self._is_noted and op.stream is WorkStream.H2D:
+            self._launched.setdefault(op.step, []).append(op)
+
+    def add(self, op: Op) -> None:
         """Note that an operation is done."""
         if self._is_noted:
-            self._done.setdefault(report.span.step, set()).add(op_of(report))
+            self._done.setdefault(op.step, set()).add(op)
 
     def close(self, step: int) -> None:
         """Forget a step and those before."""
-        for kept in (self._announced, self._done):
+        for kept in (self._announced, self._done, self._launched):
             for old in [old for old in kept if old <= step]:
                 del kept[old]
 
@@ -63,18 +69,19 @@ class OpenSteps:
         return sorted(found, key=lambda ready: (-ready.layer, ready.part))
 
     def made_without(self, gpu: int, step: int) -> set[Op]:
-        """The operations of a step that are done and do not concern this GPU."""
+        """The copies of a step that are done and do not concern this GPU; shards make no update twice."""
         return {op for op in self._done.get(step, ()) if not self._concerns(op, gpu)}
 
-    def not_up(self, gpu: int, step: int) -> list[Op]:
-        """Those that would have brought a step's deltas up to this GPU and are not done."""
-        ops = [Op(stream=WorkStream.H2D, step=step, layer=layer, part=gpu) for layer in range(self._num_layers)]
-        return [op for op in ops if op not in self._done.get(step, ())]
+    def coming_up(self, gpu: int) -> list[Op]:
+        """Those that are to bring deltas up to this GPU, and are launched and not done."""
+        launched = [op for ops in self._launched.values() for op in ops if op.part == gpu]
+        return [op for op in launched if op not in self._done.get(op.step, ())]
 
     def forget(self, gpu: int, step: int) -> set[Op]:
-        """Drop what concerns this GPU in a step; returns the operations."""
+        """Drop what concerns this GPU in a step, as all updates do; returns the operations."""
         own = {op for op in self._done.get(step, ()) if self._concerns(op, gpu)}
         self._done[step] = self._done.get(step, set()) - own
+        self._launched.pop(step, None)
         self._announced[step] = set(self.announced_without(gpu, step))
         return own
 
@@ -84,11 +91,11 @@ class OpenSteps:
                 return self._gpu_of_part[op.part] == gpu
             case WorkStream.H2D:
                 return op.part == gpu
-        return False
+        return True
 
     def _num_down(self, gpu: int, step: int) -> int:
-        own = (op for op in self._done.get(step, ()) if op.stream is WorkStream.D2H)
-        return sum(self._concerns(op, gpu) for op in own)
+        down = (op for op in self._done.get(step, ()) if op.stream is WorkStream.D2H)
+        return sum(self._concerns(op, gpu) for op in down)
 
 
 def op_of(report: OpReport) -> Op:

@@ -66,10 +66,19 @@ class StepJudge:
         """Whether the GPUs of these parts have reported the step."""
         return parts <= {part for report in self._reports.get(step, ()) for part in report.losses}
 
+    def lacking(self, parts: set[int]) -> int:
+        """The first step that the GPU of these parts has not reported."""
+        step = self._num_judged
+        while self.has(step, parts):
+            step += 1
+        return step
+
     def forget(self, step: int, parts: set[int]) -> None:
         """Drop what the GPU of these parts has said of a step that it makes again."""
         reports = self._reports.get(step, [])
         self._reports[step] = [report for report in reports if parts.isdisjoint(report.losses)]
+        self._square_sums.pop(step, None)  # shards are asked once more: no step is judged before all of it is there
+        self.num_run = min(self.num_run, step)  # its report may have come before the payloads that it lacked
 
     def _judged(self, step: int) -> StepReport | None:
         if len(self._reports.get(step, ())) < self._num_gpus:
@@ -115,7 +124,7 @@ def _together(reports: Sequence[StepReport]) -> StepReport:
         waits=waiting.waits,
         weights=replace(waiting.weights, copies=tuple(replace(span, part=gpu) for span in waiting.weights.copies)),
         waiting_parts=tuple(waiting.losses) if several else None,
-        slowest_gpu=computed_s.index(max(computed_s)) if several else None,
+        computed_s=tuple(computed_s) if several else (),
         compute=tuple(replace(span, gpu=gpu) for gpu, report in enumerate(reports) for span in report.compute),
         grad_scale=min(report.grad_scale for report in reports),
         peak_device_bytes=max(peaks, default=None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Literal
@@ -12,6 +12,7 @@ import torch
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
+from lsp_ray.runtime.prepare.machines import Machine
 
 Device = Literal["cpu", "cuda"]
 
@@ -20,43 +21,54 @@ _TOKENS, _SIDE = 256, 512  # of the product that is timed: some milliseconds
 _NUM_PAIRS = 7
 
 
-def choose_device(config: RunConfig) -> Device:
-    """Return the device asked for; auto takes the GPU if there is one.
+def choose_device(config: RunConfig, machines: Sequence[Machine] = ()) -> Device:
+    """Return the device asked for; auto takes the GPU if there is one, here or on one of the cluster's machines.
 
     Raises:
         ConfigError: A GPU is asked for and there is none.
     """
     asked = config.runtime.device
+    has_gpu = any(machine.num_gpus for machine in machines) if machines else torch.cuda.is_available()
     if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked == "cuda" and not torch.cuda.is_available():
+        return "cuda" if has_gpu else "cpu"
+    if asked == "cuda" and not has_gpu:
         raise ConfigError("runtime.device", "be cpu or auto where torch finds no GPU", asked)
     return asked
 
 
-def choose_gpus(config: RunConfig, device: Device, note: Callable[[str], None]) -> RunConfig:
+def choose_gpus(
+    config: RunConfig, device: Device, note: Callable[[str], None], machines: Sequence[Machine] = ()
+) -> RunConfig:
     """Return the run with its GPUs and replicas as numbers. On a CPU, actors that have GPUs' work count as such.
 
     Args:
         config: What was asked for.
         device: Where the model runs.
         note: Told of GPUs that are there and not used.
+        machines: Of the cluster; none: this one alone.
 
     Raises:
         ConfigError: More are asked for than there are.
     """
-    there = torch.cuda.device_count() if device == "cuda" else None
+    there = None
+    if device == "cuda":
+        there = sum(machine.num_gpus for machine in machines) if machines else torch.cuda.device_count()
     asked = config.runtime.num_gpus
     if asked == "auto":
-        most = config.num_replicas or there or 1
-        num_gpus = min(there or 1, most) if config.offloads else 1
+        num_there = there or max(1, len(machines))
+        most = config.num_replicas or num_there
+        num_gpus = min(num_there, most) if config.offloads else 1
         if there is not None and there > num_gpus:
             why = f"method {config.method} trains on one" if not config.offloads else f"num_replicas is {most}"
             note(f"{num_gpus} of {there} GPUs computes, as {why}")
     else:
         num_gpus = asked
         if there is not None and num_gpus > there:
-            raise ConfigError("runtime.num_gpus", f"be at most {there}, the GPUs of this machine", num_gpus)
+            raise ConfigError(
+                "runtime.num_gpus",
+                f"be at most {there}, the GPUs of {'the cluster' if machines else 'this machine'}",
+                num_gpus,
+            )
     runtime = replace(config.runtime, num_gpus=num_gpus)
     return replace(config, runtime=runtime, num_replicas=config.num_replicas or num_gpus)
 
@@ -65,6 +77,7 @@ def choose_bf16(
     config: RunConfig,
     device: Device,
     note: Callable[[str], None],
+    machines: Sequence[Machine] = (),
     *,
     measure: Callable[[], float] | None = None,
 ) -> bool:
@@ -74,11 +87,14 @@ def choose_bf16(
         config: What was asked for.
         device: Where the model runs.
         note: Told what a CPU was measured to be fast at.
+        machines: Of the cluster; none: this one alone.
         measure: Times the CPU; default: `bf16_over_float32`.
     """
     if config.bf16 is False:
         return False
     if device == "cuda":
+        if config.bf16 is None and machines:
+            return all(machine.has_bf16 for machine in machines if machine.num_gpus)
         return config.bf16 or torch.cuda.is_bf16_supported(including_emulation=False)
     ratio = (measure or bf16_over_float32)()
     if config.bf16:

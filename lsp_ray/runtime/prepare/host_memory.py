@@ -39,7 +39,8 @@ def check_memory(job: Job, host: HostMemory) -> None:
     to be quantised is loaded one by one; where its weights stay in main memory, each GPU's actor has its own.
     """
     smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
-    if job.store_bytes > host.shared_bytes:
+    in_own_store = job.config.runtime.address is None  # else the cluster has one, which is looked at there
+    if in_own_store and job.store_bytes > host.shared_bytes:
         raise ConfigError(
             "method",
             f"fit its slots into {_shown(host.shared_bytes)} of shared memory that are free in {_SHARED_MEMORY} "
@@ -47,9 +48,10 @@ def check_memory(job: Job, host: HostMemory) -> None:
             job.config.method,
             hint=f"{smaller} needs less; in Docker, --shm-size sets how much there is",
         )
+    beside = job.layout.nodes.count(job.layout.nodes[0]) if job.layout.nodes else job.layout.num_gpus
     is_brought = job.device == "cuda" and not job.streamed_bytes  # it is in main memory for a while alone
     model_bytes = job.streamed_bytes if job.quantized else job.num_weights * job.dtype.itemsize
-    needed_bytes = job.store_bytes + (1 if is_brought else job.layout.num_gpus) * model_bytes
+    needed_bytes = job.store_bytes + (1 if is_brought else beside) * model_bytes
     if needed_bytes > host.main_bytes:
         raise ConfigError(
             "model_name_or_path",

@@ -37,6 +37,7 @@ from lsp_ray.runtime.prepare.job_checks import check_method, check_model, check_
 from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.prepare.layout import Layout, plan_layout
 from lsp_ray.runtime.prepare.learning_rates import learning_rates
+from lsp_ray.runtime.prepare.machines import Machine, place
 from lsp_ray.runtime.prepare.weights_home import with_weights
 from lsp_ray.runtime.watch.metrics_file import METRICS, read_metrics
 from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
@@ -148,6 +149,15 @@ class Job:
         )
 
     @property
+    def has_parts_to_divide(self) -> bool:
+        """Whether GPUs may compute unlike many parts of a step; an emulated machine's are all alike."""
+        return 1 < self.layout.num_gpus < self.config.replicas and self.config.runtime.emulate is None
+
+    def with_parts(self, gpu_of_part: tuple[int, ...]) -> Job:
+        """The run with the parts of a step divided so among the GPUs; its results do not depend on that."""
+        return replace(self, layout=replace(self.layout, gpu_of_part=gpu_of_part))
+
+    @property
     def resolved_config(self) -> RunConfig:
         """The run's configuration with every default decided."""
         runtime = replace(
@@ -171,22 +181,28 @@ class Job:
         )
 
 
-def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedRows | None = None) -> Job:
+def prepare_job(
+    config: RunConfig,
+    note: Callable[[str], None],
+    rows: TokenizedRows | None = None,
+    machines: Sequence[Machine] = (),
+) -> Job:
     """Find model and data, check that they and the options fit together, and plan the run.
 
     Args:
         config: What was asked for.
         note: Told, a line at a time, what a person would want to know.
         rows: What to train on in place of `config.dataset`.
+        machines: Of the cluster, the driver's first; none: this one alone.
 
     Raises:
         ConfigError: Something cannot work.
     """
     if config.lsp.init_from is not None:  # an actor's working directory need not be this process's
         config = replace(config, lsp=replace(config.lsp, init_from=str(Path(config.lsp.init_from).absolute())))
-    device = _device(config)
-    config = choose_gpus(config, device, note)
-    dtype = torch.bfloat16 if choose_bf16(config, device, note) else torch.float32
+    device = _device(config, machines)
+    config = choose_gpus(config, device, note, machines)
+    dtype = torch.bfloat16 if choose_bf16(config, device, note, machines) else torch.float32
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
     config, quantized = with_delta(config, load_config(model_folder), device, note)
     tokenizer = load_tokenizer(model_folder)
@@ -237,7 +253,6 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
     ):
         note(line)
     sample_inputs, sample_expected = _sample(_first_held_out(tokenized), tokenized, tokenizer)
-    cores = len(os.sched_getaffinity(0))
     return Job(
         config=config,
         model_folder=model_folder,
@@ -256,17 +271,15 @@ def prepare_job(config: RunConfig, note: Callable[[str], None], rows: TokenizedR
         quantized=quantized,
         streamed_bytes=_streamed_bytes(layers, config, dtype, quantized=quantized),
         subspace_dims={name: size.dims for name, size in sizes.items()},
-        layout=plan_layout(
-            config.runtime, payload_sizes, cores=cores, on_gpu=device == "cuda", num_parts=config.replicas
-        ),
+        layout=_layout(config, device, payload_sizes, machines),
         sample_inputs=sample_inputs,
         sample_expected=sample_expected,
         questions=tuple(find_questions(tokenized, tokenizer, config.max_eval_answers)),
     )
 
 
-def _device(config: RunConfig) -> Device:
-    device = choose_device(config)
+def _device(config: RunConfig, machines: Sequence[Machine]) -> Device:
+    device = choose_device(config, machines)
     if config.torch_compile:
         check_compiler(device)
     return device
@@ -281,6 +294,30 @@ def _tokenized(config: RunConfig, tokenizer: PreTrainedTokenizerBase, positions:
 def _with_length(config: RunConfig, tokenized: TokenizedRows) -> RunConfig:
     """The run with the length that was decided; that of rows that were given matters for nothing but answers."""
     return replace(config, max_seq_length=config.asked_length or tokenized.max_seq_length or BUILT_IN_LENGTH)
+
+
+def laid_out(job: Job, machines: Sequence[Machine]) -> Job:
+    """Return the job for what is left of its cluster; what it computes does not depend on that."""
+    num_gpus = job.layout.num_gpus
+    if job.device == "cuda":
+        num_gpus = min(num_gpus, max(1, sum(machine.num_gpus for machine in machines)))
+    config = replace(job.config, runtime=replace(job.config.runtime, num_gpus=num_gpus))
+    return replace(job, config=config, layout=_layout(config, job.device, job.payload_sizes, machines))
+
+
+def _layout(config: RunConfig, device: Device, payload_sizes: Sequence[int], machines: Sequence[Machine]) -> Layout:
+    num_gpus, on_gpu = config.runtime.num_gpus, device == "cuda"
+    assert num_gpus != "auto", "is decided by now"
+    places = place(num_gpus, machines, on_gpu=on_gpu) if len(machines) > 1 else []
+    own_cores = len(os.sched_getaffinity(0))
+    return plan_layout(
+        config.runtime,
+        payload_sizes,
+        cores=min([own_cores, *(machine.cores for machine in places)]),
+        on_gpu=on_gpu,
+        num_parts=config.replicas,
+        nodes=[machine.name for machine in places],
+    )
 
 
 def resumed(job: Job, folder: Path) -> Job:

@@ -9,17 +9,22 @@ from lsp_ray.config import RuntimeConfig
 from lsp_ray.sim.store import balanced
 
 CORES_FOR_TWO_SHARDS = 16  # below, one with all threads is faster; more than two slow lsp down (simulated, docs/log.md)
+EVEN_ENOUGH = 1.05  # so much longer may a step's slowest GPU take under the even division: measuring is no surer
 GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU computes: launches and the two copy threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Threads of each actor, the shard that owns each unit, and the GPU that computes each part of a step."""
+    """Threads of each actor, the shard that owns each unit, and the GPU that computes each part of a step.
+
+    `nodes` are the names of the machines of all GPUs; empty: there is one machine.
+    """
 
     device_threads: int
     shard_threads: int
     shard_of_unit: tuple[int, ...]
     gpu_of_part: tuple[int, ...] = (0,)
+    nodes: tuple[str, ...] = ()
 
     @property
     def num_shards(self) -> int:
@@ -38,7 +43,8 @@ class Layout:
 
     def name_of(self, gpu: int) -> str:
         """What people and Ray's dashboard call it."""
-        return "gpu" if self.num_gpus == 1 else f"gpu-{gpu}"
+        name = "gpu" if self.num_gpus == 1 else f"gpu-{gpu}"
+        return f"{name}@{self.nodes[gpu]}" if self.nodes else name
 
     def parts_of(self, gpu: int) -> range:
         """The parts of a step that a GPU computes, one after the other."""
@@ -60,40 +66,76 @@ class CoreShares:
     device_threads: int
 
 
-def divide_cores(runtime: RuntimeConfig, *, num_units: int, cores: int, on_gpu: bool) -> CoreShares:
-    """Divide the cores among the actors; see `plan_layout`. `num_units` is 0 if nothing leaves the device."""
+def divide_cores(
+    runtime: RuntimeConfig, *, num_units: int, cores: int, on_gpu: bool, nodes: Sequence[str] = ()
+) -> CoreShares:
+    """Divide a machine's cores among the actors; see `plan_layout`. `num_units` is 0 if nothing leaves the device."""
     default = 2 if cores >= CORES_FOR_TWO_SHARDS else 1
     num_gpus = 1 if runtime.num_gpus == "auto" else runtime.num_gpus
+    beside = max(map(nodes.count, nodes), default=num_gpus)  # that share a machine
     num_shards = min(runtime.num_shards or default, max(1, num_units))
     if on_gpu:
-        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, max(1, cores // num_gpus))
-        shard_threads = runtime.shard_threads or max(1, (cores - num_gpus * device_threads) // num_shards)
+        device_threads = runtime.device_threads or min(GPU_HOST_THREADS, max(1, cores // beside))
+        shard_threads = runtime.shard_threads or max(1, (cores - beside * device_threads) // num_shards)
     else:
         # compressed updates are small next to forward and backward: a quarter of the cores is enough for them
         shard_threads = runtime.shard_threads or max(1, cores // 4 // num_shards)
         left = cores - shard_threads * num_shards if num_units else cores
-        device_threads = runtime.device_threads or max(1, left // num_gpus)
+        device_threads = runtime.device_threads or max(1, left // beside)
     return CoreShares(
         num_gpus=num_gpus, num_shards=num_shards, shard_threads=shard_threads, device_threads=device_threads
     )
 
 
 def plan_layout(
-    runtime: RuntimeConfig, payload_sizes: Sequence[int], *, cores: int, on_gpu: bool, num_parts: int = 1
+    runtime: RuntimeConfig,
+    payload_sizes: Sequence[int],
+    *,
+    cores: int,
+    on_gpu: bool,
+    num_parts: int = 1,
+    nodes: Sequence[str] = (),
 ) -> Layout:
     """Divide units, parts and cores.
 
     Args:
         runtime: What was asked for; what is None is chosen here.
         payload_sizes: Elements of each unit's payload; empty if nothing leaves the device.
-        cores: CPU cores this run may use.
+        cores: CPU cores this run may use, on each machine.
         on_gpu: Whether a GPU computes; if not, the GPU actor needs most of the cores itself.
         num_parts: Of a step.
+        nodes: Names of the machines of all GPUs; empty: there is one machine.
     """
-    shares = divide_cores(runtime, num_units=len(payload_sizes), cores=cores, on_gpu=on_gpu)
+    shares = divide_cores(runtime, num_units=len(payload_sizes), cores=cores, on_gpu=on_gpu, nodes=nodes)
     return Layout(
         device_threads=shares.device_threads,
         shard_threads=shares.shard_threads,
         shard_of_unit=balanced(payload_sizes, shares.num_shards),
-        gpu_of_part=tuple(part * shares.num_gpus // num_parts for part in range(num_parts)),
+        gpu_of_part=even_parts(num_parts, shares.num_gpus),
+        nodes=tuple(nodes),
     )
+
+
+def even_parts(num_parts: int, num_gpus: int) -> tuple[int, ...]:
+    """Return the GPU of each part where all are alike."""
+    return tuple(part * num_gpus // num_parts for part in range(num_parts))
+
+
+def parts_by_pace(num_parts: int, part_s: Sequence[float]) -> tuple[int, ...]:
+    """Return the GPU of each part so that the slowest is over as early as can be; each has one, and they are in order.
+
+    Args:
+        num_parts: Of a step; at least one for each GPU.
+        part_s: What a part takes on each GPU.
+    """
+    counts = [1] * len(part_s)
+    for _ in range(num_parts - len(part_s)):
+        ends_s = [(count + 1) * own_s for count, own_s in zip(counts, part_s, strict=True)]
+        counts[ends_s.index(min(ends_s))] += 1
+    by_pace = tuple(gpu for gpu, count in enumerate(counts) for _ in range(count))
+    even = even_parts(num_parts, len(part_s))
+    return by_pace if _slowest_s(even, part_s) > EVEN_ENOUGH * _slowest_s(by_pace, part_s) else even
+
+
+def _slowest_s(gpu_of_part: Sequence[int], part_s: Sequence[float]) -> float:
+    return max(gpu_of_part.count(gpu) * own_s for gpu, own_s in enumerate(part_s))

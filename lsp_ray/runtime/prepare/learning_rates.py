@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from transformers import get_scheduler
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
@@ -35,6 +34,8 @@ def learning_rates(config: RunConfig, num_steps: int) -> tuple[float, ...]:
 
 def _rates(config: RunConfig, num_steps: int) -> tuple[float, ...]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
+    from transformers import get_scheduler  # imports PEFT and what that can use, for seconds; actors have no need of it
+
     scheduler = get_scheduler(
         config.lr_scheduler_type, optimizer, config.warmup_steps, num_steps, config.lr_scheduler_kwargs
     )

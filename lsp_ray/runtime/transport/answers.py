@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from lsp_ray.errors import DeadlineError, WorkerLostError
+from lsp_ray.errors import DeadlineError, LspRayError, WorkerLostError
 
 _WHY = {  # Ray's types of a worker's exit; it does not see which signal ended one
     "SYSTEM_ERROR": "its process was killed, as Linux does where memory is full (dmesg tells), or crashed",
@@ -33,8 +33,10 @@ def answer(ref: ray.ObjectRef[Any], what: str, timeout_s: float | None = None) -
         raise WorkerLostError(_death(str(error), what)) from error
     except GetTimeoutError as error:
         raise DeadlineError(f"no answer within {timeout_s:.0f} s ({what})") from error
-    except RayTaskError:  # a bug of ours in the actor: as it is
-        raise
+    except RayTaskError as error:
+        if isinstance(error.cause, LspRayError):
+            raise error.cause from error
+        raise  # a bug of ours in the actor: as it is
     except RayError as error:
         raise WorkerLostError(f"Ray failed ({what}): {str(error).splitlines()[0]}") from error
 

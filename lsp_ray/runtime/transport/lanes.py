@@ -2,13 +2,15 @@
 
 Ray starts the actors, holds the slots and says why an actor died; a message of its own takes ten times as long as one
 here, and as much more of the driver's processor (docs/log). Who waits sleeps, and the death of the other side ends
-every wait.
+every wait. Of actors on other machines see `network`.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import select
+import selectors
 import socket
 import struct
 import time
@@ -28,7 +30,10 @@ import torch
 from lsp_ray.errors import DeadlineError, LspRayError, OutOfDeviceMemoryError, WorkerLostError
 from lsp_ray.runtime.cluster.leftovers import own_folder
 from lsp_ray.runtime.transport.answers import answer
+from lsp_ray.runtime.transport.network import Address, Door, dial
 
+COMPUTE, D2H, H2D, NEWS = GPU_LANES = ("compute", "d2h", "h2d", "news")  # of a GPU's actor; news are no answers
+GPU_GROUPS = {"progress": 1}  # its concurrency groups beside the default one of one thread, which computes
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 DEATH_TIMEOUT_S = 5.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at
 SEND_TIMEOUT_S = 60.0  # a message finds room at once, or when the actor comes to read the one before
@@ -38,11 +43,14 @@ POLL_S = 1.0  # between two looks at what no socket tells
 # in an actor
 
 
-def connect(address: str, name: str) -> Connection:
-    """Open the actor's end of the lane of this name."""
-    ours = socket.socket(socket.AF_UNIX)
-    ours.connect(address)
-    connection = Connection(ours.detach())
+def connect(address: str | Address, name: str) -> Connection:
+    """Open the actor's end of the lane of this name, on this machine or to another one."""
+    if isinstance(address, Address):
+        connection = dial(address)
+    else:
+        ours = socket.socket(socket.AF_UNIX)
+        ours.connect(address)
+        connection = Connection(ours.detach())
     tell(connection, (name, os.getpid()))
     return connection
 
@@ -51,17 +59,27 @@ def serve(connection: Connection, target: object) -> None:
     """Carry out orders to `target`'s methods until the driver is gone; what they raise is an answer as well."""
     with suppress(EOFError, OSError):
         while True:
-            method, args = pickle.loads(connection.recv_bytes())
+            method, args = heard(connection)
             tell(connection, _carried_out(getattr(target, method), args))
 
 
 def tell(connection: Connection, message: object) -> None:
-    """Send a message; it is copied, tensors as well."""
-    connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+    """Send a message: its pickle, and arrays of NumPy each by itself, without a copy before the socket's."""
+    buffers: list[pickle.PickleBuffer] = []
+    text = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
+    connection.send_bytes(bytes([len(buffers)]) + text)  # few messages have any, none as many as a byte counts
+    for buffer in buffers:
+        connection.send_bytes(buffer.raw())
+
+
+def heard(connection: Connection) -> Any:
+    """Receive what `tell` sent."""
+    text = memoryview(connection.recv_bytes())
+    return pickle.loads(text[1:], buffers=[connection.recv_bytes() for _ in range(text[0])])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Failure:
+class Failure:
     """What an order raised, and where."""
 
     error: Exception
@@ -72,7 +90,7 @@ def _carried_out(method: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     try:
         return method(*args)
     except Exception as error:  # noqa: BLE001 - whatever it is, the driver is to know
-        return _Failure(error=_crossing(error), trace=traceback.format_exc())
+        return Failure(error=_crossing(error), trace=traceback.format_exc())
 
 
 def _crossing(error: Exception) -> Exception:
@@ -102,20 +120,24 @@ class Lane:
     Args:
         connection: To the actor's thread.
         who: The actor, for messages.
-        process: The actor's.
+        process: The actor's; None: it is on another machine.
         life: Answered by Ray when the actor ends.
 
     Attributes:
         owed: Orders without an answer, oldest first.
     """
 
-    def __init__(self, connection: Connection, who: str, process: psutil.Process, life: ray.ObjectRef[Any]) -> None:
+    def __init__(
+        self, connection: Connection, who: str, process: psutil.Process | None, life: ray.ObjectRef[Any]
+    ) -> None:
         self._connection, self._who, self._life = connection, who, life
+        self._poll = select.poll()  # kept: the connection's own prepares one for every message
+        self._poll.register(connection, select.POLLIN)
         self.process = process
         self.owed: deque[Order] = deque()
 
     def fileno(self) -> int:
-        """For `multiprocessing.connection.wait`."""
+        """For `Watch`."""
         return self._connection.fileno()
 
     def order(self, order: Order) -> None:
@@ -141,7 +163,7 @@ class Lane:
         """
         result = self.message(meanwhile)
         order = self.owed.popleft()
-        if isinstance(result, _Failure):
+        if isinstance(result, Failure):
             _fail(result, order.what)
         return result
 
@@ -158,21 +180,23 @@ class Lane:
         Raises:
             WorkerLostError: It died.
         """
-        while not self._connection.poll(POLL_S):
+        while not self._poll.poll(1e3 * POLL_S):
             if self.has_ended():  # and a process that it has forked holds its end
                 raise self._lost()
             meanwhile()
         try:
-            return pickle.loads(self._connection.recv_bytes())
+            return heard(self._connection)
         except (EOFError, OSError) as error:
             raise self._lost() from error
 
     def has_message(self) -> bool:
         """Whether `message` would return at once, or raise."""
-        return self._connection.poll()
+        return bool(self._poll.poll(0))
 
     def has_ended(self) -> bool:
-        """Whether the actor's process has."""
+        """Whether the actor's process has, as far as is known."""
+        if self.process is None:
+            return bool(ray.wait([self._life], timeout=0)[0])
         try:
             return self.process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
@@ -191,6 +215,27 @@ class Lane:
         except DeadlineError:
             return WorkerLostError(f"{self._who} died ({what})")
         return WorkerLostError(f"{self._who} ended ({what})")
+
+
+class Watch:
+    """Waits for what comes on any of several lanes; the system is told which they are only when that changes."""
+
+    def __init__(self) -> None:
+        self._lanes: list[Lane] = []
+        self._selector = selectors.DefaultSelector()
+
+    def wait(self, lanes: list[Lane], timeout_s: float) -> list[Lane]:
+        """Wait until `message` of some of them would return or raise; returns those, none where time is over."""
+        if lanes != self._lanes:
+            self.close()
+            self._lanes, self._selector = lanes, selectors.DefaultSelector()
+            for lane in lanes:
+                self._selector.register(lane, selectors.EVENT_READ, lane)
+        return [key.data for key, _ in self._selector.select(timeout_s)]
+
+    def close(self) -> None:
+        """Give the system back what it was told."""
+        self._selector.close()
 
 
 @cache
@@ -212,18 +257,34 @@ def open_lanes(actor: Any, who: str, names: Sequence[str]) -> dict[str, Lane]:
         listener.listen(len(names))
         listener.settimeout(POLL_S)
         life = actor.serve.remote(address)
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        lanes: dict[str, Lane] = {}
-        while len(lanes) < len(names):
-            try:
-                connection = bounded(listener.accept()[0], SEND_TIMEOUT_S)
-                name, pid = pickle.loads(connection.recv_bytes())
-                lanes[name] = Lane(connection, who, psutil.Process(pid), life)
-            except (TimeoutError, EOFError, psutil.NoSuchProcess):
-                if ray.wait([life], timeout=0)[0]:
-                    answer(life, f"{who}: start")
-                if time.monotonic() >= deadline_s:
-                    raise DeadlineError(f"no answer within {START_TIMEOUT_S:.0f} s ({who}: start)") from None
+        return _opened(lambda: bounded(listener.accept()[0], SEND_TIMEOUT_S), life, who, names, psutil.Process)
+
+
+def open_lanes_to(actor: Any, host: str, who: str, names: Sequence[str]) -> dict[str, Lane]:
+    """The same for an actor on another machine, which reaches this one at `host`."""
+    with Door(host, POLL_S) as door:
+        return _opened(door.accept, actor.serve.remote(door.address), who, names, lambda _pid: None)
+
+
+def _opened(
+    accept: Callable[[], Connection],
+    life: ray.ObjectRef[Any],
+    who: str,
+    names: Sequence[str],
+    process: Callable[[int], psutil.Process | None],
+) -> dict[str, Lane]:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    lanes: dict[str, Lane] = {}
+    while len(lanes) < len(names):
+        try:
+            connection = accept()
+            name, pid = heard(connection)
+            lanes[name] = Lane(connection, who, process(pid), life)
+        except (TimeoutError, EOFError, psutil.NoSuchProcess):
+            if ray.wait([life], timeout=0)[0]:
+                answer(life, f"{who}: start")
+            if time.monotonic() >= deadline_s:
+                raise DeadlineError(f"no answer within {START_TIMEOUT_S:.0f} s ({who}: start)") from None
     return lanes
 
 
@@ -233,7 +294,7 @@ def bounded(ours: socket.socket, timeout_s: float) -> Connection:
     return Connection(ours.detach())
 
 
-def _fail(failure: _Failure, what: str) -> None:
+def _fail(failure: Failure, what: str) -> None:
     error = failure.error
     if isinstance(error, torch.OutOfMemoryError):
         raise OutOfDeviceMemoryError(

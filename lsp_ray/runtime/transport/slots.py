@@ -23,11 +23,19 @@ import torch
 from lsp_ray.errors import ForeignSlotError, StaleSlotError
 from lsp_ray.sim.store import PAGE_BYTES, slot_bytes
 
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
 _EMPTY = 0  # as in a new buffer
 _NODE = slice(8, 128)  # of the header: bytes
 
 
-def new_slot_buffer(num_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def as_bytes(payload: torch.Tensor) -> Bytes:
+    """A view of a flat tensor's bytes."""
+    view: Bytes = payload.view(torch.uint8).numpy()
+    return view
+
+
+def new_slot_buffer(num_bytes: int) -> Bytes:
     """Return the zeroed buffer to put into the object store for a slot with so many bytes of payload."""
     return np.zeros(slot_bytes(num_bytes), dtype=np.uint8)
 
@@ -54,7 +62,7 @@ class Slot:
 
     def __init__(
         self,
-        buffer: np.ndarray[tuple[int], np.dtype[np.uint8]],
+        buffer: Bytes,
         numel: int,
         name: str,
         dtype: torch.dtype = torch.float32,

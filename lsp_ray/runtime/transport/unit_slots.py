@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from lsp_ray.optim.adamw import AdamWState
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.transport.slots import OpenSlots, Slot, new_slot_buffer
+from lsp_ray.runtime.transport.slots import new_slot as new_own_slot
 from lsp_ray.sim.store import payload_bytes, state_numel
 
 
@@ -58,6 +59,33 @@ class UnitSlots:
         """Map a slot that is large enough for the unit's state."""
         numel = state_numel(self.numel, self.codec.payload_dtype, summed=self.sums is not None)
         return Slot(ray.get(ref), numel, f"{name} {self.unit}", node=own_node())
+
+
+class OwnSlots:
+    """A unit's slots in an actor's own memory, where those in Ray's object store are another machine's.
+
+    Args:
+        like: Those of the store.
+        parts: Of a step, that are computed here; others have slots without room.
+    """
+
+    def __init__(self, like: UnitSlots, parts: Collection[int]) -> None:
+        self.unit = like.unit
+        self._numel, self._codec = like.numel, like.codec
+        self._has_part = [part in parts for part in range(len(like.down))]
+        self._total: torch.Tensor | None = None
+
+    def open(self) -> OpenSlots:
+        """Allocate them."""
+        numel, dtype = self._codec.wire_numel(self._numel), self._codec.dtype
+        downs = [new_own_slot(numel if has else 0, f"down {self.unit}", dtype) for has in self._has_part]
+        return OpenSlots(down=downs, up=new_own_slot(numel, f"up {self.unit}", dtype))
+
+    def open_total(self) -> torch.Tensor:
+        """A place for the sum of all updates, see `UnitSlots.open_total`; the same each time."""
+        if self._total is None:
+            self._total = torch.zeros(self._numel)
+        return self._total
 
 
 def own_node() -> str:

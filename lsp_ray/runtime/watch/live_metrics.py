@@ -29,7 +29,6 @@ GAUGES = {
     "exposed_h2d_s": "Seconds in which the GPU waited for the link upwards, in the last step",
     "exposed_peers_s": "Seconds in which the GPU waited for other GPUs, in the last step",
     "exposed_weights_s": "Seconds in which the GPU waited for weights from main memory, in the last step",
-    "slowest_gpu": "GPU that computed longest in the last step, where there are several",
 }
 COUNTERS = {
     "num_tokens": "Tokens trained on",
@@ -37,7 +36,7 @@ COUNTERS = {
     "bytes_h2d": "Bytes sent up",
     "num_refitted": "Projectors refitted",
 }
-STEPS, BIAS, BIAS_OF_LAYER = "steps", "bias_relative", "layer_bias_relative"
+STEPS, BIAS, BIAS_OF_LAYER, GPU_COMPUTED = "steps", "bias_relative", "layer_bias_relative", "gpu_computed_s"
 
 
 class LiveMetrics:
@@ -49,6 +48,8 @@ class LiveMetrics:
         self._steps = Counter(PREFIX + STEPS, "Optimizer updates made")
         self._bias = Gauge(PREFIX + BIAS, "Mean relative bias when it was measured last")
         self._bias_of_layer = Gauge(PREFIX + BIAS_OF_LAYER, "Relative bias of a layer", tag_keys=("layer",))
+        text = "Seconds that a GPU computed in the last step, where there are several"
+        self._computed = Gauge(PREFIX + GPU_COMPUTED, text, tag_keys=("gpu",))
 
     def step(self, metrics: StepMetrics) -> None:
         """Set the gauges to this step's values, and add to the counters."""
@@ -64,3 +65,5 @@ class LiveMetrics:
             self._bias.set(metrics.bias)
         for layer, bias in (metrics.bias_by_layer or {}).items():
             self._bias_of_layer.set(bias, tags={"layer": layer})
+        for gpu, seconds in (metrics.computed_s_by_gpu or {}).items():
+            self._computed.set(seconds, tags={"gpu": gpu})

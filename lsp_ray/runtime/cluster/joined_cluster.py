@@ -1,0 +1,68 @@
+"""A Ray cluster that is there already, joined by a driver on one of its machines."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ipaddress import ip_address
+
+import ray
+from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
+from ray.exceptions import RayError
+
+from lsp_ray.errors import ConfigError
+from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
+from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS as FEW_ARENAS
+from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
+from lsp_ray.runtime.cluster.nodes import FIELD, Node, nodes
+from lsp_ray.runtime.cluster.ray_process import saying_nothing
+
+
+@contextmanager
+def joined_cluster(address: str) -> Iterator[Sequence[Node]]:
+    """Join it, leave it at the end, and yield its machines, the driver's first.
+
+    Where this process is a driver of Ray already, that stays so.
+
+    Args:
+        address: See `RuntimeConfig.address`.
+
+    Raises:
+        ConfigError: There is none, or anybody who reaches it may run programs on it.
+    """
+    if ray.is_initialized():
+        yield nodes()
+        return
+    limit_arenas()
+    with saying_nothing():
+        yield from _joined(address)
+
+
+def _joined(address: str) -> Iterator[Sequence[Node]]:
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {**PASSIVE_WAITING, **FEW_ARENAS}},
+        )
+    except (RuntimeError, OSError, ValueError, RayError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ConfigError(FIELD, f"be a cluster that this machine is part of ({line})", address) from error
+    try:
+        there = nodes()
+        _check_token(there, address)
+        yield there
+    finally:
+        ray.shutdown()
+
+
+def _check_token(there: Sequence[Node], address: str) -> None:
+    asks = get_authentication_mode() == AuthenticationMode.TOKEN
+    is_private = all(ip_address(node.ip).is_loopback for node in there)
+    if not asks and not is_private and os.environ.get("RAY_AUTH_MODE") != "disabled":
+        bound = "be a cluster that asks for a token, as whoever reaches it may run programs there"
+        hint = "RAY_AUTH_MODE=token where Ray and runs are started; RAY_AUTH_MODE=disabled for a run goes without"
+        raise ConfigError(FIELD, bound, address, hint=hint)

@@ -1,0 +1,168 @@
+"""What a run asks of a cluster's machines, and how their actors connect; `test_machines` has real ones."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from dataclasses import replace
+from multiprocessing import AuthenticationError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lsp_ray.config import RunConfig, RuntimeConfig
+from lsp_ray.errors import ConfigError
+from lsp_ray.runtime.cluster import nodes
+from lsp_ray.runtime.cluster.joined_cluster import _check_token
+from lsp_ray.runtime.cluster.nodes import Node, check_nodes
+from lsp_ray.runtime.prepare.job import laid_out
+from lsp_ray.runtime.prepare.machines import Machine, place
+from lsp_ray.runtime.transport.lanes import connect, heard, tell
+from lsp_ray.runtime.transport.network import Clock, Door, dial
+from tests.tiny_jobs import tiny_job
+
+OWN = Node(id="1", name="a", ip="192.168.0.10", num_gpus=1, store_bytes=1000, is_own=True)
+OTHER = Node(id="2", name="b", ip="192.168.0.11", num_gpus=2, store_bytes=0, is_own=False)
+VERSIONS = {"Python": "3.11.7", "torch": "2.13.0"}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ({"address": "ray://head:10001"}, r"^runtime.address must be HOST:PORT or auto; Ray's client does not do"),
+        ({"address": "head"}, r"^runtime.address must be HOST:PORT or auto, got 'head'$"),
+        ({"network_gbps": 1.0}, r"^runtime.network_gbps must come with runtime.address"),
+        ({"network_gbps": 0.0, "address": "auto"}, r"^runtime.network_gbps must be above 0, got 0.0$"),
+        ({"dashboard": True, "address": "auto"}, r"^runtime.dashboard must be left out with runtime.address"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused_before_anything_starts(runtime: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RuntimeConfig(**runtime)
+
+
+def test_methods_of_one_gpu_have_no_use_for_a_cluster() -> None:
+    with pytest.raises(ConfigError, match=r"^runtime.address must be left out with method lora, which trains on one"):
+        RunConfig(method="lora", runtime=RuntimeConfig(address="auto"))
+
+
+def found(**changes: Any) -> nodes._Found:
+    same = nodes._Found(cores=4, has_bf16=True, versions=VERSIONS, sizes=[{"config.json": 3}, {}])
+    return replace(same, **changes)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (
+            found(versions={**VERSIONS, "torch": "2.12.0"}),
+            r"^runtime.address must be .* have one version of torch \(2.13.0 on a\), got '2.12.0 on b'$",
+        ),
+        (found(sizes=[None, {}]), r"^model_name_or_path must be the same on all nodes; b has nothing in it, got"),
+        (found(sizes=[{"config.json": 4}, {}]), r"b has another model in it, got"),
+        (
+            found(sizes=[{"config.json": 3}, None]),
+            r"^output_dir must be in a folder that all nodes share; b does not see it, got .*; NFS is enough$",
+        ),
+    ],
+)
+def test_a_machine_that_would_fail_later_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: nodes._Found, message: str
+) -> None:
+    monkeypatch.setattr(nodes, "_look_at", lambda *_: [found(), theirs])
+    with pytest.raises(ConfigError, match=message):
+        check_nodes([OWN, OTHER], tmp_path, tmp_path, store_bytes=1000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_is_too_small_is_refused_with_the_size_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"object store on a has 2.00 GB .*--object-store-memory=2000000000 there$"):
+        check_nodes([OWN, OTHER], tmp_path, tmp_path, store_bytes=2_000_000_000)
+
+
+def test_a_cluster_that_asks_nobody_for_a_token_is_joined_where_only_this_machine_reaches_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(ConfigError, match=r"^runtime.address must be a cluster that asks for a token"):
+        _check_token([OWN, OTHER], "auto")
+    _check_token([replace(OWN, ip="127.0.0.2"), replace(OTHER, ip="127.0.0.3")], "auto")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    _check_token([OWN, OTHER], "auto")
+
+
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5), num_gpus=st.integers(1, 12))
+def test_gpus_are_placed_in_order_and_never_more_than_there_are(sizes: list[int], num_gpus: int) -> None:
+    there = [Machine(name=str(at), num_gpus=size, cores=1, has_bf16=True) for at, size in enumerate(sizes)]
+    placed = [there.index(one) for one in place(num_gpus, there, on_gpu=True)]
+    assert placed == sorted(placed)
+    assert len(placed) == min(num_gpus, sum(sizes))
+    assert all(placed.count(at) <= size for at, size in enumerate(sizes))
+    shared = [there.index(one) for one in place(num_gpus, there, on_gpu=False)]
+    assert len(shared) == num_gpus
+    counts = [shared.count(at) for at in range(len(there))]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_job_is_laid_out_anew_for_the_machines_that_are_left(tmp_path: Path) -> None:
+    job = replace(tiny_job(tmp_path, num_replicas=4, runtime={"num_gpus": 4}), device="cuda")
+    there = [Machine(name=name, num_gpus=size, cores=2, has_bf16=True) for name, size in (("a", 1), ("b", 2))]
+    left = laid_out(job, there)
+    assert left.layout.gpu_of_part == (0, 0, 1, 2)
+    assert [left.layout.name_of(gpu) for gpu in range(3)] == ["gpu-0@a", "gpu-1@b", "gpu-2@b"]
+    assert left.resolved_config == job.resolved_config
+    assert laid_out(job, there[:1]).layout.gpu_of_part == (0, 0, 0, 0)
+
+
+def test_only_who_knows_the_key_gets_in_and_who_says_nothing_keeps_nobody_out() -> None:
+    with Door("127.0.0.1", timeout_s=30.0) as door:
+        came: list[Any] = []
+
+        def accept() -> None:
+            connection = door.accept()
+            came.append(heard(connection))
+            tell(connection, "welcome")
+
+        waiting = threading.Thread(target=accept)
+        waiting.start()
+        with socket.create_connection(("127.0.0.1", door.address.port)):  # says nothing
+            with pytest.raises((AuthenticationError, EOFError, OSError)):
+                dial(replace(door.address, key=b"another run's"))
+            connection = connect(door.address, "compute")
+        assert heard(connection) == "welcome"
+        waiting.join()
+    assert came[0][0] == "compute"
+    assert "key" not in repr(door.address)
+
+
+def test_arrays_cross_whole_beside_what_they_come_with() -> None:
+    with Door("127.0.0.1", timeout_s=30.0) as door:
+        ours = threading.Thread(target=lambda: tell(door.accept(), ("payload", arrays)))
+        arrays: list[Any] = [
+            np.arange(5_000_000, dtype=np.uint8),
+            np.zeros(0, np.uint8),
+            np.array([[1.5], [2.5]], np.float32),
+        ]
+        ours.start()
+        what, theirs = heard(dial(door.address))
+        ours.join()
+    assert what == "payload"
+    assert all(np.array_equal(one, other) for one, other in zip(arrays, theirs, strict=True))
+
+
+@given(
+    looks=st.lists(st.tuples(st.floats(0, 1e4), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=20),
+    apart_s=st.floats(-1e5, 1e5),
+)
+def test_another_clock_is_known_to_half_of_the_quickest_answer(
+    looks: list[tuple[float, float, float]], apart_s: float
+) -> None:
+    clock = Clock()
+    for asked_s, there_s, back_s in looks:
+        clock.look(asked_s, asked_s + there_s - apart_s, asked_s + there_s + back_s)
+    quickest = min(there_s + back_s for _, there_s, back_s in looks[-16:])
+    assert abs(clock.offset_s - apart_s) <= quickest / 2 + 1e-6
