@@ -44,7 +44,9 @@ def test_weights_that_stay_in_main_memory_count_and_are_counted(tmp_path: Path) 
         held = tiny_job(tmp_path, runtime={"weights": "host"}, **bits)
         workers = ThreadWorkers(held)
         workers.setup(lambda _text: None)
-        blocks = [tensor.nbytes for tensor in workers.side.host_weights]
+        weights = workers.side.worker.weights
+        assert weights is not None
+        blocks = [tensor.nbytes for tensor in weights.host_bytes]
         workers.close()
         padding = sum(blocks) - held.streamed_bytes
         assert 0 <= padding < 14 * 6 * 256, "each of a linear's tensors begins at a multiple of 256 bytes"

@@ -48,6 +48,7 @@ class StreamedWeights:
 
     Attributes:
         link: Copies take turns on it with deltas.
+        num_pageable: Blocks from whose memory a GPU copies more slowly, as it could not be page-locked.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class StreamedWeights:
         self._changed = changed or threading.Condition()
         self.link = UpLink(self._changed)
         self._ring = BlockRing(len(blocks), num_buffers)
+        is_gpu = backend.device.type == "cuda"
+        self.num_pageable = sum(is_gpu and not backend.page_lock(block.host_bytes) for block in blocks)
         self._block_of_unit = {block.unit: index for index, block in enumerate(blocks)}
         size = max(block.host_bytes.numel() for block in blocks)
         self._buffers = [backend.empty(WorkStream.H2D, size, torch.uint8) for _ in range(min(num_buffers, len(blocks)))]

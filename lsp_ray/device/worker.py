@@ -101,7 +101,7 @@ class DeviceWorker:
         self._live: LiveStorage | None = None
         self._on_due = on_due
         self._codec = codec = codec or Codec()
-        self._weights = weights
+        self.weights = weights
         self._up_link = weights.link if weights is not None else UpLink()
         self._deltas = Deltas(
             units,
@@ -146,7 +146,8 @@ class DeviceWorker:
         """
         if step != self._measured_step:
             return self._run_step(step, micro_batches)
-        with peak_of(self._backend.device, host_slots) as live:
+        on_host = [*host_slots, *(self.weights.host_bytes if self.weights is not None else ())]
+        with peak_of(self._backend.device, on_host) as live:
             self._live = live
             report = self._run_step(step, micro_batches)
             self._live = None
@@ -213,8 +214,8 @@ class DeviceWorker:
             hook.remove()
         if self._graphs is not None:
             self._graphs.close()
-        if self._weights is not None:
-            self._weights.close()
+        if self.weights is not None:
+            self.weights.close()
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()
@@ -225,8 +226,8 @@ class DeviceWorker:
             self._refitter.before_step(step)
         total_targets = max(1, sum(num_targets(batch) for batch in micro_batches))
         size = len(micro_batches) // self._num_parts
-        if self._weights is not None:
-            self._weights.begin_step(step, size * len(self._own_parts), trace)
+        if self.weights is not None:
+            self.weights.begin_step(step, size * len(self._own_parts), trace)
         parts = {part: micro_batches[part * size : (part + 1) * size] for part in self._own_parts}
         forward: tuple[Stamp, float] | None = None
         began = self._backend.stamp()
@@ -244,7 +245,7 @@ class DeviceWorker:
         self._backend.record(WorkStream.GPU).synchronize()
         self._payloads.settle()
         end_s = time.monotonic()
-        weights = StreamedStep() if self._weights is None else self._weights.end_step(step, trace_end, end_s)
+        weights = StreamedStep() if self.weights is None else self.weights.end_step(step, trace_end, end_s)
         return StepReport(
             step=step,
             losses=verdict.losses,
@@ -279,8 +280,8 @@ class DeviceWorker:
         if self._graphs is not None:
             may_record = self._step > self._measured_step
             self._graphs.begin(batch, may_record=may_record, payload_dtype=self._flat_dtype(size))
-        if self._weights is not None:
-            self._weights.begin_pass()
+        if self.weights is not None:
+            self.weights.begin_pass()
         loss = summed_loss(self.model, self._on_device(batch)) / total_targets
         weight = self._judge.weigh(loss)
         forward_end = self._backend.stamp()

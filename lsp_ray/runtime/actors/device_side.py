@@ -89,7 +89,6 @@ class DeviceSide:
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
         self._weights: StreamedWeights | None = None
-        self._num_pageable = 0
 
     def pace(self) -> float:
         """Before `setup`: seconds that a micro-batch takes here, forward and backward."""
@@ -143,21 +142,13 @@ class DeviceSide:
         self._micro_batches = job.micro_batches.read_ahead(
             job.num_steps - first_step, first_step=first_step, page_locked=job.device == "cuda"
         )
+        pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(
             unfitted=trained.unfitted,
-            num_pageable=self._num_pageable + self._page_lock(host_slots),
+            num_pageable=len(pageable) + (0 if self._weights is None else self._weights.num_pageable),
             throttle=throttle,
             gpu_of_part=job.layout.gpu_of_part,
         )
-
-    def _page_lock(self, buffers: Sequence[torch.Tensor]) -> int:
-        """Lock the pages of what a GPU copies from or to; returns of how many that is impossible."""
-        return sum(not self.backend.page_lock(buffer) for buffer in buffers) if self._job.device == "cuda" else 0
-
-    @property
-    def host_weights(self) -> Sequence[torch.Tensor]:
-        """Main memory from which weights come up."""
-        return [] if self._weights is None else self._weights.host_bytes
 
     def decided(self) -> Decided:
         """After `setup`: what other GPUs are to be given; its tensors are on the CPU."""
@@ -195,7 +186,7 @@ class DeviceSide:
 
     def run_step(self, step: int, host_slots: Sequence[torch.Tensor] = ()) -> StepReport:
         """Run the next optimizer update; `step` must be the one after the last."""
-        return self.worker.run_step(step, next(self._micro_batches), [*host_slots, *self.host_weights])
+        return self.worker.run_step(step, next(self._micro_batches), host_slots)
 
     def drain(self) -> None:
         """See `DeviceWorker.drain`."""
@@ -319,7 +310,6 @@ class DeviceSide:
         if job.config.recomputes:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
         if self._weights is not None:
-            self._num_pageable = self._page_lock(self.host_weights)
             self._weights.start()
         self._is_loaded = True
 
