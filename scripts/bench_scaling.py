@@ -5,8 +5,10 @@
 
 Two raylets on this machine, one CPU actor in a GPU's place on each, whose layers sleep as long as a GPU would compute;
 payloads, slots, updates and connections are real, and the product's own throttle makes the network as slow as asked.
-efficiency: the paced step over the measured one. The simulator is given a block without a throttle and predicts the
-others. replica_kill: actors of either machine are killed at random, and all must end with the bits of a run left alone.
+
+efficiency: the part of a step in which the GPU that waits longest computes, as the planner's; pace_over_step: the asked
+step over the measured one. simulator_error: it is given a block without a throttle and predicts the others.
+replica_kill: actors of either machine are killed at random, and all must end with the bits of a run left alone.
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         blocks = _blocks(folder, there, rounds, num_steps)
         figures = {
             "step_s": {str(setting): round(median(_steps(found)), 4) for setting, found in blocks.items()},
-            "efficiency": {str(setting): round(STEP_S / median(_steps(found)), 3) for setting, found in blocks.items()},
+            "efficiency": {str(setting): _efficiency(found) for setting, found in blocks.items()},
+            "pace_over_step": {
+                str(setting): round(STEP_S / median(_steps(found)), 3) for setting, found in blocks.items()
+            },
             "simulator_error": {str(setting): _error(setting, found) for setting, found in blocks.items()},
             "replica_kill": _killed(folder, there),
         }
@@ -84,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _joined() -> Iterator[list[Machine]]:
     """Both machines, which this process has joined."""
+    os.environ["SCALING_STEP_S"] = str(STEP_S)  # which the raylets hand on to their actors
     with machines(2, store_bytes=STORE_BYTES) as (cluster, _):
         os.environ.update(cluster.environment)
         from lsp_ray.runtime.cluster import nodes
@@ -126,6 +132,11 @@ def _blocks(folder: Path, there: Sequence[Machine], rounds: int, num_steps: int)
 
 def _steps(found: Sequence[Found]) -> list[float]:
     return [step_s for one in found for step_s in one.block.step_times_s]
+
+
+def _efficiency(found: Sequence[Found]) -> float:
+    waits_s = median(wait_s for one in found for wait_s in one.block.waits_s)
+    return round(1.0 - waits_s / median(_steps(found)), 3)
 
 
 def _error(setting: Setting, found: Sequence[Found]) -> float:
@@ -219,7 +230,6 @@ def _job(folder: Path, there: Sequence[Machine], payload_mb: int, num_steps: int
     AutoModelForCausalLM.from_config(shape).save_pretrained(model)
     tiny_tokenizer("llama").save_pretrained(model)
     write_tiny_jsonl(data, "prompt_completion", 64)
-    os.environ["SCALING_STEP_S"] = str(STEP_S)
     config = RunConfig(
         model_name_or_path=str(model),
         dataset=str(data),

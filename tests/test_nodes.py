@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lsp_ray.config import RunConfig, RuntimeConfig
 from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.cluster import nodes
-from lsp_ray.runtime.cluster.joined_cluster import _check_token
+from lsp_ray.runtime.cluster.joined_cluster import _check_token, _found
 from lsp_ray.runtime.cluster.nodes import Node, check_nodes
 from lsp_ray.runtime.prepare.job import laid_out
 from lsp_ray.runtime.prepare.machines import Machine, place
@@ -166,3 +166,10 @@ def test_another_clock_is_known_to_half_of_the_quickest_answer(
         clock.look(asked_s, asked_s + there_s - apart_s, asked_s + there_s + back_s)
     quickest = min(there_s + back_s for _, there_s, back_s in looks[-16:])
     assert abs(clock.offset_s - apart_s) <= quickest / 2 + 1e-6
+
+
+def test_a_cluster_that_does_not_answer_is_refused_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    with pytest.raises(ConfigError, match=r"^runtime.address must be a cluster that answers \(.*refused\), got"):
+        _found(address)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -32,22 +31,34 @@ class PacedGpuActor(GpuActor):
 
 
 def _pace(block: nn.Module, forward_s: float, backward_s: float) -> None:
-    start_s = 0.0
+    start_s = own_s = 0.0
 
     def begin(*_: object) -> None:  # the last hook before the forward: after what waits for a delta
         nonlocal start_s
         start_s = time.monotonic()
 
+    def end_forward(*_: object) -> None:
+        _sleep(start_s + forward_s - time.monotonic())
+
+    def begin_backward(
+        *_: object,
+    ) -> None:  # gradients are told of during the backward: they come when it is nearly over
+        nonlocal start_s
+        _sleep(backward_s - own_s)
+        start_s = time.monotonic()
+
+    def end_backward(*_: object) -> None:
+        nonlocal own_s
+        own_s = time.monotonic() - start_s
+
     block.register_forward_pre_hook(begin)
-    block.register_forward_hook(_until(lambda: start_s + forward_s))
-    block.register_full_backward_pre_hook(_until(lambda: time.monotonic() + backward_s))
+    block.register_forward_hook(end_forward)
+    block.register_full_backward_pre_hook(begin_backward)
+    block.register_full_backward_hook(end_backward)
 
 
-def _until(end_s: Callable[[], float]) -> Callable[..., None]:
-    def sleep(*_: object) -> None:
-        time.sleep(max(0.0, end_s() - time.monotonic()))
-
-    return sleep
+def _sleep(seconds: float) -> None:
+    time.sleep(max(0.0, seconds))
 
 
 class PacedWorkers(RayWorkers):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ipaddress import ip_address
 
 import ray
+from ray._private import services
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
@@ -18,6 +20,8 @@ from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS as FEW_ARENAS
 from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
 from lsp_ray.runtime.cluster.nodes import FIELD, Node, nodes
 from lsp_ray.runtime.cluster.ray_process import saying_nothing
+
+ANSWER_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -40,17 +44,39 @@ def joined_cluster(address: str) -> Iterator[Sequence[Node]]:
         yield from _joined(address)
 
 
+def _found(address: str) -> str:
+    """HOST:PORT of a cluster that answers; Ray would go on trying for minutes.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    try:
+        known = services.canonicalize_bootstrap_address(address)
+        host, _, port = (known or "").rpartition(":")
+        if known is not None:
+            socket.create_connection((host, int(port)), ANSWER_TIMEOUT_S).close()
+            return known
+        why = "no Ray was started on this machine"
+    except (OSError, ValueError) as error:
+        why = str(error)
+    raise ConfigError(
+        FIELD, f"be a cluster that answers ({why})", address, hint="docs/cluster.md says how one is started"
+    )
+
+
 def _joined(address: str) -> Iterator[Sequence[Node]]:
+    found = _found(address)
     try:
         ray.init(
-            address=address,
+            address=found,
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {**PASSIVE_WAITING, **FEW_ARENAS}},
         )
     except (RuntimeError, OSError, ValueError, RayError) as error:
         line = " ".join(str(error).split())[:200]
-        raise ConfigError(FIELD, f"be a cluster that this machine is part of ({line})", address) from error
+        hint = "" if _asks_for_token() else "RAY_AUTH_MODE=token is wanted for one that asks for a token"
+        raise ConfigError(FIELD, f"be a cluster that this machine is part of ({line})", address, hint=hint) from error
     try:
         there = nodes()
         _check_token(there, address)
@@ -60,9 +86,13 @@ def _joined(address: str) -> Iterator[Sequence[Node]]:
 
 
 def _check_token(there: Sequence[Node], address: str) -> None:
-    asks = get_authentication_mode() == AuthenticationMode.TOKEN
     is_private = all(ip_address(node.ip).is_loopback for node in there)
-    if not asks and not is_private and os.environ.get("RAY_AUTH_MODE") != "disabled":
+    if not _asks_for_token() and not is_private and os.environ.get("RAY_AUTH_MODE") != "disabled":
         bound = "be a cluster that asks for a token, as whoever reaches it may run programs there"
         hint = "RAY_AUTH_MODE=token where Ray and runs are started; RAY_AUTH_MODE=disabled for a run goes without"
         raise ConfigError(FIELD, bound, address, hint=hint)
+
+
+def _asks_for_token() -> bool:
+    """Whether this process's Ray does, and answers those that do."""
+    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
