@@ -20,6 +20,8 @@ Method = Literal["lsp", "zero_offload", "native", "lora", "galore"]
 PayloadDtype = Literal["bfloat16", "float32", "int8"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
+Weights = Literal["device", "host"]
+WeightsAsked = Literal["device", "host", "auto"]
 ReportTo = Literal["none", "tensorboard", "wandb"]
 SamplingStrategy = Literal["random", "group_by_length"]
 SchedulerType = Literal[  # transformers' own, but for the two that look at losses: reduce_lr_on_plateau and greedy
@@ -186,6 +188,8 @@ class RuntimeConfig:
     """Type of what crosses the link; int8, a quarter of float32's bytes, is for slow links."""
     cuda_graphs: bool | None = None
     """On a GPU, launch each block's passes as graphs, examples padded to multiples of 64; default: not if compiled."""
+    weights: WeightsAsked = "auto"
+    """Where frozen weights live; host: main memory, up block by block (lsp, lsp.delta apart); auto: where needed."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
     network_gbps: float | None = None
@@ -331,6 +335,7 @@ class RunConfig:
         if self.seed > MAX_SEED:
             raise ConfigError("seed", f"be at most {MAX_SEED}", self.seed)
         self._check_quantized()
+        self._check_weights()
         self._check_combinations()
 
     def _check_quantized(self) -> None:
@@ -345,6 +350,24 @@ class RunConfig:
             )
         if self.lsp.delta == "merged":
             raise ConfigError("lsp.delta", f"be apart with {field}, as quantised weights stay as they are", "merged")
+
+    def _check_weights(self) -> None:
+        if not self.streams:
+            return
+        name, value = "runtime.weights", self.runtime.weights
+        if self.method != "lsp":
+            raise ConfigError(name, f"be device with method {self.method}; lsp alone brings weights up", value)
+        if self.lsp.delta == "merged":
+            raise ConfigError(
+                "lsp.delta", "be apart with runtime.weights host, as those weights never change", "merged"
+            )
+        if self.load_in_8bit:
+            raise ConfigError(
+                name, "be device with load_in_8bit; weights in 4 bits, or as they are, can be host", value
+            )
+        for option, is_on in (("torch_compile", self.torch_compile), ("runtime.cuda_graphs", self.runtime.cuda_graphs)):
+            if is_on:
+                raise ConfigError(option, "be false with runtime.weights host, as weights change their place", True)
 
     def _check_combinations(self) -> None:
         if self.max_steps is not None and self.max_steps < 1 and self.max_steps != -1:
@@ -451,7 +474,17 @@ class RunConfig:
     def uses_graphs(self) -> bool:
         """Whether blocks are launched as CUDA graphs where the model runs on a GPU."""
         asked = self.runtime.cuda_graphs
-        return not self.torch_compile if asked is None else asked
+        return not self.torch_compile and not self.streams if asked is None else asked
+
+    @property
+    def streams(self) -> bool:
+        """Whether the blocks' frozen weights come up from main memory."""
+        return self.runtime.weights == "host"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward runs each block's forward again; where weights come up, what it kept would be gone."""
+        return self.gradient_checkpointing or self.streams
 
     @property
     def policy(self) -> PolicyName:

@@ -26,12 +26,19 @@ class WorkStream(StrEnum):
 
 
 class Cause(StrEnum):
-    """What a delta passes through, in order; peers: other GPUs whose payloads of the same layer are not down yet."""
+    """What a delta passes through, in order; peers: other GPUs whose payloads of the same layer are not down yet.
+
+    And weights, where they come up from main memory.
+    """
 
     D2H = "d2h"
     PEERS = "peers"
     CPU = "cpu"
     H2D = "h2d"
+    WEIGHTS = "weights"
+
+
+_OF_A_DELTA = (Cause.D2H, Cause.PEERS, Cause.CPU, Cause.H2D)
 
 
 class Phase(StrEnum):
@@ -81,7 +88,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitPart:
-    """The part of a wait that had one cause; step and layer are the delta's."""
+    """The part of a wait that had one cause; step and layer are the delta's, of weights the compute's."""
 
     cause: Cause
     step: int
@@ -94,7 +101,8 @@ class WaitPart:
 class Timeline:
     """Everything that happened for one step, counted from 0; it may have begun before the step and end after it.
 
-    `waits` are those of this step's forward, for deltas of earlier steps; `compute` is empty where `is_traced` says no.
+    `waits` are those of this step's forward, for deltas of earlier steps, and for weights; `compute` is empty where
+    `is_traced` says no; `weights` are copies of weights on their way up.
     """
 
     step: int
@@ -103,21 +111,23 @@ class Timeline:
     compute: tuple[ComputeSpan, ...]
     ops: tuple[Span, ...]
     waits: tuple[WaitPart, ...]
+    weights: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exposed:
-    """Seconds of waiting, by the stream that was late."""
+    """Seconds of waiting, by the stream that was late; `weights_s` for weights on their way up."""
 
     d2h_s: float = 0.0
     cpu_s: float = 0.0
     h2d_s: float = 0.0
     peers_s: float = 0.0
+    weights_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """All waiting, whatever its cause."""
-        return self.d2h_s + self.peers_s + self.cpu_s + self.h2d_s
+        return self.d2h_s + self.peers_s + self.cpu_s + self.h2d_s + self.weights_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +151,10 @@ class StepMetrics:
         exposed_h2d_s: The same for one that was late on its way up.
         exposed_peers_s: The same for one that lacked other GPUs' payloads. Of several GPUs, waiting is that of the one
             that waited longest.
+        exposed_weights_s: In which this step's passes waited for weights on their way up from main memory.
         computed_s_by_gpu: Of its time, what each GPU computed, by its name, where there are several.
         bytes_d2h: Down the link.
-        bytes_h2d: Up the link.
+        bytes_h2d: Up the link, weights as well.
         grad_scale: What gradients were multiplied by: below 1 where clipped, 0 where the step was skipped.
         bias: Relative bias (paper, Definition 2), the mean over the matrices measured, in the steps that did.
         bias_by_layer: The relative bias of each layer in the sample, by its number.
@@ -173,6 +184,7 @@ class StepMetrics:
     num_refitted: int | None = None
     eval_loss: float | None = None
     exposed_peers_s: float = 0.0
+    exposed_weights_s: float = 0.0
     computed_s_by_gpu: dict[str, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -197,7 +209,7 @@ class StepMetrics:
     @property
     def exposed_s(self) -> float:
         """Seconds in which the compute stream waited."""
-        return self.exposed_d2h_s + self.exposed_peers_s + self.exposed_cpu_s + self.exposed_h2d_s
+        return sum(self.exposed_by_cause.values())
 
     @property
     def slowest_gpu(self) -> str | None:
@@ -223,6 +235,7 @@ class StepMetrics:
             Cause.PEERS: self.exposed_peers_s,
             Cause.CPU: self.exposed_cpu_s,
             Cause.H2D: self.exposed_h2d_s,
+            Cause.WEIGHTS: self.exposed_weights_s,
         }
 
 
@@ -289,7 +302,7 @@ def wait_parts(
         for cause in (Cause.D2H, Cause.PEERS, Cause.CPU):
             end_s = ends.get((cause, wait.step, wait.layer), wait.start_s)
             cuts.append(max(cuts[-1], _within(end_s, wait)))
-        for cause, (start_s, end_s) in zip(Cause, pairwise([*cuts, wait.end_s]), strict=True):
+        for cause, (start_s, end_s) in zip(_OF_A_DELTA, pairwise([*cuts, wait.end_s]), strict=True):
             if end_s > start_s:
                 yield WaitPart(cause=cause, step=wait.step, layer=wait.layer, start_s=start_s, end_s=end_s)
 

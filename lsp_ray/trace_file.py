@@ -25,8 +25,8 @@ _PID = 1  # events need one; which does not matter
 class TracedSpan:
     """One bar as it was read back; seconds since the first step.
 
-    `category` is a Phase, a WorkStream or "wait"; `step`, counted from 0, and `layer` are the delta's for a wait, whose
-    `cause` is the stream that was late.
+    `category` is a Phase, a WorkStream, "weights" or "wait"; `step`, counted from 0, and `layer` are the delta's for a
+    wait, whose `cause` is the stream that was late.
     """
 
     row: str
@@ -107,6 +107,8 @@ class TraceFile:
             )
         for op in timeline.ops:
             yield self._bar(self._row(op), op.stream, f"{_VERBS[op.stream]} {op.layer}", op)
+        for copy in timeline.weights:
+            yield self._bar(self._row(copy), "weights", f"weights {copy.layer}", copy)
         for wait in timeline.waits:
             bar = self._bar(WAIT_ROW, "wait", f"wait for {wait.cause}", wait)
             bar["args"]["cause"] = wait.cause

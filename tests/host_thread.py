@@ -4,8 +4,34 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 Predicate = Callable[[], bool]
+T = TypeVar("T")
+
+
+class SteppedCondition(threading.Condition):
+    """For code that runs on HostThreads alone: what one of them waits for, its pause does; there is nothing to lock.
+
+    Attributes:
+        pause: Lets others run until the condition holds.
+    """
+
+    pause: Callable[[Predicate], None]
+
+    def __enter__(self) -> bool:
+        return True
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def notify_all(self) -> None:
+        pass
+
+    def wait_for(self, predicate: Callable[[], T], timeout: float | None = None) -> T:
+        if not predicate():
+            self.pause(lambda: bool(predicate()))
+        return predicate()
 
 
 class _EndedError(BaseException):

@@ -16,6 +16,7 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from lsp_ray.device.refit import Refitter
+from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.device.unit import Unit
 from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.models.loss import Batch
@@ -27,7 +28,7 @@ from lsp_ray.schedule.policy import Policy
 from lsp_ray.trace import WorkStream
 from tests.checking_backend import CheckedSlot, CheckingBackend
 from tests.happens_before import Clock
-from tests.host_thread import HostThread
+from tests.host_thread import HostThread, SteppedCondition
 
 DRIVER = "the driver"
 
@@ -49,6 +50,8 @@ class InterleavedRun:
         shard_of_unit: Each unit's shard.
         refitter: Renews projectors.
         codec: Of what crosses the link.
+        weights: Bring frozen weights up, on a thread that is one of those here; made with `changed`.
+        changed: What its threads wait on.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class InterleavedRun:
         shard_of_unit: Sequence[int],
         refitter: Refitter | None = None,
         codec: Codec | None = None,
+        weights: StreamedWeights | None = None,
+        changed: SteppedCondition | None = None,
     ) -> None:
         self.happened: list[str] = []
         self.num_taken_over = 0
@@ -101,7 +106,12 @@ class InterleavedRun:
             measured_step=-1,
             staleness=policy.staleness,
             codec=codec,
+            weights=weights,
         )
+        if weights is not None and changed is not None:
+            changed.pause = self._pause
+            self._threads["the weights thread"] = HostThread("the weights thread")
+            self._threads["the weights thread"].begin(weights.bring_all)
 
     def train(self, micro_batches: Sequence[Sequence[Batch]]) -> None:
         """Run every step and add what came of them."""

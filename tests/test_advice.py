@@ -19,7 +19,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 from lsp_ray.config import Method
 from lsp_ray.errors import ConfigError
 from lsp_ray.plan.command import command_of
-from lsp_ray.plan.options import PlanConfig, PlanLspConfig
+from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
 from lsp_ray.plan.plan import Plan, choices_of, make_plan, workload_of
 from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.plan.table import recommendation
@@ -52,6 +52,9 @@ def shape(name: str) -> ModelShape:
     with TemporaryDirectory() as folder:
         CONFIGS[name].save_pretrained(folder)
         return shape_of(Path(folder))
+
+
+RESIDENT = PlanRuntimeConfig(weights="device")
 
 
 def plan(model: str, config: PlanConfig) -> Plan:
@@ -93,8 +96,12 @@ def test_the_advice_fits_or_the_reason_says_why_nothing_does(name: str, model: s
                 assert (work.batch_size, work.gradient_checkpointing) == (1, True)
                 assert work.bits == (4 if work.method in ("lsp", "lora") else None)
             if work.bits is not None:  # only what does not fit otherwise
-                dense = plan(model, PlanConfig(hardware=name, max_seq_length=length, load_in_4bit=False))
+                asked = PlanConfig(hardware=name, max_seq_length=length, load_in_4bit=False, runtime=RESIDENT)
+                dense = plan(model, asked)
                 assert all(other.misfits for other in dense.advice.rows if other.workload.method == work.method)
+            if work.streams and not row.misfits:
+                resident = plan(model, PlanConfig(hardware=name, max_seq_length=length, runtime=RESIDENT))
+                assert all(other.misfits for other in resident.advice.rows if other.workload.method == "lsp")
         if best is not None:
             assert best in found.advice.rows
             assert best.misfits == ()
@@ -266,9 +273,13 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
         ({"gpu_memory_gb": 1, "load_in_4bit": None}, r"nothing fits 1 GB: the weights alone are 1\.\d GB in 4 bits"),
         (
             {"gpu_memory_gb": 1.4, "load_in_4bit": None},
-            r"nothing fits 1\.4 GB of GPU memory, 1 GB of it kept free: the least is 1\.4 GB, .* lsp in 4 bits",
+            r"nothing fits 1\.4 GB of GPU memory, .*: the least is 1\.4 GB, .* lsp in 4 bits, weights in main memory",
         ),
-        ({"gpu_memory_gb": 1.4}, r"nothing fits 1\.4 GB: the weights alone are 1\.5 GB"),
+        ({"gpu_memory_gb": 1.4, "runtime": RESIDENT}, r"nothing fits 1\.4 GB: the weights alone are 1\.5 GB"),
+        (
+            {"gpu_memory_gb": 1.4},
+            r"nothing fits 1\.4 GB of GPU memory, .*: the least is 1\.\d GB, with method lsp, weights in main memory",
+        ),
         (
             {"gpu_memory_gb": 2.5},
             r"nothing fits 2\.5 GB of GPU memory, 1 GB of it kept free: the least is 1\.\d GB, with .*",

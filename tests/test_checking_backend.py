@@ -17,8 +17,11 @@ from lsp_ray.config import LspConfig, PayloadDtype
 from lsp_ray.device.backend import Fence
 from lsp_ray.device.fits import ClosedFormFit
 from lsp_ray.device.refit import Refitter
+from lsp_ray.device.streamed_weights import StreamedWeights
+from lsp_ray.device.trained_digest import trained_digest
 from lsp_ray.device.unit import Unit
 from lsp_ray.methods.lsp import lsp_units
+from lsp_ray.methods.streaming import stream_weights
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch
@@ -29,9 +32,10 @@ from lsp_ray.schedule.policy import POLICIES, Delayed, Policy
 from lsp_ray.trace import WorkStream
 from tests.checking_backend import CheckingBackend, LateFence
 from tests.happens_before import HappensBefore, RaceError
+from tests.host_thread import SteppedCondition
 from tests.interleaved import InterleavedRun
 from tests.loopback import Loopback
-from tests.tiny import VOCAB_SIZE, assert_same_weights, tiny_model
+from tests.tiny import VOCAB_SIZE, assert_same_weights, deep_model, tiny_model
 
 LSP = LspConfig(subspace_dim=16, nnz_per_row=2, fit="random")
 CHECK_EVERY = 6
@@ -48,6 +52,11 @@ class Setting:
     refits: bool = False
     is_bounded: bool = False
     payload_dtype: PayloadDtype = "float32"
+    num_buffers: int = 0  # for weights that come up; 0: they are on the device
+
+    @property
+    def lsp(self) -> LspConfig:
+        return replace(LSP, delta="apart") if self.num_buffers else LSP
 
 
 SETTINGS = {
@@ -58,6 +67,11 @@ SETTINGS = {
     "encoded as bfloat16": Setting(policy=Delayed, payload_dtype="bfloat16"),
     "accumulated": Setting(policy=POLICIES["layerwise"], num_micro_batches=3),
     "recomputed": Setting(policy=POLICIES["earliest_deadline"], recomputes=True),
+    "layerwise, weights come up": Setting(policy=POLICIES["layerwise"], num_buffers=2, num_steps=3),
+    "delayed, weights come up": Setting(policy=Delayed, num_buffers=2, num_steps=3),
+    "weights come up, accumulated, to three buffers": Setting(
+        policy=POLICIES["layerwise"], num_micro_batches=2, num_buffers=3, num_steps=3
+    ),
     "refitted": Setting(policy=POLICIES["layerwise"], num_steps=STEPS_TO_TAKEOVER, refits=True),
     "refitted, delayed": Setting(policy=Delayed, num_steps=STEPS_TO_TAKEOVER, refits=True),
 }
@@ -78,61 +92,80 @@ def room_of(units: Sequence[Unit]) -> DeltaRoom:
     return DeltaRoom(sizes=sizes, num_bytes=2 * max(sizes))
 
 
-def prepared(setting: Setting) -> tuple[PreTrainedModel, list[Unit], Refitter | None]:
-    model = tiny_model("llama")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    model: PreTrainedModel
+    units: list[Unit]
+    refitter: Refitter | None
+    weights: StreamedWeights | None
+
+
+def prepared(
+    setting: Setting, backend: CheckingBackend | None = None, changed: SteppedCondition | None = None
+) -> Prepared:
+    """Without a backend, weights are on the device."""
+    model = deep_model("llama", 4) if setting.num_buffers else tiny_model("llama")
     model.train()
-    if setting.recomputes:
+    if setting.recomputes or (setting.num_buffers and backend is not None):
         model.activation_checkpointing_enable({"use_reentrant": False})
-    layers = find_layers(model)
-    units = lsp_units(layers, LSP, seed=0)[0] if setting.method == "lsp" else full_units(layers)
-    if not setting.refits:
-        return model, units, None
-    fit = ClosedFormFit(balanced=False)
-    options: dict[str, Any] = {"check_every": CHECK_EVERY, "num_sketched": 1, "seed": 0}
-    return model, units, Refitter(units, fit, max_bias=0.0, **options)
+    layers, weights, refitter = find_layers(model), None, None
+    if setting.num_buffers and backend is not None:
+        weights = stream_weights(
+            model, layers, setting.lsp, backend, quantized=False, num_buffers=setting.num_buffers, changed=changed
+        )
+    units = lsp_units(layers, setting.lsp, seed=0)[0] if setting.method == "lsp" else full_units(layers)
+    if setting.refits:
+        options: dict[str, Any] = {"check_every": CHECK_EVERY, "num_sketched": 1, "seed": 0}
+        refitter = Refitter(units, ClosedFormFit(balanced=False), max_bias=0.0, **options)
+    return Prepared(model=model, units=units, refitter=refitter, weights=weights)
 
 
 def interleaved(setting: Setting, backend: CheckingBackend, *, seed: int) -> tuple[PreTrainedModel, InterleavedRun]:
-    model, units, refitter = prepared(setting)
-    shards = [unit.index % 2 for unit in units]
+    changed = SteppedCondition()
+    parts = prepared(setting, backend, changed)
+    shards = [unit.index % 2 for unit in parts.units]
     run = InterleavedRun(
-        model,
-        units,
-        setting.policy(shards, room=room_of(units) if setting.is_bounded else None),
+        parts.model,
+        parts.units,
+        setting.policy(shards, room=room_of(parts.units) if setting.is_bounded else None),
         backend,
         learning_rates=[1e-3] * setting.num_steps,
         seed=seed,
         shard_of_unit=shards,
-        refitter=refitter,
+        refitter=parts.refitter,
         codec=Codec(setting.payload_dtype),
+        weights=parts.weights,
+        changed=changed,
     )
     run.train(batches_of(setting))
-    return model, run
+    return parts.model, run
 
 
-def in_program_order(setting: Setting) -> PreTrainedModel:
-    model, units, refitter = prepared(setting)
+def in_program_order(setting: Setting) -> tuple[PreTrainedModel, int]:
+    """The model, and a digest of all that was trained."""
+    parts = prepared(setting)
     run = Loopback(
-        model,
-        units,
+        parts.model,
+        parts.units,
         learning_rates=[1e-3] * setting.num_steps,
         staleness=setting.policy.staleness,
-        refitter=refitter,
+        refitter=parts.refitter,
         codec=Codec(setting.payload_dtype),
     )
     for step, batches in enumerate(batches_of(setting)):
         run.step(step, batches)
     run.worker.flush()
-    return model
+    return parts.model, trained_digest(parts.units)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_access_is_ordered_and_no_bit_depends_on_when_things_happen(name: str) -> None:
-    reference = in_program_order(SETTINGS[name])
+    reference, digest = in_program_order(SETTINGS[name])
     for seed in range(2):
         backend = CheckingBackend()
         model, run = interleaved(SETTINGS[name], backend, seed=seed)
         assert_same_weights(model, reference)
+        assert trained_digest(run.worker.units) == digest
         assert backend.order.num_checked > 100
         assert (run.num_taken_over > 0) == SETTINGS[name].refits
 
@@ -219,6 +252,16 @@ FAULTS: dict[str, tuple[Setting, Callable[[], CheckingBackend], str]] = {
         replace(DELAYED, policy=Careless, num_steps=8),
         CheckingBackend,
         r"taking slot \w+ \d to (read|write) by the .* is not ordered after ",
+    ),
+    "a buffer for weights is written again while the compute reads it": (
+        SETTINGS["layerwise, weights come up"],
+        lambda: Hasty(WorkStream.GPU),
+        "a write by the h2d stream is not ordered after a read by the gpu stream",
+    ),
+    "no wait before weights are read": (
+        SETTINGS["layerwise, weights come up"],
+        lambda: Unordered(WorkStream.GPU),
+        "a read by the gpu stream is not ordered after a write by the h2d stream",
     ),
     "a delta's memory is not handed over": (
         LAYERWISE,

@@ -13,6 +13,7 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
 from lsp_ray.plan.plan import workload_of
 from lsp_ray.plan.skeleton import shape_of
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.prepare.host_memory import HostMemory, check_memory, read_host_memory
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.unit_slots import new_undo, new_unit_slots
@@ -36,6 +37,23 @@ def test_a_job_fits_into_exactly_what_it_needs_and_not_into_a_byte_less(job: Job
         check_memory(job, HostMemory(main_bytes=main_bytes - 1, shared_bytes=PLENTY))
     with pytest.raises(ConfigError, match=r"^method must fit its slots into .* shared memory .* needed\), got 'lsp'"):
         check_memory(job, HostMemory(main_bytes=PLENTY, shared_bytes=job.store_bytes - 1))
+
+
+def test_weights_that_stay_in_main_memory_count_and_are_counted(tmp_path: Path) -> None:
+    for bits in (dict[str, Any](), {"load_in_4bit": True, "bf16": True}):
+        held = tiny_job(tmp_path, runtime={"weights": "host"}, **bits)
+        workers = ThreadWorkers(held)
+        workers.setup(lambda _text: None)
+        weights = workers.side.worker.weights
+        assert weights is not None
+        blocks = [tensor.nbytes for tensor in weights.host_bytes]
+        workers.close()
+        padding = sum(blocks) - held.streamed_bytes
+        assert 0 <= padding < 14 * 6 * 256, "each of a linear's tensors begins at a multiple of 256 bytes"
+        needed = held.store_bytes + (held.streamed_bytes if bits else 4 * held.num_weights)
+        check_memory(held, HostMemory(main_bytes=needed, shared_bytes=PLENTY))
+        with pytest.raises(ConfigError, match=r"^model_name_or_path must fit"):
+            check_memory(held, HostMemory(main_bytes=needed - 1, shared_bytes=PLENTY))
 
 
 def test_both_figures_are_in_the_line(job: Job) -> None:

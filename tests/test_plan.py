@@ -126,16 +126,24 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_where_nothing_fits_the_least_is_said_and_the_exit_is_1(
     wide_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model_name_or_path", str(wide_folder), "--hardware", "a1000-laptop"]
+    device = ["--runtime.weights", "device"]
+    options = ["--model_name_or_path", str(wide_folder), "--hardware", "a1000-laptop", *device]
     assert main(options) == 1
     shown = capsys.readouterr()
     assert "recommended" not in shown.out
-    assert shown.err == "nothing fits 4 GB: the weights alone are 5.1 GB in 4 bits\n"
+    reason, other = shown.err.splitlines()
+    assert reason == "nothing fits 4 GB: the weights alone are 5.1 GB in 4 bits"
+    assert other.startswith("with other options this fits: ")
+    assert "--runtime.weights host" in other
+    assert main([*options[:-1], "host"]) == 0
+    head, command = capsys.readouterr().out.rpartition("\n\n")[-1].splitlines()[:2]
+    assert re.match(r"recommended: lsp in 4 bits with weights in main memory, for which \d+% of a step waits, ", head)
+    assert parse(shlex.split(command)[3:]).streams
     assert main([*options, "--json"]) == 1
     content = json.loads(capsys.readouterr().out)
     assert not content["fits"]
     assert (content["recommended"], content["command"]) == (None, None)
-    assert content["reason"] + "\n" == shown.err
+    assert content["reason"] == reason
 
 
 def test_what_would_fit_is_said_where_an_option_that_was_given_stands_in_its_way(
@@ -163,6 +171,8 @@ def test_memory_and_link_that_are_given_replace_the_machines_own(
         "a1000-laptop",
         "--lsp.subspace_dim",
         "256",
+        "--runtime.weights",
+        "device",
         "--json",
     ]
     assert main(options) == 1
@@ -187,7 +197,7 @@ def test_what_fits_only_in_4_bits_is_said_with_its_price_and_not_where_4_bits_ar
     assert head.endswith(", weights rounded to 4 bits, an adapter comes out")
     assert parse(shlex.split(command)[3:]).load_in_4bit
     assert qlora.startswith("  --method lora --load_in_4bit true: ")
-    assert main([*options, "--load_in_4bit", "false"]) == 1
+    assert main([*options, "--load_in_4bit", "false", "--runtime.weights", "device"]) == 1
     reason, other = capsys.readouterr().err.splitlines()
     assert reason == "nothing fits 12 GB: the weights alone are 16.6 GB"
     assert "--load_in_4bit true" in other

@@ -20,7 +20,7 @@ from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.trace import StepMetrics
 from tests.astray import Astray, SlowFirst
 from tests.killers import Killer
-from tests.tiny_jobs import Recorder, assert_same_bits, run_job, run_on_threads, saved_weights, tiny_job
+from tests.tiny_jobs import Recorder, assert_same_bits, deepen, run_job, run_on_threads, saved_weights, tiny_job
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -99,8 +99,11 @@ def test_a_checkpoint_of_one_gpu_goes_on_on_two_and_one_that_is_lost_does_not_ne
 
 def test_lost_gpus_are_replaced_and_no_step_is_lost(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_steps": 30, "save_steps": 0, "lsp": {"delta": "apart"}}
-    changes["runtime"] = {"policy": "sequential"}
-    alone, together = job_on(1, tmp_path, **changes), job_on(2, tmp_path, **changes)
+    deepen(tmp_path, "llama", 3)
+    alone, together = (
+        job_on(num_gpus, tmp_path, runtime={"policy": "sequential", "weights": weights}, **changes)
+        for num_gpus, weights in ((1, "device"), (2, "host"))
+    )
     _, expected = run_on_threads(alone, tmp_path / "alone")
     killer = Killer(dict.fromkeys((2, 9, 15), "GpuActor"))
     (tmp_path / "killed").mkdir()

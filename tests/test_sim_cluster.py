@@ -15,7 +15,8 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.costs import HostShares, LayerCosts, NetworkCosts, StepCosts
-from lsp_ray.sim.simulator import Simulation, Simulator
+from lsp_ray.sim.simulation import Simulation
+from lsp_ray.sim.simulator import Simulator
 from lsp_ray.trace import WorkStream
 
 ORDERED = sorted(name for name, policy in POLICIES.items() if policy.staleness == 0)

@@ -17,7 +17,8 @@ from lsp_ray.schedule.policy import POLICIES, Layerwise
 from lsp_ray.schedule.transition import transition_layer
 from lsp_ray.sim.costs import LayerCosts, StepCosts
 from lsp_ray.sim.event_queue import EventQueue
-from lsp_ray.sim.simulator import Simulation, Simulator
+from lsp_ray.sim.simulation import Simulation
+from lsp_ray.sim.simulator import Simulator
 from lsp_ray.trace import Span, WorkStream
 
 ORDERED = sorted(name for name, policy in POLICIES.items() if policy.staleness == 0)

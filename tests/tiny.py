@@ -140,6 +140,18 @@ def tiny_model(family: Family, *, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def deep_model(family: Family, num_blocks: int) -> PreTrainedModel:
+    """A tiny model with so many blocks."""
+    model = tiny_model(family)
+    sizes = model.config.to_dict() | {"num_hidden_layers": num_blocks, "layer_types": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        deep = type(model)(type(model.config)(**sizes))
+    deep.train(False)
+    _enlarge_embeddings(deep)
+    return deep
+
+
 def _enlarge_embeddings(model: PreTrainedModel) -> None:
     """Five times transformers' tiny values: a frozen head that small could not tell any token from another."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())

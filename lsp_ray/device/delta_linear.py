@@ -69,7 +69,7 @@ class DeltaLinear(InSubspace):
         """W + P D Qᵀ, added in float32, in the projector's type: a dense weight, transposed if the base's is."""
         weight_MN = dense_weight(self.base, self.projector.dtype)
         delta_MN = self.projector.to(self.projector.device, torch.float32).decompress(self.delta_DE.float())
-        merged_MN = delta_MN.add_(weight_MN).to(weight_MN.dtype)
+        merged_MN = delta_MN.add_(weight_MN.to(delta_MN.device)).to(weight_MN.dtype)
         return merged_MN.t() if self.transposed else merged_MN
 
     def merge_(self) -> None:

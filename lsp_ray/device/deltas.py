@@ -14,8 +14,8 @@ import torch
 from lsp_ray.device.backend import Backend
 from lsp_ray.device.compute_trace import ComputeTrace
 from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
-from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit, Update
+from lsp_ray.device.up_link import UpLink
 from lsp_ray.errors import LspRayError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.schedule.ops import DeltaDue
@@ -34,9 +34,8 @@ class Deltas:
         update_of: What applying the deltas of a step needs.
         staleness: Deltas that a unit may lack when its gradient is complete, beside that gradient's own.
         on_due: Told of every delta whose turn has come, before it is waited for.
-
-    Attributes:
-        link: Slows copies down, in bytes; None does not.
+        link: To take turns on; default: one for itself.
+        due: The deadline on it of a unit's delta that is added in a step's forward; default: all are alike.
     """
 
     def __init__(
@@ -48,12 +47,14 @@ class Deltas:
         update_of: Callable[[int], Update],
         staleness: int,
         on_due: Callable[[DeltaDue], None] | None = None,
+        link: UpLink | None = None,
+        due: Callable[[int, int], int] = lambda _step, _unit: 0,
     ) -> None:
         self._backend, self._codec = backend, codec
         self._update_of = update_of
         self._staleness = staleness
         self._on_due = on_due
-        self.link: TokenBucket | None = None
+        self._link, self._due = link or UpLink(), due
         self._mailbox = DeltaMailbox()
         self._unapplied: list[deque[int]] = [deque() for _ in units]  # unit -> steps whose deltas it has not got yet
         self._trace = ComputeTrace(backend, is_on=False)
@@ -84,18 +85,17 @@ class Deltas:
         `watch` is shown the device's buffer. Void is what comes of a step that is skipped: nothing is added, nor lost
         to weight decay.
         """
-        start_s = time.monotonic()
-        delta = self._backend.empty(WorkStream.H2D, slot.numel(), slot.dtype)
-        if watch is not None:
-            watch(delta)
-        self._backend.copy_async(WorkStream.H2D, delta, slot)
-        fence = self._backend.record(WorkStream.H2D)
-        if self.link is not None:  # the forward must not get it before its time
-            fence.synchronize()
-            self.link.take(slot.nbytes, start_s=start_s)
-        self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence, is_void=is_void))
-        fence.synchronize()  # on return the slot may be written again
-        return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
+        with self._link.turn(self._due(step + 1 + self._staleness, unit)):
+            start_s = time.monotonic()
+            delta = self._backend.empty(WorkStream.H2D, slot.numel(), slot.dtype)
+            if watch is not None:
+                watch(delta)
+            self._backend.copy_async(WorkStream.H2D, delta, slot)
+            fence = self._backend.record(WorkStream.H2D)
+            self._link.pace(fence, slot.nbytes, start_s=start_s)  # the forward must not get it before its time
+            self._mailbox.put(step, unit, ArrivedDelta(delta=delta, fence=fence, is_void=is_void))
+            fence.synchronize()  # on return the slot may be written again
+            return Span(stream=WorkStream.H2D, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
 
     def apply(self, unit: Unit, *, up_to: int) -> None:
         """Wait for the unit's deltas of steps ≤ `up_to` and add them in order.

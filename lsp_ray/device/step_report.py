@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from lsp_ray.device.streamed_weights import StreamedStep
 from lsp_ray.trace import ComputeSpan, Wait
 
 
@@ -30,7 +31,7 @@ class StepReport:
     them lie the deadlines and the arrivals of a step. `grad_norm`, `grad_scale`: see `Verdict`; where the step has
     several parts, the norm is not known here, and the scale 0 says that a part is not finite. `notes` are for people.
     Of several GPUs together, `waits` are those of the one that waited longest, which computes `waiting_parts`, and
-    `computed_s` is what each of them computed.
+    `computed_s` is what each of them computed. `weights` is empty where weights are on the device.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepReport:
     computed_s: tuple[float, ...] = ()
     waiting_parts: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    weights: StreamedStep = field(default_factory=StreamedStep)
 
     @property
     def loss(self) -> float:

@@ -27,8 +27,10 @@ from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_follower import RefitFollower
 from lsp_ray.device.rounding import Rounding, mixed
 from lsp_ray.device.step_report import StepReport
+from lsp_ray.device.streamed_weights import StreamedStep, StreamedWeights
 from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit, Update
+from lsp_ray.device.up_link import UpLink
 from lsp_ray.errors import LspRayError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
 from lsp_ray.optim.codec import Codec
@@ -59,6 +61,7 @@ class DeviceWorker:
         graphs: Whether blocks are launched as graphs where they can be.
         num_parts: Equal parts of a step, each of which is sent by itself.
         own_parts: Those that are computed here, in order; default: all.
+        weights: The blocks' frozen weights, where they come up behind the compute; default: they are on the device.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class DeviceWorker:
         graphs: bool = False,
         num_parts: int = 1,
         own_parts: range | None = None,
+        weights: StreamedWeights | None = None,
     ) -> None:
         self.model = model
         self.units = units
@@ -97,7 +101,18 @@ class DeviceWorker:
         self._live: LiveStorage | None = None
         self._on_due = on_due
         self._codec = codec = codec or Codec()
-        self._deltas = Deltas(units, backend, codec, update_of=self._update, staleness=staleness, on_due=on_due)
+        self.weights = weights
+        self._up_link = weights.link if weights is not None else UpLink()
+        self._deltas = Deltas(
+            units,
+            backend,
+            codec,
+            update_of=self._update,
+            staleness=staleness,
+            on_due=on_due,
+            link=self._up_link,
+            **({} if weights is None else {"due": weights.delta_due}),
+        )
         self._payloads = Payloads(backend, on_gradients, codec, self._rounding, self._judge.see)
         self._num_parts = num_parts
         self._own_parts = range(num_parts) if own_parts is None else own_parts
@@ -111,7 +126,7 @@ class DeviceWorker:
     def slow_down(self, link: Mapping[WorkStream, TokenBucket]) -> None:
         """While nothing is copied: slow down later copies, in bytes, each direction that is named by itself."""
         self._payloads.link = link.get(WorkStream.D2H)
-        self._deltas.link = link.get(WorkStream.H2D)
+        self._up_link.bucket = link.get(WorkStream.H2D)
 
     def run_step(
         self, step: int, micro_batches: Sequence[Batch], host_slots: Sequence[torch.Tensor] = ()
@@ -131,7 +146,8 @@ class DeviceWorker:
         """
         if step != self._measured_step:
             return self._run_step(step, micro_batches)
-        with peak_of(self._backend.device, host_slots) as live:
+        on_host = [*host_slots, *(self.weights.host_bytes if self.weights is not None else ())]
+        with peak_of(self._backend.device, on_host) as live:
             self._live = live
             report = self._run_step(step, micro_batches)
             self._live = None
@@ -198,6 +214,8 @@ class DeviceWorker:
             hook.remove()
         if self._graphs is not None:
             self._graphs.close()
+        if self.weights is not None:
+            self.weights.close()
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()
@@ -208,6 +226,8 @@ class DeviceWorker:
             self._refitter.before_step(step)
         total_targets = max(1, sum(num_targets(batch) for batch in micro_batches))
         size = len(micro_batches) // self._num_parts
+        if self.weights is not None:
+            self.weights.begin_step(step, size * len(self._own_parts), trace)
         parts = {part: micro_batches[part * size : (part + 1) * size] for part in self._own_parts}
         forward: tuple[Stamp, float] | None = None
         began = self._backend.stamp()
@@ -225,6 +245,7 @@ class DeviceWorker:
         self._backend.record(WorkStream.GPU).synchronize()
         self._payloads.settle()
         end_s = time.monotonic()
+        weights = StreamedStep() if self.weights is None else self.weights.end_step(step, trace_end, end_s)
         return StepReport(
             step=step,
             losses=verdict.losses,
@@ -240,6 +261,7 @@ class DeviceWorker:
             bias=self._refitter.after_step(step) if self._refitter else None,
             compute=trace.spans(step, trace_end, end_s),
             notes=self._graphs.refusals() if self._graphs is not None else (),
+            weights=weights,
         )
 
     def _begun(self, part: int) -> AbstractContextManager[None]:
@@ -258,6 +280,8 @@ class DeviceWorker:
         if self._graphs is not None:
             may_record = self._step > self._measured_step
             self._graphs.begin(batch, may_record=may_record, payload_dtype=self._flat_dtype(size))
+        if self.weights is not None:
+            self.weights.begin_pass()
         loss = summed_loss(self.model, self._on_device(batch)) / total_targets
         weight = self._judge.weigh(loss)
         forward_end = self._backend.stamp()

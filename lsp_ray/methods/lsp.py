@@ -91,6 +91,16 @@ def _stays(layer: Layer, site: LinearSite, sizes: Mapping[str, ProjectorSizes], 
     return quantized and layer.block is not None and site.name not in sizes
 
 
+def frozen_linears(layers: Sequence[Layer], lsp: LspConfig, *, quantized: bool) -> list[tuple[int, list[LinearSite]]]:
+    """Of every block, its layer's number and the linears whose weights do not change where updates are kept apart."""
+    sizes = projector_sizes(layers, lsp)
+    return [
+        (index, [site for site in layer.linears if quantized or site.name in sizes])
+        for index, layer in enumerate(layers)
+        if layer.block is not None
+    ]
+
+
 def lsp_units(
     layers: Sequence[Layer],
     lsp: LspConfig,
@@ -99,6 +109,7 @@ def lsp_units(
     shared: Sequence[Sequence[str]] = (),
     dtype: torch.dtype | None = None,
     quantized: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[list[Unit], list[tuple[str, InSubspace]]]:
     """Put a module with projectors of random bases in the place of every linear that is large enough.
 
@@ -111,6 +122,7 @@ def lsp_units(
         shared: Groups of names of linears that read the same input (`shared_inputs`); in a layer they share Q.
         dtype: Of the activations, where that is not the weights'.
         quantized: See `lsp_payload_parts`.
+        device: Where the linears compute; default: where their weights are.
 
     Returns:
         The units, and the new modules by name, in the order in which they stand in the model.
@@ -128,7 +140,7 @@ def lsp_units(
             if site.name not in sizes:
                 targets += raw_targets(site, summed=lsp.is_apart)
                 continue
-            projector = _drawn(site, sizes[site.name], mixed(seed, len(wrapped) + len(inside)), dtype)
+            projector = _drawn(site, sizes[site.name], mixed(seed, len(wrapped) + len(inside)), dtype, device)
             if lsp.is_apart:
                 apart = DeltaLinear(site.module, transposed=site.transposed, projector=projector)
                 targets.append(DeltaTarget(apart))
@@ -174,7 +186,9 @@ def _share(modules: Sequence[InSubspace]) -> None:
         set_projectors(modules, [SparseProjector(module.projector.left, right) for module in modules])
 
 
-def _drawn(site: LinearSite, sizes: ProjectorSizes, seed: int, dtype: torch.dtype | None) -> SparseProjector:
+def _drawn(
+    site: LinearSite, sizes: ProjectorSizes, seed: int, dtype: torch.dtype | None, device: torch.device | None
+) -> SparseProjector:
     generator = torch.Generator().manual_seed(seed)
     drawn = SparseProjector.random(sizes, generator)
-    return drawn.to(site.device, dtype or site.module.get_parameter("weight").dtype)
+    return drawn.to(device or site.device, dtype or site.module.get_parameter("weight").dtype)

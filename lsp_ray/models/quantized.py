@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,65 @@ def keep_weights(model: nn.Module) -> None:
 
 def _stay(module: nn.Module, _mode: bool = True) -> nn.Module:
     return module
+
+
+def frozen_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """All that a linear's weight is made of: in 4 bits, the scales as well, and what the codes stand for."""
+    weight = module.get_parameter("weight")
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return [weight]
+    parts = [state.absmax, state.code]
+    if state.nested:
+        parts += [state.offset, state.state2.absmax, state.state2.code]
+    return [weight, *parts]
+
+
+def read_late(module: nn.Module) -> None:
+    """Let a linear's backward read its weight where it is by then; to be called once.
+
+    bitsandbytes keeps, past checkpointing, the place where it was in the first forward. Torch's own linears do not.
+    """
+    if getattr(module.get_parameter("weight"), "quant_state", None) is not None:
+        module.forward = partial(_ReadLate.run, module, module.forward)
+
+
+class _ReadLate(torch.autograd.Function):
+    """What a 4-bit linear computes, to the bit."""
+
+    @staticmethod
+    def run(module: nn.Module, plain: Callable[[torch.Tensor], torch.Tensor], input_TN: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return plain(input_TN)
+        output_TM: torch.Tensor = _ReadLate.apply(  # type: ignore[no-untyped-call]
+            input_TN, module.bias, module, plain
+        )
+        return output_TM
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_TN: torch.Tensor,
+        bias_M: torch.Tensor | None,
+        module: nn.Module,
+        plain: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.module, ctx.dtype, ctx.bias_dtype = module, input_TN.dtype, None if bias_M is None else bias_M.dtype
+        return plain(input_TN)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TM: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        grad_TM = grad_TM.to(ctx.module.compute_dtype)
+        grad_TN = grad_M = None
+        if ctx.needs_input_grad[1]:
+            grad_M = grad_TM.sum(0, dtype=grad_TM.dtype).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[0]:
+            weight = ctx.module.weight
+            weight_MN = dequantize_4bit(weight.data, weight.quant_state).to(grad_TM.dtype)
+            grad_TN = torch.matmul(grad_TM, weight_MN).to(ctx.dtype)
+        return grad_TN, grad_M, None, None
 
 
 def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:

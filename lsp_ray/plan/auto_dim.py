@@ -99,8 +99,9 @@ def _choose(config: RunConfig, on: Device, cluster: Cluster, note: Callable[[str
         num_micro_batches=config.gradient_accumulation_steps,
         bf16=bool(config.bf16),
         bits=config.bits or quantized_bits(folder),
-        apart=config.lsp.is_apart,
-        gradient_checkpointing=config.gradient_checkpointing,
+        apart=config.lsp.is_apart or config.streams,
+        weights="host" if config.streams else "device",
+        gradient_checkpointing=config.recomputes,
         nnz_per_row=config.lsp.nnz_per_row,
         num_shards=cores.num_shards,
         shard_threads=cores.shard_threads,
@@ -143,10 +144,17 @@ def _throttle(config: RunConfig, model: ModelShape, work: Workload, machine: Har
     runtime = config.runtime
     if runtime.emulate is None:
         return Throttle(link_gbps=runtime.link_gbps)
-    plain = CostModel(model=model, workload=replace(work, method="zero_offload", bits=None), hardware=machine).step()
+    plain = CostModel(
+        model=model, workload=replace(work, method="zero_offload", bits=None, weights="device"), hardware=machine
+    ).step()
     return emulating(MACHINES[runtime.emulate], compute_s=plain.both_ways_s, full_numel=model.num_trained)
 
 
 def _cause(waiting: Exposed) -> str:
-    by_cause = {"the way down": waiting.d2h_s, "updates": waiting.cpu_s, "the way up": waiting.h2d_s}
+    by_cause = {
+        "the way down": waiting.d2h_s,
+        "updates": waiting.cpu_s,
+        "the way up": waiting.h2d_s,
+        "weights on their way up": waiting.weights_s,
+    }
     return max(by_cause, key=lambda cause: by_cause[cause])

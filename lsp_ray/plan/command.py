@@ -75,6 +75,7 @@ def _of_method(method: Method, config: PlanConfig, row: Forecast) -> dict[str, A
             "lsp.subspace_dim": work.subspace_dim,
             "lsp.nnz_per_row": nnz_per_row,
             "lsp.delta": "apart" if work.apart and work.bits is None else None,
+            "runtime.weights": "host" if work.streams else None,
             **sent,
         }
     return sent

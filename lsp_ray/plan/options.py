@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lsp_ray.config import Bits, Delta, Method, PayloadDtype
+from lsp_ray.config import Bits, Delta, Method, PayloadDtype, Weights
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.cluster import MOST_GPUS, MOST_NODES, Cluster
 from lsp_ray.sim.hardware_profile import HardwareProfile, hardware_names, load_hardware
@@ -54,6 +54,8 @@ class PlanRuntimeConfig:
     """Whether a shard owns whole layers, as in a run, or a slice of every layer (forecast only)."""
     payload_dtype: PayloadDtype | None = None
     """What crosses the link, both ways; default: bfloat16; int8 between machines where bfloat16 hides no d of 256."""
+    weights: Weights | None = None
+    """Where weights that never change live; default: on the device, in main memory (host) where nothing else fits."""
     pinned: bool = True
     """Whether the slots are page-locked."""
 
@@ -121,6 +123,7 @@ class PlanConfig:
         self._check_counts()
         self._check_cluster()
         self._check_quantized()
+        self._check_weights()
         if self.measure and self.hardware is not None:
             raise ConfigError("hardware", "be left out where --measure is given", self.hardware)
         if not self.measure:
@@ -178,6 +181,18 @@ class PlanConfig:
             raise ConfigError("method", f"be lsp or lora {where}, {why}", self.method)
         if self.lsp.delta == "merged":
             raise ConfigError("lsp.delta", f"be apart {where}, {why}", "merged")
+
+    def _check_weights(self) -> None:
+        if self.runtime.weights != "host":
+            return
+        if self.method not in (None, "lsp"):
+            raise ConfigError("runtime.weights", f"be device with method {self.method}", "host")
+        if self.lsp.delta == "merged":
+            raise ConfigError("lsp.delta", "be apart with runtime.weights host", "merged")
+        if self.load_in_8bit:
+            raise ConfigError("runtime.weights", "be device with load_in_8bit", "host")
+        if self.gradient_checkpointing is False:
+            raise ConfigError("gradient_checkpointing", "be true or left out with runtime.weights host", False)
 
     def check_on_quantized(self) -> None:
         """Raise ConfigError for what cannot be asked for where the model is quantised already."""

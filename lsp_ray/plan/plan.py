@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from lsp_ray.config import Bits, Method, PolicyName, RuntimeConfig
+from lsp_ray.config import Bits, Method, PolicyName, RuntimeConfig, Weights
 from lsp_ray.plan.options import SHORTEST, PlanConfig
 from lsp_ray.plan.typical_batch import TypicalBatch
 from lsp_ray.runtime.prepare.layout import GPU_HOST_THREADS, divide_cores
@@ -114,6 +114,7 @@ def choices_of(config: PlanConfig, *, found_bits: Bits | None = None, keep: bool
         bases = (found_bits or config.bits,)
     return Choices(
         methods=methods,
+        homes=_homes(config, keep=keep),
         bases=bases,
         batches=tuple(batches),
         checkpointing=(False, True) if asked is None else (asked,),
@@ -121,6 +122,15 @@ def choices_of(config: PlanConfig, *, found_bits: Bits | None = None, keep: bool
         auto_dim=config.lsp.subspace_dim == "auto" or not keep,
         auto_dtype=config.runtime.payload_dtype is None or not keep,
     )
+
+
+def _homes(config: PlanConfig, *, keep: bool) -> tuple[Weights, ...]:
+    """Where weights may live: in main memory only if updates may be apart, with checkpointing, and not in 8 bits."""
+    asked = config.runtime.weights
+    if asked is not None and keep:
+        return (asked,)
+    is_refused = config.lsp.delta == "merged" or config.load_in_8bit or config.gradient_checkpointing is False
+    return ("device",) if is_refused and keep else ("device", "host")
 
 
 def _lengths(asked: int | None, keep: bool) -> tuple[int, ...]:
@@ -186,6 +196,7 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "policy": entry.policy,
         "subspace_dim": work.subspace_dim if work.method == "lsp" else None,
         "bits": work.bits,
+        "weights": work.weights,
         "delta": None if work.method != "lsp" else "apart" if work.is_apart else "merged",
         "per_device_train_batch_size": work.batch_size,
         "gradient_accumulation_steps": work.num_micro_batches,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from lsp_ray.config import Bits
 from lsp_ray.errors import ConfigError
-from lsp_ray.models.attention import is_plainly_causal
-from lsp_ray.models.layers import Layer, find_layers
+from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, load_skeleton
 from lsp_ray.models.quantized import quantization_of
-from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.models.text_reach import unreached_by_text
-from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
+from lsp_ray.runtime.prepare.model_shape import model_shape
+from lsp_ray.sim.model_shape import ModelShape
 
 
 def shape_of(folder: Path) -> ModelShape:
@@ -45,22 +43,7 @@ def quantized_bits(folder: Path) -> Bits | None:
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:
     """Return a model's shape and freeze what is not trained; a model on the meta device will do."""
-    layers, config = find_layers(model, unreached_by_text(model)), model.config.get_text_config()
-    first_reader = {name: names[0] for names in shared_inputs(model) for name in names}
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    head_width = int(getattr(config, "head_dim", None) or hidden // heads)
-    is_repeated = heads > int(getattr(config, "num_key_value_heads", None) or heads) and not is_plainly_causal(
-        config, 0
-    )
-    output = model.get_output_embeddings()
-    return ModelShape(
-        layers=tuple(_layer_shape(layer, first_reader) for layer in layers),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        hidden_size=hidden,
-        attention_width=heads * head_width,
-        repeated_width=2 * heads * head_width if is_repeated else 0,
-        num_logits=2 if output is None else int(output.get_parameter("weight").shape[0]),
-    )
+    return model_shape(model, find_layers(model, unreached_by_text(model)))
 
 
 def _skeleton(folder: Path) -> PreTrainedModel:
@@ -71,16 +54,3 @@ def _skeleton(folder: Path) -> PreTrainedModel:
             return load_skeleton(folder, task="sequence_classification")
         except ConfigError:
             raise causal_error from None
-
-
-def _layer_shape(layer: Layer, first_reader: Mapping[str, str]) -> LayerShape:
-    read = [first_reader.get(site.name, site.name) for site in layer.linears]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(read))}
-    return LayerShape(
-        linears=tuple(
-            LinearShape(rows=site.shape[0], columns=site.shape[1], input=numbers[name])
-            for site, name in zip(layer.linears, read, strict=True)
-        ),
-        raw_numel=sum(site.parameter.numel() for site in layer.parameters),
-        is_block=layer.block is not None,
-    )

@@ -157,6 +157,7 @@ def _memory(rows: tuple[Forecast, ...]) -> Table:
     parts = {
         "weights": [row.device.weights for row in rows],
         "quantised": [row.device.quantized for row in rows],
+        "weights coming up": [row.device.weight_buffers for row in rows],
         "kept apart": [row.device.deltas for row in rows],
         "projectors": [row.device.projectors for row in rows],
         "optimizer": [row.device.optimizer_state for row in rows],
@@ -211,6 +212,7 @@ def _method(row: Forecast) -> str:
         "galore": f" rank {work.galore_rank}",
     }
     bits = f" {work.bits}-bit" if work.bits else ""
+    bits += " host" if work.streams else ""
     return work.method + bits + options.get(work.method, "")
 
 
@@ -223,7 +225,10 @@ def _sent(row: Forecast) -> str:
 
 
 def _in_bits(row: Forecast) -> str:
-    return f" in {row.workload.bits} bits" if row.workload.bits else ""
+    bits = f" in {row.workload.bits} bits" if row.workload.bits else ""
+    if not row.workload.streams:
+        return bits
+    return f"{bits} with weights in main memory, for which {row.exposed.weights_s / row.step_s:.0%} of a step waits"
 
 
 def _option(row: Forecast, found_bits: Bits | None) -> str:

@@ -78,7 +78,7 @@ def _run_legend(runs: Sequence[RunFolder]) -> Markup:
 
 
 def _stream_legend(*kinds: str) -> Markup:
-    names = {**_LEGEND, Cause.PEERS: CAUSE_NAMES[Cause.PEERS]}
+    names = {**CAUSE_NAMES, **_LEGEND}
     entries = [element("span", element("i", class_=f"chip {kind}"), names[kind]) for kind in kinds]
     return element("p", *entries, class_="legend")
 
@@ -139,13 +139,15 @@ def _device(run: RunFolder) -> str:
 
 def _exposed(runs: Sequence[RunFolder]) -> Sequence[Markup]:
     how = (
-        "Time a step in which the device stood still for a delta, by the stream that it was still in "
+        "Time a step in which the device stood still for a delta, by the stream that it was still in, or for weights "
         f"(means over the steps after the first {WARM_UP_STEPS})."
     )
     rows = []
     longest_s = 0.0
     has_peers = any(step.computed_s_by_gpu for run in runs for step in run.steps)
-    causes = [cause for cause in Cause if has_peers or cause is not Cause.PEERS]
+    has_weights = any(step.exposed_weights_s > 0 for run in runs for step in run.steps)
+    shown = {Cause.PEERS: has_peers, Cause.WEIGHTS: has_weights}
+    causes = [cause for cause in Cause if shown.get(cause, True)]
     for run in runs:
         if not run.steps:
             continue

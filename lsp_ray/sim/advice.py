@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from lsp_ray.config import Bits, Method, PolicyName
+from lsp_ray.config import Bits, Method, PolicyName, Weights
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.cluster import NARROWEST, ONE_GPU
 from lsp_ray.sim.forecast import HIDDEN, Forecast, forecast, needs_of, simulate
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 from lsp_ray.sim.memory import device_memory, host_memory, host_memory_elsewhere
 from lsp_ray.sim.model_shape import ModelShape
-from lsp_ray.sim.simulator import SimulatedStep
+from lsp_ray.sim.simulation import SimulatedStep
 from lsp_ray.sim.workload import ON_QUANTIZED, Workload
 
 DIM_STEP = 32
@@ -35,6 +35,7 @@ class Choices:
         bases: Bits to which a base is quantised, None where it is not; methods that change weights have None alone.
         batches: Examples in a micro-batch, and micro-batches in an update; their product is always the same.
         checkpointing: Whether the backward runs each block's forward again.
+        homes: Where weights that stay as they are live; main memory for lsp alone, with checkpointing.
         lengths: Tokens of an example at most; a shorter one is tried where no method fits.
         auto_dim: Whether D is the largest that is hidden (and fits), or the workload's.
         auto_dtype: Whether int8 may be sent in bfloat16's place: between nodes, where that hides too small a D.
@@ -47,6 +48,7 @@ class Choices:
     lengths: tuple[int, ...]
     auto_dim: bool
     auto_dtype: bool = False
+    homes: tuple[Weights, ...] = ("device",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +153,7 @@ def why_nothing_fits(advice: Advice, hardware: HardwareProfile) -> str:
     return (
         f"{whole} of {kind} memory, {kept}: the least is {need.needed_bytes / 1e9:.1f} GB, "
         f"with method {least.workload.method}{f' in {bits} bits' if bits else ''}"
+        f"{', weights in main memory' if least.workload.streams else ''}"
     )
 
 
@@ -200,12 +203,17 @@ class _Search:
         if self._chooses_dim(workload):
             dim = -(-workload.nnz_per_row // DIM_STEP) * DIM_STEP
         bases = [bits for bits in self.choices.bases if bits is None or workload.method in ON_QUANTIZED]
-        for bits, checkpointing, (batch_size, num_micro_batches) in product(
-            bases, self.choices.checkpointing, self.choices.batches
+        homes: tuple[Weights, ...] = self.choices.homes if workload.method == "lsp" else ("device",)
+        for home, bits, checkpointing, (batch_size, num_micro_batches) in product(
+            homes, bases, self.choices.checkpointing, self.choices.batches
         ):
+            if home == "host" and not checkpointing:
+                continue
             yield replace(
                 workload,
                 bits=bits,
+                weights=home,
+                apart=workload.apart or home == "host",
                 gradient_checkpointing=checkpointing,
                 batch_size=batch_size,
                 num_micro_batches=num_micro_batches,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.cluster import COPY_BYTES_PER_S
 from lsp_ray.sim.costs import HostShares, LayerCosts, NetworkCosts, StepCosts
 from lsp_ray.sim.device_work import (
@@ -41,6 +42,7 @@ class CostModel:
             hop_s=self.hardware.hop_s,
             shared_link_rate=self.hardware.shared_link_rate,
             host=self._host_shares(bytes_per_s) if self.workload.cluster.gpus_per_node > 1 else None,
+            num_buffers=FEWEST_BUFFERS if self.workload.streams else 0,
             network=self._network() if self.workload.cluster.num_away else None,
         )
 
@@ -68,6 +70,7 @@ class CostModel:
             d2h_s=size_bytes / (rate * self.hardware.d2h_bytes_per_s),
             cpu_s=self._shard_update_s(layer, update_bytes_per_s),
             h2d_s=size_bytes / (rate * self.hardware.h2d_bytes_per_s),
+            weights_s=self.workload.streamed_bytes(layer) / (rate * self.hardware.h2d_bytes_per_s),
         )
 
     def _device_s(self, work: DeviceWork) -> float:

@@ -22,6 +22,7 @@ class LayerCosts:
         d2h_s: Payload down.
         cpu_s: The optimizer's step on the layer's shard.
         h2d_s: Delta up.
+        weights_s: Frozen weights up, where they come from main memory.
     """
 
     forward_s: float
@@ -31,6 +32,7 @@ class LayerCosts:
     d2h_s: float = 0.0
     cpu_s: float = 0.0
     h2d_s: float = 0.0
+    weights_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -90,6 +92,7 @@ class StepCosts:
             waits for its own alone.
         host: Where several GPUs share a host's memory, what each operation takes of it; all slow down alike where that
             is more than there is. None: copies and updates take nothing from each other.
+        num_buffers: Blocks whose weights are on the device at one time; 0: all of them.
         network: Between the driver's machine and others; None: there is one.
     """
 
@@ -100,6 +103,7 @@ class StepCosts:
     shared_link_rate: float = 1.0
     waits_for_all: bool = False
     host: HostShares | None = None
+    num_buffers: int = 0
     network: NetworkCosts | None = None
 
     def __post_init__(self) -> None:

@@ -8,16 +8,21 @@ from itertools import product
 
 from lsp_ray.schedule.ops import GradientReady, Op
 from lsp_ray.sim.costs import StepCosts
-from lsp_ray.trace import WorkStream
+from lsp_ray.trace import Phase, WorkStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTask:
-    """Computing for `seconds`, once the delta `awaits` is up; `announces` a gradient at its end."""
+    """Computing for `seconds`, once the delta `awaits` is up; `announces` a gradient at its end.
 
+    `phase` is what of; of a delta with the forward that reads it, the forward. `opens_pass` is a micro-batch's first.
+    """
+
+    phase: Phase
     step: int
     layer: int
     seconds: float
+    opens_pass: bool = False
     part: int = 0
     awaits: Op | None = None
     announces: GradientReady | None = None
@@ -56,7 +61,7 @@ def device_tasks(
             yield from _backward(costs, step, part, announces=announces)
         if not offloads:
             for layer, cost in enumerate(costs.layers):
-                yield DeviceTask(step=step, layer=layer, seconds=cost.update_s)
+                yield DeviceTask(phase=Phase.APPLY, step=step, layer=layer, seconds=cost.update_s)
     for step in range(max(0, num_steps - 1 - staleness), num_steps if drains else 0):
         yield from _applied(costs, num_steps, parts[0], _deltas(costs, step, gpu))
 
@@ -66,18 +71,24 @@ def _forward(costs: StepCosts, step: int, part: int, awaited: Sequence[Op] | Non
         yield from _applied(costs, step, part, awaited)
         awaited = None
     for layer, cost in enumerate(costs.layers):
-        if awaited is None:
-            yield DeviceTask(step=step, layer=layer, seconds=cost.forward_s, part=part)
-        else:
-            seconds = cost.apply_s + cost.forward_s
-            yield DeviceTask(step=step, layer=layer, seconds=seconds, part=part, awaits=awaited[layer])
-    yield DeviceTask(step=step, layer=len(costs.layers) - 1, seconds=costs.loss_s, part=part)
+        yield DeviceTask(
+            phase=Phase.FORWARD,
+            step=step,
+            layer=layer,
+            seconds=cost.forward_s if awaited is None else cost.apply_s + cost.forward_s,
+            part=part,
+            awaits=None if awaited is None else awaited[layer],
+            opens_pass=layer == 0,
+        )
+    yield DeviceTask(phase=Phase.FORWARD, step=step, layer=len(costs.layers) - 1, seconds=costs.loss_s, part=part)
 
 
 def _applied(costs: StepCosts, step: int, part: int, awaited: Sequence[Op]) -> Iterator[DeviceTask]:
     """Deltas added by themselves, before any forward."""
     for layer, cost in enumerate(costs.layers):
-        yield DeviceTask(step=step, layer=layer, seconds=cost.apply_s, part=part, awaits=awaited[layer])
+        yield DeviceTask(
+            phase=Phase.APPLY, step=step, layer=layer, seconds=cost.apply_s, part=part, awaits=awaited[layer]
+        )
 
 
 def _deltas(costs: StepCosts, step: int, gpu: int) -> list[Op]:
@@ -87,4 +98,6 @@ def _deltas(costs: StepCosts, step: int, gpu: int) -> list[Op]:
 def _backward(costs: StepCosts, step: int, part: int, *, announces: bool) -> Iterator[DeviceTask]:
     for layer, cost in reversed(list(enumerate(costs.layers))):
         ready = GradientReady(step=step, layer=layer, part=part) if announces else None
-        yield DeviceTask(step=step, layer=layer, seconds=cost.backward_s, part=part, announces=ready)
+        yield DeviceTask(
+            phase=Phase.BACKWARD, step=step, layer=layer, seconds=cost.backward_s, part=part, announces=ready
+        )

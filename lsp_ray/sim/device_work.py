@@ -199,7 +199,7 @@ def _dequantizing_work(workload: Workload, layer: LayerShape, linear: LinearShap
 
 def _passed_bytes(model: ModelShape, workload: Workload, layer: LayerShape) -> float:
     """Of a token's activations that a block writes and reads; what adapters and projectors add is counted with them."""
-    return activation_bytes(model, replace(workload, method="native", bits=None), layer)
+    return activation_bytes(model, replace(workload, method="native", bits=None, weights="device"), layer)
 
 
 def _adapter_work(workload: Workload, linear: LinearShape) -> DeviceWork:

@@ -20,7 +20,8 @@ from lsp_ray.sim.memory import (
     peak_payload_bytes,
 )
 from lsp_ray.sim.model_shape import ModelShape
-from lsp_ray.sim.simulator import Simulation, Simulator
+from lsp_ray.sim.simulation import Simulation
+from lsp_ray.sim.simulator import Simulator
 from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Exposed, WorkStream
@@ -65,8 +66,8 @@ class Forecast:
         bytes_each_way: Down the link in a step, and as many up.
         step_s: From a step's end to the next one's; no less than the driver's.
         single_s: The same of one GPU alone, with as much to compute as each one of several.
-        exposed: Time in which the device waits for deltas, by the stream that is late; what a network takes of a
-            payload's way counts as d2h's, of a delta's as h2d's, as in a run.
+        exposed: Time in which the device waits for deltas, by the stream that is late, or for weights; what a network
+            takes of a payload's way counts as d2h's, of a delta's as h2d's, as in a run.
         crossing_s: By how much shorter the step were if the network took no time.
         bound: What keeps several GPUs from more: themselves, the driver, or what they wait for longest.
         busy_s: Of each stream in a step.
@@ -169,6 +170,7 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
     crossing_s = max(0.0, typical.step_s - near.step_s)
     is_driver = driver_s >= step_s
     late_s = {"d2h": near.exposed.d2h_s, "cpu": near.exposed.cpu_s, "h2d": near.exposed.h2d_s, "network": crossing_s}
+    late_s["weights"] = near.exposed.weights_s
     return Forecast(
         workload=workload,
         policy=policy,

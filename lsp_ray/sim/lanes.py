@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from lsp_ray.schedule.ops import Op
 from lsp_ray.schedule.policy import Lane
 from lsp_ray.sim.costs import StepCosts
+from lsp_ray.sim.streaming import WeightsUp
 from lsp_ray.trace import WorkStream
 
 _LINK = (WorkStream.D2H, WorkStream.H2D)
@@ -22,11 +23,13 @@ _LINK = (WorkStream.D2H, WorkStream.H2D)
 class LaneState:
     """A lane: operations launched and waiting, and the one under way with the seconds it needs at full rate.
 
-    `crosses` says that it is on the network, `then_s` what it needs after that, or before.
+    `crosses` says that it is on the network, `then_s` what it needs after that, or before. Operations wait with their
+    deadlines; `weights` wait beside them.
     """
 
-    waiting: deque[Op] = field(default_factory=deque)
-    op: Op | None = None
+    waiting: deque[tuple[Op, int]] = field(default_factory=deque)
+    weights: WeightsUp | None = None
+    op: Op | WeightsUp | None = None
     crosses: bool = False
     then_s: float | None = None
     start_s: float = 0.0
@@ -48,28 +51,41 @@ class Lanes:
         self._costs, self._ends = costs, ends
         self._states: dict[Lane, LaneState] = {}
 
-    def add(self, lane: Lane, op: Op) -> None:
-        """Let `op` wait for its turn."""
-        self._states.setdefault(lane, LaneState()).waiting.append(op)
+    def add(self, lane: Lane, op: Op | WeightsUp, due: int = 0) -> None:
+        """Let `op` wait for its turn: operations in this order, weights until no operation is due as soon."""
+        state = self._states.setdefault(lane, LaneState())
+        if isinstance(op, WeightsUp):
+            state.weights = op
+        else:
+            state.waiting.append((op, due))
 
     def start(self, lane: Lane, now_s: float) -> None:
-        """Start what waits longest, where there is something and the lane is free."""
+        """Start what is to be next, where there is something and the lane is free."""
         state = self._states[lane]
-        if state.op is not None or not state.waiting:
+        if state.op is not None:
             return
-        state.op = op = state.waiting.popleft()
-        cost, network = self._costs.layers[op.layer], self._costs.network
-        state.left_s = {WorkStream.D2H: cost.d2h_s, WorkStream.CPU: cost.cpu_s, WorkStream.H2D: cost.h2d_s}[op.stream]
-        if network is not None and op.stream in _LINK and network.away[lane[1]]:
-            state.then_s = network.layers_s[op.layer]
-            state.crosses = op.stream is WorkStream.H2D
-            if state.crosses:
-                state.left_s, state.then_s = state.then_s, state.left_s
+        if state.weights is not None and (not state.waiting or state.weights.due < state.waiting[0][1]):
+            state.op, state.weights = state.weights, None
+            state.left_s = self._costs.layers[state.op.layer].weights_s
+        elif state.waiting:
+            state.op, _ = state.waiting.popleft()
+            self._set_seconds(state, state.op, lane[1])
+        else:
+            return
         state.start_s = state.since_s = now_s
         state.rate = 0.0  # set below, together with the others'
         self._set_rates(lane, now_s)
 
-    def finish(self, lane: Lane, version: int, now_s: float) -> tuple[Op, float] | None:
+    def _set_seconds(self, state: LaneState, op: Op, index: int) -> None:
+        cost, network = self._costs.layers[op.layer], self._costs.network
+        state.left_s = {WorkStream.D2H: cost.d2h_s, WorkStream.CPU: cost.cpu_s, WorkStream.H2D: cost.h2d_s}[op.stream]
+        if network is not None and op.stream in _LINK and network.away[index]:
+            state.then_s = network.layers_s[op.layer]
+            state.crosses = op.stream is WorkStream.H2D
+            if state.crosses:
+                state.left_s, state.then_s = state.then_s, state.left_s
+
+    def finish(self, lane: Lane, version: int, now_s: float) -> tuple[Op | WeightsUp, float] | None:
         """End a lane's operation and return it with its start; None where that is not its end yet."""
         state = self._states[lane]
         if state.version != version:

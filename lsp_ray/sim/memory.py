@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.activations import activation_bytes, held_input_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 from lsp_ray.sim.store import balanced, slot_bytes, store_bytes
@@ -25,6 +26,7 @@ class DeviceMemory:
     Attributes:
         weights: All that are not quantised, frozen ones as well; adapters in float32 (lora).
         quantized: Weights that are, with their scales.
+        weight_buffers: For blocks that come up from main memory, whose weights are then in neither of the two.
         deltas: D of each projected linear where it is kept apart, and what other trained parameters began with.
         projectors: R values for each row of P and Q (lsp); singular vectors in float32 (galore).
         optimizer_state: m and v in float32, where they stay on the device.
@@ -38,6 +40,7 @@ class DeviceMemory:
 
     weights: float
     quantized: float
+    weight_buffers: float
     deltas: float
     projectors: float
     optimizer_state: float
@@ -50,7 +53,8 @@ class DeviceMemory:
     @property
     def peak_bytes(self) -> float:
         """Largest sum: activations go as gradients come, so the peak is at one of the backward's ends."""
-        steady = self.weights + self.quantized + self.deltas + self.projectors + self.optimizer_state
+        steady = self.weights + self.quantized + self.weight_buffers
+        steady += self.deltas + self.projectors + self.optimizer_state
         return steady + max(self.activations, self.block + self.gradients + self.payload_buffers)
 
 
@@ -62,7 +66,7 @@ class HostMemory:
         object_store: Shared memory, as `sim.store` counts it.
         processes: Python with torch, several times, and slots of GPU actors on other machines than the driver's.
         weights: On their way to a GPU, before training; where the host computes the device's own are these, and what
-            is to be quantised goes one by one.
+            is to be quantised goes one by one. Those that come up from here are here to the end.
     """
 
     object_store: float
@@ -92,12 +96,16 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
         activations = workload.tokens * (inputs + sum(held)) + max(loss, block)
     else:  # as they are when the deepest block compresses
         activations = workload.tokens * (sum(kept) + sum(held)) + max(loss, max(compressing))
+    streamed = [workload.streamed_bytes(layer) for layer in model.layers]
+    in_bits = sum(workload.weight_bytes(layer, linear) for layer, linear in quantized)
     return DeviceMemory(
         weights=float(
             element * (model.num_parameters - sum(linear.numel for _, linear in quantized))
             + (4 * sum(trained) if is_lora else 0)
+            - (sum(streamed) if workload.bits is None else 0.0)
         ),
-        quantized=sum(workload.weight_bytes(layer, linear) for layer, linear in quantized),
+        quantized=0.0 if workload.streams else in_bits,
+        weight_buffers=FEWEST_BUFFERS * max(streamed, default=0.0),
         deltas=float(element * sum(map(workload.payload_numel, model.layers))) if workload.is_apart else 0.0,
         projectors=float(sum(_projector_bytes(workload, layer) for layer in model.layers)),
         optimizer_state=8.0 * sum(map(workload.state_numel, model.layers)) if on_device else 0.0,
@@ -155,7 +163,8 @@ def host_memory_elsewhere(model: ModelShape, workload: Workload, *, on_gpu: bool
 
 def _brought_bytes(model: ModelShape, workload: Workload, *, on_gpu: bool) -> float:
     is_brought = on_gpu and workload.bits is None
-    return float(workload.cluster.gpus_per_node * workload.element_bytes * model.num_parameters) if is_brought else 0.0
+    brought = float(workload.element_bytes * model.num_parameters) if is_brought else 0.0
+    return workload.cluster.gpus_per_node * max(brought, sum(map(workload.streamed_bytes, model.layers)))
 
 
 def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:

@@ -1,7 +1,8 @@
 """Simulator: runs a live policy on costs instead of machines.
 
 Each GPU computes its plan; each lane (a direction of a GPU's link, or a shard) executes one operation at a time, in the
-order in which the policy launched them; what a GPU on another machine sends or gets crosses the network as well.
+order in which the policy launched them; what a GPU on another machine sends or gets crosses the network as well. Where
+weights come up from main memory, they take turns with deltas, by deadline.
 Nothing is random, so the same costs give the same trace to the last bit.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepRun
@@ -18,42 +19,9 @@ from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask, device_tasks
 from lsp_ray.sim.event_queue import EventQueue
 from lsp_ray.sim.lanes import Lanes
-from lsp_ray.trace import Exposed, Span, Wait, WorkStream, busy_s, exposed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedStep:
-    """Figures of one step, as the live run's: from the end of the backward before to the end of its own.
-
-    With several GPUs a step ends with the last one's backward, and waits and busy times are of that GPU; updates are
-    those of all shards.
-
-    Attributes:
-        step: Counted from 0.
-        step_s: From the step's begin to its end.
-        exposed: In which the GPU waited for deltas, by the stream that was late; the network's part of a payload's way
-            is d2h's, of a delta's way h2d's.
-        busy_s: Of each stream.
-    """
-
-    step: int
-    step_s: float
-    exposed: Exposed
-    busy_s: dict[WorkStream, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Simulation:
-    """What happened, in order of its end."""
-
-    spans: tuple[Span, ...]
-    waits: tuple[Wait, ...]
-    steps: tuple[SimulatedStep, ...]
-
-    @property
-    def typical(self) -> SimulatedStep:
-        """The last step: by then every step is like the one before."""
-        return self.steps[-1]
+from lsp_ray.sim.simulation import SimulatedStep, Simulation
+from lsp_ray.sim.streaming import StreamingGpu, WeightsUp
+from lsp_ray.trace import Span, Wait, WorkStream, busy_s, exposed
 
 
 @dataclass(slots=True)
@@ -66,6 +34,7 @@ class _Gpu:
     blocked: DeviceTask | None = None
     blocked_since_s: float = 0.0
     waits: list[Wait] = field(default_factory=list)
+    weights: StreamingGpu | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +102,7 @@ class Simulator:
             ConfigError: The policy left a GPU waiting for a delta for ever.
         """
         for gpu in self._gpus:
+            self._bring(gpu)
             self._next_task(gpu)
         while self._queue:
             self._now_s, happening = self._queue.pop()
@@ -155,7 +125,8 @@ class Simulator:
         assert self._policy is not None, "without a policy nothing is announced"
         for action in self._policy.handle(event):
             lane = lane_of(action.op, self._shard_of_layer, self._gpu_of_part)
-            self._lanes.add(lane, action.op)
+            weights = self._gpus[action.op.part].weights if action.op.stream is WorkStream.H2D else None
+            self._lanes.add(lane, action.op, 0 if weights is None else weights.delta_due(action.op))
             self._lanes.start(lane, self._now_s)
 
     # the GPUs
@@ -173,12 +144,21 @@ class Simulator:
             gpu=index,
             parts=parts,
         )
-        return _Gpu(index=index, tasks=tasks)
+        staleness = self._policy.staleness if self._policy is not None else 0
+        num_passes = len(parts) * self._costs.num_micro_batches
+        weights = StreamingGpu(index, self._costs, num_passes, staleness) if self._costs.num_buffers else None
+        return _Gpu(index=index, tasks=tasks, weights=weights)
 
     def _next_task(self, gpu: _Gpu) -> None:
         task = next(gpu.tasks, None)
         if task is None:
             return
+        is_there = gpu.weights is None or gpu.weights.enter(task, self._now_s)
+        self._bring(gpu)  # into the place of those that are read no more
+        if is_there:
+            self._await_delta(gpu, task)
+
+    def _await_delta(self, gpu: _Gpu, task: DeviceTask) -> None:
         if self._is_bounded and task.awaits is not None:
             due = DeltaDue(step=task.awaits.step, layer=task.awaits.layer, gpu=gpu.index)
             self._queue.push(self._now_s + self._costs.hop_s, due)
@@ -222,6 +202,22 @@ class Simulator:
             self._waits.append(wait)
             self._compute(gpu, task)
 
+    # weights that come up
+
+    def _bring(self, gpu: _Gpu) -> None:
+        up = None if gpu.weights is None else gpu.weights.next_up()
+        if up is not None:
+            lane = WorkStream.H2D, gpu.index
+            self._lanes.add(lane, up)
+            self._lanes.start(lane, self._now_s)
+
+    def _have_come(self, gpu: _Gpu, start_s: float) -> None:
+        assert gpu.weights is not None, "else no weights come up"
+        task = gpu.weights.arrive(start_s, self._now_s)
+        self._bring(gpu)
+        if task is not None:
+            self._await_delta(gpu, task)
+
     # the lanes
 
     def _finish_op(self, lane: Lane, version: int) -> None:
@@ -229,6 +225,10 @@ class Simulator:
         if ended is None:
             return
         op, start_s = ended
+        if isinstance(op, WeightsUp):
+            self._have_come(self._gpus[lane[1]], start_s)
+            self._lanes.start(lane, self._now_s)
+            return
         self._add_span(op.stream, op.step, op.layer, op.part, start_s)
         if op.stream is WorkStream.H2D:
             self._arrive(op)
@@ -248,14 +248,18 @@ class Simulator:
             yield SimulatedStep(
                 step=step,
                 step_s=end_s - start_s,
-                exposed=exposed(waits, self._spans),
+                exposed=replace(
+                    exposed(waits, self._spans),
+                    weights_s=last.weights.waited_s(start_s, end_s) if last.weights is not None else 0.0,
+                ),
                 busy_s={stream: self._busy_s(stream, last, start_s, end_s) for stream in WorkStream},
             )
             start_s = end_s
 
     def _busy_s(self, stream: WorkStream, gpu: _Gpu, start_s: float, end_s: float) -> float:
         """Of this GPU's lane; of updates, all."""
-        own = [span for span in self._spans if span.stream is stream and self._gpu_of(span) in (None, gpu.index)]
+        spans = (*self._spans, *(gpu.weights.spans if gpu.weights is not None else ()))
+        own = [span for span in spans if span.stream is stream and self._gpu_of(span) in (None, gpu.index)]
         return busy_s(own, stream, start_s, end_s)
 
     def _gpu_of(self, span: Span) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lsp_ray.config import Bits, Method, PayloadDtype
+from lsp_ray.config import Bits, Method, PayloadDtype, Weights
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.cluster import ONE_GPU, Cluster
 from lsp_ray.sim.model_shape import LayerShape, LinearShape
@@ -44,6 +44,8 @@ class Workload:
         bf16: Weights and activations of 2 bytes, else of 4.
         bits: To which the linears of blocks are quantised (lsp, lora); None: they are as the other weights.
         apart: Whether updates are kept beside the weights and not added to them (lsp); with `bits` they are.
+        weights: Where the weights that stay as they are live: on the device, or in main memory, from where they come
+            up block by block (lsp, apart, with gradient checkpointing).
         gradient_checkpointing: Whether the backward runs each block's forward again.
         subspace_dim: Columns asked for of P and of Q (lsp).
         nnz_per_row: R (lsp).
@@ -69,6 +71,7 @@ class Workload:
     bf16: bool = True
     bits: Bits | None = None
     apart: bool = False
+    weights: Weights = "device"
     gradient_checkpointing: bool = False
     subspace_dim: int = 256
     nnz_per_row: int = 8
@@ -91,6 +94,9 @@ class Workload:
                 raise ConfigError(f"workload.{name}", "be at least 1", getattr(self, name))
         if self.bits is not None and self.method not in ON_QUANTIZED:
             raise ConfigError("workload.bits", f"be None for {self.method}, which changes the weights", self.bits)
+        if self.streams and not (self.is_apart and self.gradient_checkpointing):
+            bound = "be device but for lsp, updates apart, with gradient checkpointing"
+            raise ConfigError("workload.weights", bound, self.weights)
 
     @property
     def full(self) -> Workload:
@@ -132,6 +138,21 @@ class Workload:
         """Whether what is trained of a linear stays beside it, and shards keep the sum of all updates (lsp)."""
         return self.method == "lsp" and (self.apart or self.bits is not None)
 
+    @property
+    def streams(self) -> bool:
+        """Whether weights come up from main memory."""
+        return self.weights == "host"
+
+    def streamed_bytes(self, layer: LayerShape) -> float:
+        """Of a layer's weights that come up, each time."""
+        if not (self.streams and layer.is_block):
+            return 0.0
+        return sum(
+            self.weight_bytes(layer, linear)
+            for linear in layer.linears
+            if self.bits is not None or self.dims_of(linear) is not None
+        )
+
     def is_quantized(self, layer: LayerShape) -> bool:
         """Whether a layer's linears are: those of blocks."""
         return self.bits is not None and layer.is_block
@@ -139,14 +160,13 @@ class Workload:
     def weight_bytes(self, layer: LayerShape, linear: LinearShape) -> float:
         """Of a linear's weight as it is kept.
 
-        NF4 has half a byte for a value, for 64 of them a scale of a byte, and for 256 of these another in float32; both
-        tables of what the codes stand for come with each linear. LLM.int8 has a float32 scale for each row.
+        LLM.int8 has a float32 scale for each row.
         """
         if not self.is_quantized(layer):
             return float(self.element_bytes * linear.numel)
         if self.bits == 8:
             return float(linear.numel + 4 * linear.rows)
-        return linear.numel * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + _NF4_TABLE_BYTES
+        return nf4_bytes(linear.numel)
 
     def trains(self, layer: LayerShape, linear: LinearShape) -> bool:
         """Whether a linear gets a gradient of its own; a quantised one only where it is projected (lsp)."""
@@ -210,3 +230,12 @@ class Workload:
         if self.plain_updates:
             return ADAMW_BYTES
         return _UPDATE_BYTES[self.payload_dtype] + _UNDO_BYTES + (_SUM_BYTES if self.is_apart else 0)
+
+
+def nf4_bytes(numel: int) -> float:
+    """Of a linear's weight in NF4.
+
+    It has half a byte for a value, for 64 of them a scale of a byte, and for 256 of these another in float32; both
+    tables of what the codes stand for come with each linear.
+    """
+    return numel * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + _NF4_TABLE_BYTES

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lsp_ray.config import LspConfig, Method, PolicyName, RunConfig, RuntimeConfig
+from lsp_ray.config import LspConfig, Method, PolicyName, RunConfig, RuntimeConfig, Weights
 from lsp_ray.data.tokenize import TokenizedRows
 from lsp_ray.models.load import load_config
 from lsp_ray.plan.measure import measure
@@ -108,6 +108,8 @@ def run_checks(bench: Bench, small: Load, large: Load) -> list[tuple[str, Check]
         ("projectors renewed while training", partial(renewed, bench, small)),
         *((f"graphs change no bit, {name}", partial(graphs, bench, small, options)) for name, options in RECORDED),
         ("bfloat16, checkpointed", partial(checkpointed, bench, small)),
+        ("weights that come up change no bit", partial(streamed, bench, small)),
+        ("weights in 4 bits that come up", partial(streamed_in_4_bits, bench, small)),
     ]
     pace = _Pace(bench, large)
     checks.append(("link and compute, measured", pace.measured))
@@ -153,6 +155,27 @@ def graphs(bench: Bench, load: Load, options: dict[str, Any]) -> str:
     recorded, plain = (train(bench.device, load, cuda_graphs=is_on, **options).losses for is_on in (True, False))
     require(recorded == plain, f"losses are {recorded} and {plain}")
     return f"{len(plain)} losses, the last {plain[-1]:.6f}"
+
+
+def streamed(bench: Bench, load: Load) -> str:
+    """Frozen weights that come up from main memory give the losses of the same weights on the device, bit for bit."""
+    found, expected = _streamed_and_resident(bench, load)
+    require(found.losses == expected.losses, f"losses are {found.losses} and {expected.losses}")
+    sizes = f"{found.peak_bytes / 1e6:.1f} MB in place of {expected.peak_bytes / 1e6:.1f}"
+    require(found.peak_bytes < expected.peak_bytes or not bench.on_gpu, sizes)
+    return f"{sizes}; {len(found.losses)} losses, the last {found.losses[-1]:.6f}"
+
+
+def streamed_in_4_bits(bench: Bench, load: Load) -> str:
+    """The same in NF4: what comes up was quantised on the CPU, which may round otherwise."""
+    found, expected = _streamed_and_resident(bench, load, load_in_4bit=True)
+    return _agree(found.losses, expected.losses, BF16_LOSS_BOUND)
+
+
+def _streamed_and_resident(bench: Bench, load: Load, **options: Any) -> tuple[Trained, Trained]:
+    lsp = LspConfig(subspace_dim=load.subspace_dim, fit="random", delta="apart", check_every=0)
+    options |= {"bf16": True, "gradient_checkpointing": True, "cuda_graphs": False, "lsp": lsp}
+    return train(bench.device, load, weights="host", **options), train(bench.device, load, weights="device", **options)
 
 
 class _Pace:
@@ -214,6 +237,7 @@ def train(
     policy: PolicyName | None = None,
     lsp: LspConfig | None = None,
     cuda_graphs: bool = True,
+    weights: Weights = "device",
     **options: Any,
 ) -> Trained:
     """Run some steps through the live policy, driver and streams."""
@@ -228,7 +252,10 @@ def train(
         learning_rate=1e-3,
         lsp=lsp or LspConfig(subspace_dim=load.subspace_dim, fit="random"),
         runtime=RuntimeConfig(
-            device="cuda" if device.type == "cuda" else "cpu", policy=policy, cuda_graphs=cuda_graphs
+            device="cuda" if device.type == "cuda" else "cpu",
+            policy=policy,
+            cuda_graphs=cuda_graphs,
+            weights=weights,
         ),
         **{"bf16": False, **options},
     )

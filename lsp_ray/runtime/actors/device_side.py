@@ -21,6 +21,7 @@ from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_file import load_refits, save_refits
 from lsp_ray.device.refit_follower import RefitFollower
 from lsp_ray.device.step_report import StepReport
+from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.device.switch import Takeover
 from lsp_ray.device.trained_digest import trained_digest
 from lsp_ray.device.trained_file import load_trained, save_trained
@@ -29,6 +30,7 @@ from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import LspRayError
 from lsp_ray.methods.galore import GaloreShard
 from lsp_ray.methods.lsp import take_projectors
+from lsp_ray.methods.streaming import stream_weights
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.optim.moments_file import load_moments, save_moments
@@ -52,7 +54,7 @@ _BASES = "galore_bases.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetupReport:
-    """Linears whose projectors could not be learned and stay random, and host slots that could not be page-locked.
+    """Linears whose projectors could not be learned and stay random; host buffers that could not be page-locked.
 
     `throttle` is decided here for the whole run: the shards must keep to it as well. `gpu_of_part` is how the parts of
     a step are divided.
@@ -80,12 +82,13 @@ class DeviceSide:
         self._job = job
         self._tell = tell
         self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
-        self._files = ModelFiles(job, self.backend.device)
+        self._files = ModelFiles(job, torch.device("cpu") if job.config.streams else self.backend.device)
         self.progress = ""
         self._is_loaded = self._is_set_up = False
         self._linears: Sequence[tuple[str, InSubspace]] = []
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
+        self._weights: StreamedWeights | None = None
 
     def pace(self) -> float:
         """Before `setup`: seconds that a micro-batch takes here, forward and backward."""
@@ -105,7 +108,7 @@ class DeviceSide:
         throttle = (
             throttle_of(job, self._model, layers, self.backend, self._say) if decided is None else decided.throttle
         )
-        trained = build(job, self._model, layers, decided, self._say)
+        trained = build(job, self._model, layers, decided, self.backend.device, self._say)
         units, self._linears, self._adapters = trained.units, trained.linears, trained.adapters
         sent = [unit.numel for unit in units] if config.offloads else []
         assert sent == list(job.payload_sizes), "the model's units are not those that the job was planned for"
@@ -129,6 +132,7 @@ class DeviceSide:
             graphs=self.backend.has_graphs and config.uses_graphs,
             num_parts=len(job.layout.gpu_of_part),
             own_parts=job.layout.parts_of(self._gpu),
+            weights=self._weights,
         )
         if config.torch_compile:
             self._compiled = CompiledBlocks(layers, self.backend.device)
@@ -141,7 +145,7 @@ class DeviceSide:
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(
             unfitted=trained.unfitted,
-            num_pageable=len(pageable),
+            num_pageable=len(pageable) + (0 if self._weights is None else self._weights.num_pageable),
             throttle=throttle,
             gpu_of_part=job.layout.gpu_of_part,
         )
@@ -251,6 +255,8 @@ class DeviceSide:
         """See `DeviceWorker.close`."""
         if self._is_set_up:
             self.worker.close()
+        elif self._weights is not None:
+            self._weights.close()
         if self._compiled is not None:
             self._compiled.close()
 
@@ -293,13 +299,18 @@ class DeviceSide:
         self._say("loading the model")
         self._tokenizer = load_tokenizer(job.model_folder)
         self._model = self._files.load(self._base(decided))
-        if not job.quantized:  # else it is there
+        if job.config.streams:
+            layers = find_layers(self._model, job.unreached)
+            self._weights = stream_weights(self._model, layers, job.config.lsp, self.backend, quantized=job.quantized)
+        elif not job.quantized:  # else it is there
             self._model.to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()
         fuse_norms(self._model)
         self._tokens = tokens_of(self._model, self._tokenizer)
-        if job.config.gradient_checkpointing:
+        if job.config.recomputes:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
+        if self._weights is not None:
+            self._weights.start()
         self._is_loaded = True
 
     def _take_up(self, saved: SavedRun | None, decided: Decided | None) -> int:

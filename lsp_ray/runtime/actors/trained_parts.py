@@ -61,6 +61,7 @@ def build(
     model: PreTrainedModel,
     layers: Sequence[Layer],
     decided: Decided | None,
+    device: torch.device,
     say: Callable[[str], None],
 ) -> TrainedParts:
     """Put into a model what its method trains; projectors are learned unless there are some.
@@ -70,6 +71,7 @@ def build(
         model: On its device.
         layers: The model's.
         decided: What another GPU has; None for the first one.
+        device: Where the model computes.
         say: Told what is being done.
     """
     config = job.config
@@ -80,7 +82,7 @@ def build(
         return TrainedParts(units=full_units(layers))
     sizes, shared = projector_sizes(layers, config.lsp), shared_inputs(model)
     units, linears = lsp_units(
-        layers, config.lsp, seed=config.seed, shared=shared, dtype=job.dtype, quantized=job.quantized
+        layers, config.lsp, seed=config.seed, shared=shared, dtype=job.dtype, quantized=job.quantized, device=device
     )
     unfitted: list[str] = []
     if decided is not None:

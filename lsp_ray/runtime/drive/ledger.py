@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.optim.reproject import Reprojection
-from lsp_ray.trace import Span, StepMetrics, Timeline, Wait, WorkStream, busy_s, exposed, wait_parts
+from lsp_ray.trace import Cause, Span, StepMetrics, Timeline, Wait, WaitPart, WorkStream, busy_s, exposed, wait_parts
 
 STEPS_KEPT = 2  # so many steps before, operations still reach into a step: one, and one more under a stale policy
 
@@ -152,7 +152,16 @@ class Ledger:
             end_s=report.end_s,
             compute=report.compute,
             ops=tuple(op.span for op in self._ops.get(report.step, [])),
-            waits=tuple(wait_parts(report.waits, self._spans(report), report.waiting_parts)),
+            waits=(
+                *wait_parts(report.waits, self._spans(report), report.waiting_parts),
+                *(
+                    WaitPart(
+                        cause=Cause.WEIGHTS, step=wait.step, layer=wait.layer, start_s=wait.start_s, end_s=wait.end_s
+                    )
+                    for wait in report.weights.waits
+                ),
+            ),
+            weights=report.weights.copies,
         )
 
     def _metrics(self, report: StepReport) -> StepMetrics:
@@ -163,6 +172,8 @@ class Ledger:
         # of several GPUs one may have begun the step, and waited, while others were still at the one before
         waits = [part for wait in self._waits(report) for part in _within(wait, counted)]
         late = exposed(waits, spans, report.waiting_parts)
+        weights_s = sum(part.end_s - part.start_s for wait in report.weights.waits for part in _within(wait, counted))
+        spans = [*spans, *report.weights.copies]
 
         def busy(stream: WorkStream) -> float:
             return sum(busy_s(spans, stream, start_s, end_s) for start_s, end_s in counted)
@@ -179,7 +190,7 @@ class Ledger:
             num_tokens=report.num_tokens,
             tokens_per_second=report.num_tokens / step_time_s,
             step_time_s=step_time_s,
-            gpu_busy_s=step_time_s - late.total_s,
+            gpu_busy_s=step_time_s - late.total_s - weights_s,
             d2h_busy_s=busy(WorkStream.D2H),
             cpu_busy_s=busy(WorkStream.CPU),
             h2d_busy_s=busy(WorkStream.H2D),
@@ -187,9 +198,10 @@ class Ledger:
             exposed_cpu_s=late.cpu_s,
             exposed_h2d_s=late.h2d_s,
             exposed_peers_s=late.peers_s,
+            exposed_weights_s=weights_s,
             computed_s_by_gpu=dict(zip(self._names, report.computed_s, strict=True)) if report.computed_s else None,
             bytes_d2h=moved(WorkStream.D2H),
-            bytes_h2d=moved(WorkStream.H2D),
+            bytes_h2d=moved(WorkStream.H2D) + report.weights.num_bytes,
             bias=report.bias.relative if report.bias else None,
             bias_by_layer=_by_name(report.bias.relative_by_unit) if report.bias else None,
             num_refitted=report.bias.num_refitted if report.bias else None,

@@ -107,9 +107,10 @@ class StepJudge:
 def _together(reports: Sequence[StepReport]) -> StepReport:
     """One report of a step; see `StepReport`."""
     reports = sorted(reports, key=lambda report: min(report.losses))  # GPUs have their parts in order
-    waited_s = [sum(wait.end_s - wait.start_s for wait in report.waits) for report in reports]
+    waited_s = [sum(wait.end_s - wait.start_s for wait in (*report.waits, *report.weights.waits)) for report in reports]
     computed_s = [report.end_s - report.start_s - waited for report, waited in zip(reports, waited_s, strict=True)]
-    waiting = reports[waited_s.index(max(waited_s))]
+    gpu = waited_s.index(max(waited_s))
+    waiting = reports[gpu]
     several = len(reports) > 1
     peaks = [report.peak_device_bytes for report in reports if report.peak_device_bytes is not None]
     return replace(
@@ -121,6 +122,7 @@ def _together(reports: Sequence[StepReport]) -> StepReport:
         forward_s=max(report.forward_s for report in reports),
         backward_s=max(report.backward_s for report in reports),
         waits=waiting.waits,
+        weights=replace(waiting.weights, copies=tuple(replace(span, part=gpu) for span in waiting.weights.copies)),
         waiting_parts=tuple(waiting.losses) if several else None,
         computed_s=tuple(computed_s) if several else (),
         compute=tuple(replace(span, gpu=gpu) for gpu, report in enumerate(reports) for span in report.compute),

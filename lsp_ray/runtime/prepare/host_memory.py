@@ -36,7 +36,7 @@ def check_memory(job: Job, host: HostMemory) -> None:
     """Raise ConfigError where the job cannot fit: Ray would go to the disk without a word, and Linux kill an actor.
 
     Counted are the object store and, for main memory, the weights: a bound from below, as activations are not. What is
-    to be quantised is loaded one by one.
+    to be quantised is loaded one by one; where its weights stay in main memory, each GPU's actor has its own.
     """
     smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
     in_own_store = job.config.runtime.address is None  # else the cluster has one, which is looked at there
@@ -49,8 +49,9 @@ def check_memory(job: Job, host: HostMemory) -> None:
             hint=f"{smaller} needs less; in Docker, --shm-size sets how much there is",
         )
     beside = job.layout.nodes.count(job.layout.nodes[0]) if job.layout.nodes else job.layout.num_gpus
-    models = 1 if job.device == "cuda" else beside  # a GPU's is in main memory for a while alone
-    needed_bytes = job.store_bytes + (0 if job.quantized else models * job.num_weights * job.dtype.itemsize)
+    is_brought = job.device == "cuda" and not job.streamed_bytes  # it is in main memory for a while alone
+    model_bytes = job.streamed_bytes if job.quantized else job.num_weights * job.dtype.itemsize
+    needed_bytes = job.store_bytes + (1 if is_brought else beside) * model_bytes
     if needed_bytes > host.main_bytes:
         raise ConfigError(
             "model_name_or_path",

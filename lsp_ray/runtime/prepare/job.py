@@ -22,7 +22,7 @@ from lsp_ray.data.paths import absolute_path
 from lsp_ray.data.tokenize import LONGEST, TokenizedRows, tokenize_rows
 from lsp_ray.device.compiled_blocks import check_compiler
 from lsp_ray.errors import ConfigError
-from lsp_ray.methods.lsp import lsp_payload_parts, lsp_payload_sizes, projector_sizes
+from lsp_ray.methods.lsp import frozen_linears, lsp_payload_parts, lsp_payload_sizes, projector_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.load import load_config, load_skeleton, load_tokenizer, num_positions
@@ -38,10 +38,12 @@ from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_no
 from lsp_ray.runtime.prepare.layout import Layout, plan_layout
 from lsp_ray.runtime.prepare.learning_rates import learning_rates
 from lsp_ray.runtime.prepare.machines import Machine, place
+from lsp_ray.runtime.prepare.weights_home import with_weights
 from lsp_ray.runtime.watch.metrics_file import METRICS, read_metrics
 from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.store import payload_bytes, store_bytes
+from lsp_ray.sim.workload import nf4_bytes
 
 SAMPLE_TOKENS = 48
 GRAPH_LENGTHS = 64
@@ -53,7 +55,8 @@ class Job:
 
     `payload_sizes` are elements a unit, empty where nothing leaves the device; `sums` their parts where the shards add
     up all updates, None where the device does; `begins_with` is the file of what another run trained that this one
-    begins with; `quantized` says that linears of the base are; `delta_room` is for what comes up, None where all of a
+    begins with; `quantized` says that linears of the base are; `streamed_bytes` are those of frozen weights that stay
+    in main memory, 0 where they are on the device; `delta_room` is for what comes up, None where all of a
     step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a classifier's: a whole example's)
     model inputs, shown with the answer before and after; `questions` are answered in evaluations. `unreached` are names
     of parameters that stay as they are. `saved` is the checkpoint to go on from, see `resumed`.
@@ -74,6 +77,7 @@ class Job:
     begins_with: Path | None
     delta_room: DeltaRoom | None
     quantized: bool
+    streamed_bytes: int
     subspace_dims: dict[str, tuple[int, int]]
     layout: Layout
     sample_inputs: dict[str, list[int]]
@@ -209,6 +213,17 @@ def prepare_job(
     check_model(skeleton, model_folder, tokenizer, tokenized, config, dtype)
     unreached = unreached_by_text(skeleton)
     layers = find_layers(skeleton, unreached)
+    config = with_weights(
+        config,
+        load_config(model_folder),
+        skeleton,
+        layers,
+        # all of it: to ask what is free would take some of it for this process
+        torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None,
+        note,
+        quantized=quantized,
+        bf16=dtype == torch.bfloat16,
+    )
     check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
     payload_sizes = _payload_sizes(layers, config, quantized=quantized)
@@ -254,6 +269,7 @@ def prepare_job(
         begins_with=begins_with,
         delta_room=delta_room(_wire_sizes(payload_sizes, config), _wire_sizes(full_payload_sizes(layers), config)),
         quantized=quantized,
+        streamed_bytes=_streamed_bytes(layers, config, dtype, quantized=quantized),
         subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=_layout(config, device, payload_sizes, machines),
         sample_inputs=sample_inputs,
@@ -332,6 +348,14 @@ def _sums(layers: Sequence[Layer], config: RunConfig, *, quantized: bool) -> tup
     if config.method != "lsp" or not config.lsp.is_apart:
         return None
     return tuple(tuple(parts) for parts in lsp_payload_parts(layers, config.lsp, quantized=quantized))
+
+
+def _streamed_bytes(layers: Sequence[Layer], config: RunConfig, dtype: torch.dtype, *, quantized: bool) -> int:
+    if not config.streams:
+        return 0
+    linears = frozen_linears(layers, config.lsp, quantized=quantized)
+    numels = [site.shape[0] * site.shape[1] for _, sites in linears for site in sites]
+    return round(sum(nf4_bytes(numel) if quantized else dtype.itemsize * numel for numel in numels))
 
 
 def _wire_sizes(sizes: Sequence[int], config: RunConfig) -> list[int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lsp_ray.config import RunConfig
+from lsp_ray.config import Delta, RunConfig
 from lsp_ray.data.tokenize import TokenizedRows, check_token_ids
 from lsp_ray.errors import ConfigError
 from lsp_ray.methods.galore import check_rank
@@ -41,6 +44,19 @@ def check_model(
     check_saving(skeleton, tokenizer, folder)
 
 
+def _check_recomputed(layers: Sequence[Layer]) -> None:
+    """What a block that is not checkpointed keeps of its weights would be gone in the backward."""
+    block = _not_recomputed(layers)
+    if block is not None:
+        bound = f"be device for this model, whose {type(block).__name__} has no gradient checkpointing"
+        raise ConfigError("runtime.weights", bound, "host")
+
+
+def _not_recomputed(layers: Sequence[Layer]) -> nn.Module | None:
+    blocks = (layer.block for layer in layers if layer.block is not None)
+    return next((block for block in blocks if not isinstance(block, GradientCheckpointingLayer)), None)
+
+
 def check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
     """Refuse a batch that is larger than the data, and a warm-up that is longer than the run."""
     batch_size = config.examples_per_step
@@ -62,11 +78,13 @@ def check_sizes(config: RunConfig, num_steps: int, num_examples: int) -> None:
 
 
 def check_method(layers: Sequence[Layer], config: RunConfig) -> None:
-    """Refuse ranks that no linear of the model has room for."""
+    """Refuse ranks that no linear of the model has room for, and blocks whose weights cannot come up one by one."""
     if config.method == "lora":
         check_lora(layers, config.lora)
     if config.method == "galore":
         check_rank(layers, config.galore)
+    if config.streams:
+        _check_recomputed(layers)
 
 
 def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
@@ -79,15 +97,43 @@ def with_delta(
     config: RunConfig, model_config: PreTrainedConfig, device: Device, note: Callable[[str], None]
 ) -> tuple[RunConfig, bool]:
     """The run with `lsp.delta` decided, and whether the base is quantised."""
-    check_quantizer(model_config, config.bits, on_gpu=device == "cuda")
+    # what comes up from main memory was quantised there
+    check_quantizer(model_config, config.bits, on_gpu=device == "cuda" and not config.streams)
     found = quantization_of(model_config)
-    if config.bits is None and found is None:
-        return replace(config, lsp=replace(config.lsp, delta=config.lsp.delta or "merged")), False
+    quantized = config.bits is not None or found is not None
     if found is not None:
-        if config.method not in ("lsp", "lora"):
-            raise ConfigError("method", "be lsp or lora, as the model's weights are quantised", config.method)
-        if config.lsp.delta == "merged":
-            raise ConfigError("lsp.delta", "be apart, as the model's weights are quantised", "merged")
+        _check_found(config, found)
+    if not quantized:
+        delta: Delta = "apart" if config.streams else "merged"
+        return replace(config, lsp=replace(config.lsp, delta=config.lsp.delta or delta)), False
     if config.method == "lsp" and config.lsp.check_every:
         note("projectors stay to the end (lsp.check_every is 0), as a quantised base cannot take in what others did")
     return replace(config, lsp=replace(config.lsp, delta="apart", check_every=0)), True
+
+
+def _check_found(config: RunConfig, found: Mapping[str, Any]) -> None:
+    """Refuse what cannot be done with a folder's own quantised weights."""
+    if config.method not in ("lsp", "lora"):
+        raise ConfigError("method", "be lsp or lora, as the model's weights are quantised", config.method)
+    if config.lsp.delta == "merged":
+        raise ConfigError("lsp.delta", "be apart, as the model's weights are quantised", "merged")
+    if config.streams and not _is_nf4(found):
+        bound = "be device for this model; in 4 bits of bitsandbytes, or not quantised, weights can be host"
+        raise ConfigError("runtime.weights", bound, "host")
+
+
+def can_stream(config: RunConfig, model_config: PreTrainedConfig, layers: Sequence[Layer]) -> bool:
+    """Whether `runtime.weights host` would be taken, for a run whose `lsp.delta` is decided."""
+    found = quantization_of(model_config)
+    return (
+        config.method == "lsp"
+        and config.lsp.is_apart
+        and not config.load_in_8bit
+        and (found is None or _is_nf4(found))
+        and not (config.torch_compile or config.runtime.cuda_graphs)
+        and _not_recomputed(layers) is None
+    )
+
+
+def _is_nf4(found: Mapping[str, Any]) -> bool:
+    return found.get("quant_method") == "bitsandbytes" and bool(found.get("load_in_4bit"))

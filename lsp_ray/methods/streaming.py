@@ -1,0 +1,56 @@
+"""From a model in main memory to one on the device whose blocks' frozen weights come up behind the compute."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from lsp_ray.config import LspConfig
+from lsp_ray.device.backend import Backend
+from lsp_ray.device.frozen_block import FrozenBlock, move_rest
+from lsp_ray.device.streamed_weights import StreamedWeights
+from lsp_ray.methods.lsp import frozen_linears
+from lsp_ray.models.layers import Layer
+from lsp_ray.models.quantized import frozen_tensors, read_late
+from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
+
+
+def stream_weights(
+    model: PreTrainedModel,
+    layers: Sequence[Layer],
+    lsp: LspConfig,
+    backend: Backend,
+    *,
+    quantized: bool,
+    num_buffers: int = FEWEST_BUFFERS,
+    changed: threading.Condition | None = None,
+) -> StreamedWeights:
+    """Bring all of a model to the device but what `lsp_units` will leave as it is; returns what brings that up.
+
+    Args:
+        model: In main memory.
+        layers: The model's, with their linears as they were loaded.
+        lsp: Of the run, whose updates are kept apart.
+        backend: Of the device.
+        quantized: Whether the blocks' linears are.
+        num_buffers: See `StreamedWeights`.
+        changed: See `StreamedWeights`.
+    """
+    linears = frozen_linears(layers, lsp, quantized=quantized)
+    parts = [{id(tensor): tensor for site in sites for tensor in frozen_tensors(site.module)} for _, sites in linears]
+    num_blocks = Counter(key for tensors in parts for key in tensors)
+    own: list[FrozenBlock] = []
+    for (unit, sites), tensors in zip(linears, parts, strict=True):
+        block, alone = layers[unit].block, [tensor for key, tensor in tensors.items() if num_blocks[key] == 1]
+        if block is not None and alone:
+            own.append(FrozenBlock(block, unit, alone))
+        for site in sites:
+            read_late(site.module)
+    shared = {key: tensor for tensors in parts for key, tensor in tensors.items() if num_blocks[key] > 1}
+    for tensor in shared.values():  # tables that all blocks read
+        tensor.data = tensor.data.to(backend.device)
+    move_rest(model, {key for tensors in parts for key in tensors}, backend.device)
+    return StreamedWeights(own, backend, num_buffers=num_buffers, changed=changed)

@@ -1,0 +1,103 @@
+"""BlockRing: which blocks' weights are on the device where only a few fit, and which come up next.
+
+A micro-batch uses the blocks from shallow to deep, forward, and back again, backward; then the next one does. So each
+block's next use is known: what is needed first comes up first, in the place of what is needed last (Belady, "A study of
+replacement algorithms for a virtual-storage computer", 1966). Uses are numbered through all micro-batches, and so are
+the deadlines of deltas, which come up on the same link.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FEWEST_BUFFERS = 2  # one is read while the other one is written
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bring:
+    """Bring a block's weights up into a buffer, where `evicts` were (None: nothing); use number `due` needs them."""
+
+    block: int
+    buffer: int
+    evicts: int | None
+    due: int
+
+
+class BlockRing:
+    """Knows where the compute is, and what each buffer holds or is about to hold.
+
+    Args:
+        num_blocks: Of the model.
+        num_buffers: Blocks whose weights are on the device at one time, at least 2.
+
+    Attributes:
+        at: The block that computes, whose weights never leave; None before the first.
+    """
+
+    def __init__(self, num_blocks: int, num_buffers: int) -> None:
+        assert num_buffers >= FEWEST_BUFFERS, num_buffers
+        self._num_blocks = num_blocks
+        self._held: list[int | None] = [None] * min(num_buffers, num_blocks)
+        self.at: int | None = None
+        self._is_backward = False
+        self._pass = -1  # number of the micro-batch
+        self._step, self._first_pass, self._num_passes = 0, 0, 1
+
+    def begin_step(self, step: int, num_passes: int) -> None:
+        """So many micro-batches follow, those of `step`."""
+        self._step, self._first_pass, self._num_passes = step, self._pass + 1, num_passes
+
+    def begin_pass(self) -> None:
+        """A micro-batch's forward follows."""
+        self._pass += 1
+        self._is_backward = False
+
+    def use(self, block: int, *, backward: bool) -> bool:
+        """The compute has come to a block; returns whether it is another one than before.
+
+        A forward that is run again in the backward of the same block is no use of its own.
+        """
+        is_another = block != self.at
+        self._is_backward = backward or (self._is_backward and not is_another)
+        self.at = block
+        return is_another
+
+    def wanted(self) -> Bring | None:
+        """What is to come up next; None while all that is here is needed sooner."""
+        absent = (block for block in range(self._num_blocks) if block not in self._held)
+        block = min(absent, key=self._distance, default=None)
+        if block is None:
+            return None
+        due = self._number + self._distance(block)
+        if None in self._held:
+            return Bring(block=block, buffer=self._held.index(None), evicts=None, due=due)
+        last = max((held for held in self._held if held is not None), key=self._distance)
+        if last == self.at or self._distance(last) < self._distance(block):
+            return None
+        return Bring(block=block, buffer=self._held.index(last), evicts=last, due=due)
+
+    def begin(self, bring: Bring) -> None:
+        """What was wanted is on its way."""
+        assert self._held[bring.buffer] == bring.evicts, "the buffer holds something else by now"
+        self._held[bring.buffer] = bring.block
+
+    def buffer_of(self, block: int) -> int:
+        """Where a block's weights are."""
+        return self._held.index(block)
+
+    def delta_due(self, step: int, block: int) -> int:
+        """The number of the use that reads first what the delta changes that a forward of `step` adds to a block."""
+        return 2 * self._num_blocks * (self._first_pass + (step - self._step) * self._num_passes) + block
+
+    @property
+    def _number(self) -> int:
+        """Of the use under way."""
+        at = self.at or 0
+        return 2 * self._num_blocks * self._pass + (2 * self._num_blocks - 1 - at if self._is_backward else at)
+
+    def _distance(self, block: int) -> int:
+        """Uses from now until the block's next one; 0 for the one under way."""
+        at = self.at or 0
+        if self._is_backward:
+            return at - block if block <= at else at + block + 1
+        return block - at if block >= at else 2 * self._num_blocks - 1 - at - block

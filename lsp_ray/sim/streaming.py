@@ -1,0 +1,96 @@
+"""In a simulation: which blocks' weights a GPU has, and what its link brings up next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lsp_ray.schedule.block_ring import BlockRing
+from lsp_ray.schedule.ops import Op
+from lsp_ray.sim.costs import StepCosts
+from lsp_ray.sim.device_plan import DeviceTask
+from lsp_ray.trace import Phase, Span, Wait, WorkStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsUp:
+    """A layer's weights on their way up; `due` as in `schedule.block_ring.Bring`."""
+
+    layer: int
+    due: int
+
+
+class StreamingGpu:
+    """A GPU's `BlockRing`, and what of it has arrived; at most one block is on its way, as in a run.
+
+    Attributes:
+        spans: Of copies.
+        waits: Of the GPU for them.
+
+    Args:
+        gpu: Its number.
+        costs: Of a step; layers whose weights take time to come up are the blocks.
+        num_passes: Micro-batches of a step that the GPU computes.
+        staleness: Steps by which deltas are late on purpose.
+    """
+
+    def __init__(self, gpu: int, costs: StepCosts, num_passes: int, staleness: int) -> None:
+        self.spans: list[Span] = []
+        self.waits: list[Wait] = []
+        self._gpu = gpu
+        self._num_passes, self._staleness = num_passes, staleness
+        self._layers = [layer for layer, cost in enumerate(costs.layers) if cost.weights_s > 0.0]
+        self._blocks = {layer: block for block, layer in enumerate(self._layers)}
+        self._ring = BlockRing(len(self._layers), costs.num_buffers)
+        self._here: set[int] = set()
+        self._coming: int | None = None
+        self._step = -1
+        self._lacking: tuple[DeviceTask, float] | None = None  # and since when
+
+    def enter(self, task: DeviceTask, now_s: float) -> bool:
+        """The GPU comes to a task; returns whether its weights are there, else `arrive` returns it."""
+        if task.opens_pass:
+            if task.step != self._step:
+                self._step = task.step
+                self._ring.begin_step(task.step, self._num_passes)
+            self._ring.begin_pass()
+        block = self._blocks.get(task.layer)
+        if block is None or task.phase is Phase.APPLY:
+            return True
+        self._ring.use(block, backward=task.phase is Phase.BACKWARD)
+        if block not in self._here:
+            self._lacking = task, now_s
+        return block in self._here
+
+    def next_up(self) -> WeightsUp | None:
+        """What is to come up now, from now on on its way; None while something is, or nothing is wanted."""
+        bring = self._ring.wanted() if self._coming is None else None
+        if bring is None:
+            return None
+        self._ring.begin(bring)
+        if bring.evicts is not None:
+            self._here.remove(bring.evicts)
+        self._coming = bring.block
+        return WeightsUp(layer=self._layers[bring.block], due=bring.due)
+
+    def arrive(self, start_s: float, now_s: float) -> DeviceTask | None:
+        """What was on its way is there; returns the task that waited for it."""
+        assert self._coming is not None, "nothing was on its way"
+        layer = self._layers[self._coming]
+        self._here.add(self._coming)
+        self._coming = None
+        self.spans.append(
+            Span(stream=WorkStream.H2D, step=self._step, layer=layer, start_s=start_s, end_s=now_s, part=self._gpu)
+        )
+        if self._lacking is None or self._lacking[0].layer != layer:
+            return None
+        (task, since_s), self._lacking = self._lacking, None
+        self.waits.append(Wait(step=task.step, layer=layer, start_s=since_s, end_s=now_s))
+        return task
+
+    def waited_s(self, start_s: float, end_s: float) -> float:
+        """In waits that began between these."""
+        return sum(wait.end_s - wait.start_s for wait in self.waits if start_s <= wait.start_s < end_s)
+
+    def delta_due(self, op: Op) -> int:
+        """The deadline of a delta on its way up, to be compared with that of weights."""
+        return self._ring.delta_due(op.step + 1 + self._staleness, self._blocks.get(op.layer, 0))

@@ -1,0 +1,176 @@
+"""Weights that come up from main memory against weights on the device: bits, memory, and the simulator's word.
+
+One process with threads in the actors' place; a slowed-down link stands for a real one. The simulator is given what
+blocks, updates and copies took in the run that it is compared with, so what differs is the order of things.
+
+    PYTHONPATH=. python scripts/streamed_weights.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig, Weights
+from lsp_ray.output_folder import INTERNALS
+from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
+from lsp_ray.runtime.fine_tune import Summary, fine_tune
+from lsp_ray.runtime.prepare.job import Job, prepare_job
+from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
+from lsp_ray.schedule.policy import POLICIES
+from lsp_ray.sim.costs import LayerCosts, StepCosts
+from lsp_ray.sim.simulation import SimulatedStep
+from lsp_ray.sim.simulator import Simulator
+from lsp_ray.trace import StepMetrics
+from lsp_ray.trace_file import Trace, TracedSpan, read_trace
+
+WARM_UP = 2  # the first step, and the one whose memory is measured
+
+
+class Quiet:
+    """Keeps the steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepMetrics] = []
+
+    def note(self, text: str) -> None:
+        """See `Listener`."""
+
+    def phase(self, text: str) -> None:
+        """See `Listener`."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Listener`."""
+        self.steps.append(metrics)
+
+    def saved(self, checkpoint: Path) -> None:
+        """See `Listener`."""
+
+    def has_enough(self) -> bool:
+        """See `Listener`."""
+        return False
+
+
+def run(job: Job, folder: Path) -> tuple[Summary, list[StepMetrics], Trace]:
+    """Train on threads; returns what came of it."""
+    gc.collect()
+    folder.mkdir()
+    workers, listener = ThreadWorkers(job), Quiet()
+    try:
+        summary = fine_tune(job, workers, folder, listener, str)
+    finally:
+        workers.close()
+    return summary, listener.steps, read_trace(folder / INTERNALS / "trace.json")
+
+
+def costs_of(trace: Trace, num_layers: int, num_micro_batches: int, *, streams: bool) -> StepCosts:
+    """What each layer took, medians over the traced steps, without the waits for weights that fall into it."""
+    waits = [span for span in trace.spans if span.cause == "weights"]
+    steps = [step for step in trace.steps if step >= WARM_UP]
+
+    def took(layer: int, kind: str) -> float:
+        seconds = []
+        for step in steps:
+            spans = [span for span in trace.spans if (span.category, span.layer, span.step) == (kind, layer, step)]
+            own_s = sum(span.end_s - span.start_s for span in spans)
+            seconds.append(own_s - sum(_overlap_s(wait, span) for span in spans for wait in waits))
+        return max(0.0, median(seconds))
+
+    def each(layer: int, kind: str) -> float:
+        lengths = [span.end_s - span.start_s for span in trace.spans if (span.category, span.layer) == (kind, layer)]
+        return median(lengths) if lengths else 0.0
+
+    return StepCosts(
+        layers=tuple(
+            LayerCosts(
+                forward_s=took(layer, "forward") / num_micro_batches,
+                backward_s=took(layer, "backward") / num_micro_batches,
+                apply_s=took(layer, "apply"),
+                d2h_s=each(layer, "d2h"),
+                cpu_s=each(layer, "cpu"),
+                h2d_s=each(layer, "h2d"),
+                weights_s=each(layer, "weights"),
+            )
+            for layer in range(num_layers)
+        ),
+        num_micro_batches=num_micro_batches,
+        num_buffers=FEWEST_BUFFERS if streams else 0,
+    )
+
+
+def simulated(job: Job, costs: StepCosts) -> SimulatedStep:
+    """A step on these costs."""
+    owners = job.layout.shard_of_unit
+    return Simulator(costs, POLICIES[job.config.policy](owners, room=job.delta_room), owners).run().typical
+
+
+def _overlap_s(one: TracedSpan, other: TracedSpan) -> float:
+    return max(0.0, min(one.end_s, other.end_s) - max(one.start_s, other.start_s))
+
+
+def _typical(steps: Sequence[StepMetrics], of: Callable[[StepMetrics], float]) -> float:
+    return median(of(step) for step in steps[WARM_UP:])
+
+
+def main() -> None:
+    """Print a line of JSON for each run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
+    parser.add_argument("--link_gbps", type=float, nargs="+", default=[0.5, 0.1])
+    asked = parser.parse_args()
+    config = RunConfig(
+        model_name_or_path=asked.model,
+        output_dir="unused",
+        max_steps=asked.steps,
+        max_seq_length=asked.tokens,
+        max_eval_samples=4,
+        load_in_4bit=asked.bits == 4,
+        bf16=True,
+        gradient_checkpointing=True,
+        lsp=LspConfig(subspace_dim=128, delta="apart", check_every=0, fit="random"),
+        runtime=RuntimeConfig(device="cpu", num_shards=1, device_threads=1, shard_threads=1, weights="device"),
+    )
+    losses: list[float] | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        for link_gbps in (None, *asked.link_gbps):
+            home: Weights = "device" if link_gbps is None else "host"
+            runtime = replace(config.runtime, weights=home, link_gbps=link_gbps)
+            job = prepare_job(replace(config, runtime=runtime), lambda _line: None)
+            summary, steps, trace = run(job, Path(folder) / f"{home}-{link_gbps}")
+            found = [step.loss for step in steps]
+            losses = losses or found
+            costs = costs_of(trace, len(job.payload_sizes), 1, streams=link_gbps is not None)
+            step = simulated(job, costs)
+            step_s = _typical(steps, lambda metrics: metrics.step_time_s)
+            waited_s = _typical(steps, lambda metrics: metrics.exposed_weights_s)
+            line = {
+                "weights": home,
+                "link_gbps": link_gbps,
+                "same_losses": found == losses,
+                "peak_device_MB": round((summary.peak_device_bytes or 0) / 1e6, 1),
+                "streamed_MB": round(job.streamed_bytes / 1e6, 1),
+                "step_s": round(step_s, 3),
+                "simulated_step_s": round(step.step_s, 3),
+                "exposed_weights": round(waited_s / step_s, 3),
+                "simulated_exposed_weights": round(step.exposed.weights_s / step.step_s, 3),
+                "exposed": round(_typical(steps, lambda metrics: metrics.exposed_s) / step_s, 3),
+                "simulated_exposed": round(step.exposed.total_s / step.step_s, 3),
+                "block_ms": [
+                    round(1e3 * median(getattr(layer, name) for layer in costs.layers), 1)
+                    for name in ("forward_s", "backward_s", "weights_s")
+                ],
+            }
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""`runtime.weights auto`: on the device as long as they fit with the reserve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lsp_ray.config import RunConfig
+from lsp_ray.models.layers import find_layers
+from lsp_ray.models.load import load_config, load_skeleton
+from lsp_ray.runtime.prepare.weights_home import with_weights
+from lsp_ray.sim.hardware_profile import RESERVE_BYTES
+from tests.tiny import task_of
+from tests.tiny_jobs import tiny_config, tiny_job
+
+
+def decided(config: RunConfig, device_bytes: int | None) -> tuple[RunConfig, list[str]]:
+    path = Path(config.model_name_or_path)
+    skeleton = load_skeleton(path, task=task_of("llama"))
+    notes: list[str] = []
+    found = with_weights(
+        replace(config, max_seq_length=64),
+        load_config(path),
+        skeleton,
+        find_layers(skeleton),
+        device_bytes,
+        notes.append,
+        quantized=config.bits is not None,
+        bf16=True,
+    )
+    return found, notes
+
+
+@pytest.mark.parametrize("changes", [{"lsp": {"delta": "apart"}}, {"load_in_4bit": True, "lsp": {"delta": "apart"}}])
+def test_weights_leave_the_device_where_they_would_take_of_the_reserve(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny_config(tmp_path, **changes)
+    for there, home in (
+        (None, "device"),
+        (int(RESERVE_BYTES) + (64 << 20), "device"),
+        (int(RESERVE_BYTES) + 1000, "host"),
+    ):
+        found, notes = decided(config, there)
+        assert found.runtime.weights == home
+        assert found.recomputes == (home == "host")
+        assert (found.lsp.check_every == 0) == (home == "host")
+        assert bool(notes) == (home == "host")
+    assert notes[0].startswith("runtime.weights auto: host, as 0.0 GB and 1 GB to spare do not fit into the device's ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lsp": {"delta": "merged"}},
+        {"method": "native"},
+        {"method": "lora", "load_in_4bit": True},
+        {"load_in_8bit": True, "lsp": {"delta": "apart"}},
+        {"lsp": {"delta": "apart"}, "torch_compile": True},
+        {"lsp": {"delta": "apart"}, "runtime": {"weights": "device"}},
+    ],
+)
+def test_what_could_not_come_up_stays_where_it_is(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert decided(tiny_config(tmp_path, **changes), 1000)[0].runtime.weights == "device"
+
+
+def test_a_cpus_device_is_main_memory_itself(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, lsp={"delta": "apart"})
+    assert job.config.runtime.weights == "device"
+    assert job.streamed_bytes == 0
