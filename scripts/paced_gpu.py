@@ -7,8 +7,7 @@ import time
 from collections.abc import Sequence
 
 from lsp_ray.device.step_report import StepReport
-from lsp_ray.runtime.actors.decided import Decided
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.decided import Decided, SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.actors.throttle import Throttle

@@ -17,7 +17,7 @@ from lsp_ray.errors import NonFiniteGradientError, NonFiniteLossError
 from lsp_ray.methods.units import full_units
 from lsp_ray.models.layers import find_layers
 from lsp_ray.report.run_folder import read_run
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.decided import SetupReport
 from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.prepare.job import Job, resumed
 from tests.loopback import Loopback

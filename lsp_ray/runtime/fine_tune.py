@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lsp_ray.output_folder import INTERNALS
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.decided import SetupReport
 from lsp_ray.runtime.checkpoints.checkpoint import checkpoints
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.training import FineTuneWorkers, Listener, NeverStop, Stop, Training

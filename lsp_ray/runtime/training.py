@@ -11,7 +11,7 @@ from typing import Protocol
 
 from lsp_ray.errors import StoppedError
 from lsp_ray.output_folder import INTERNALS
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.decided import SetupReport
 from lsp_ray.runtime.actors.throttle import Throttle, slower_by_themselves
 from lsp_ray.runtime.checkpoints.checkpoint import Checkpoints, way_on
 from lsp_ray.runtime.checkpoints.saved_run import SavedRun

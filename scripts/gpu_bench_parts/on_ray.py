@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lsp_ray.runtime.actors.decided import Decided
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.decided import Decided, SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.cluster.private_cluster import ray_cluster

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lsp_ray.runtime.actors.decided import Decided
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.decided import Decided, SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.ray_workers import RayWorkers
 

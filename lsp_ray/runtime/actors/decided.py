@@ -29,6 +29,20 @@ class Decided:
     weights: Path | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetupReport:
+    """Linears whose projectors could not be learned and stay random; host buffers that could not be page-locked.
+
+    `throttle` is decided here for the whole run: the shards must keep to it as well. `gpu_of_part` is how the parts of
+    a step are divided.
+    """
+
+    unfitted: list[str]
+    num_pageable: int
+    throttle: Throttle
+    gpu_of_part: tuple[int, ...]
+
+
 def on_cpu(linears: Sequence[tuple[str, InSubspace]]) -> dict[str, SparseProjector]:
     """Copies of the projectors of all linears, by name; those with one right factor share its copy."""
     rights: dict[int, BlockFactor] = {}

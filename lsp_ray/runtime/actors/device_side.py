@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -35,35 +35,29 @@ from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
-from lsp_ray.runtime.actors.decided import Decided, on_cpu
+from lsp_ray.runtime.actors.decided import Decided, SetupReport, on_cpu
 from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.actors.throttle import Throttle
-from lsp_ray.runtime.actors.trained_parts import News, build, local_shard_of, part_seconds, refitter_of, throttle_of
+from lsp_ray.runtime.actors.trained_parts import (
+    News,
+    build,
+    local_shard_of,
+    part_seconds,
+    refitter_of,
+    telling_due,
+    throttle_of,
+)
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, TRAINED, writing
 from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, reading
 from lsp_ray.runtime.prepare.beginning import damaged_updates
-from lsp_ray.runtime.prepare.job import SAMPLE_TOKENS, Job
-from lsp_ray.schedule.ops import DeltaDue
+from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.prepare.sample import SAMPLE_TOKENS
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _BASES = "galore_bases.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SetupReport:
-    """Linears whose projectors could not be learned and stay random; host buffers that could not be page-locked.
-
-    `throttle` is decided here for the whole run: the shards must keep to it as well. `gpu_of_part` is how the parts of
-    a step are divided.
-    """
-
-    unfitted: list[str]
-    num_pageable: int
-    throttle: Throttle
-    gpu_of_part: tuple[int, ...]
 
 
 class DeviceSide:
@@ -122,7 +116,7 @@ class DeviceSide:
             weight_decay=config.weight_decay,
             seed=config.seed,
             on_gradients=self._tell,
-            on_due=_telling(self._gpu, self._tell) if job.delta_room is not None else None,
+            on_due=telling_due(self._gpu, self._tell) if job.delta_room is not None else None,
             local_shard=self._local_shard,
             refitter=self._refitter,
             judge=Judge(units, max_grad_norm=config.max_grad_norm, skips=config.on_nonfinite == "skip"),
@@ -346,8 +340,3 @@ class DeviceSide:
 
     def _say(self, what: str) -> None:
         self.progress = what
-
-
-def _telling(gpu: int, tell: Callable[[News], None]) -> Callable[[DeltaDue], None]:
-    """Tells of deltas on this GPU; no method, which would keep the device's side alive in a circle."""
-    return lambda due: tell(replace(due, gpu=gpu))

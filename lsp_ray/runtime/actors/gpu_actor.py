@@ -13,8 +13,8 @@ import ray
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.switch import Takeover
-from lsp_ray.runtime.actors.decided import Decided
-from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
+from lsp_ray.runtime.actors.decided import Decided, SetupReport
+from lsp_ray.runtime.actors.device_side import DeviceSide
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.actors.trained_parts import News
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free

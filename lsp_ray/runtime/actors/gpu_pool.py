@@ -10,7 +10,7 @@ import ray
 
 from lsp_ray.device.switch import Takeover
 from lsp_ray.errors import DivergedError, WorkerLostError
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.decided import SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.gpu_relay import GpuRelay
 from lsp_ray.runtime.actors.throttle import Throttle

@@ -45,8 +45,7 @@ from lsp_ray.runtime.transport.unit_slots import UnitSlots
 from lsp_ray.trace import ComputeSpan, Span, Wait, WorkStream
 
 if TYPE_CHECKING:  # a relay has no need of models and what they import
-    from lsp_ray.runtime.actors.decided import Decided
-    from lsp_ray.runtime.actors.device_side import SetupReport
+    from lsp_ray.runtime.actors.decided import Decided, SetupReport
 
 Timed = TypeVar("Timed", Span, Wait, ComputeSpan, StepReport)
 

@@ -12,7 +12,7 @@ from lsp_ray.device.switch import Takeover, takes_over
 from lsp_ray.errors import DeadlineError, GpuLostError, WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.sums import SummedPart
-from lsp_ray.runtime.actors.device_side import SetupReport
+from lsp_ray.runtime.actors.decided import SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.gpu_pool import GpuPool
 from lsp_ray.runtime.actors.shard_pool import ShardPool

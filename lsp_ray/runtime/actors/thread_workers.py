@@ -16,7 +16,8 @@ from lsp_ray.optim.adamw import AdamWState
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
-from lsp_ray.runtime.actors.device_side import DeviceSide, SetupReport
+from lsp_ray.runtime.actors.decided import SetupReport
+from lsp_ray.runtime.actors.device_side import DeviceSide
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.actors.trained_parts import News
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing

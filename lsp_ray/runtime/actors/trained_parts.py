@@ -160,3 +160,8 @@ def throttle_of(
     compute_s = compute_seconds(model, updates, backend)
     emulated = emulating(MACHINES[runtime.emulate], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
     return replace(emulated, network_gbps=runtime.network_gbps)
+
+
+def telling_due(gpu: int, tell: Callable[[News], None]) -> Callable[[DeltaDue], None]:
+    """Tells of deltas on this GPU; no method, which would keep the device's side alive in a circle."""
+    return lambda due: tell(replace(due, gpu=gpu))

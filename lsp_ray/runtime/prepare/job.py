@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,9 +20,8 @@ from lsp_ray.data.paths import absolute_path
 from lsp_ray.data.tokenize import LONGEST, TokenizedRows, tokenize_rows
 from lsp_ray.device.compiled_blocks import check_compiler
 from lsp_ray.errors import ConfigError
-from lsp_ray.methods.lsp import frozen_linears, lsp_payload_parts, lsp_payload_sizes, projector_sizes
-from lsp_ray.methods.units import full_payload_sizes
-from lsp_ray.models.layers import Layer, find_layers
+from lsp_ray.methods.lsp import projector_sizes
+from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, load_skeleton, load_tokenizer, num_positions
 from lsp_ray.models.resolve import resolve_model
 from lsp_ray.models.text_reach import unreached_by_text
@@ -35,17 +32,17 @@ from lsp_ray.runtime.prepare.beginning import check_beginning
 from lsp_ray.runtime.prepare.device_choice import Device, choose_bf16, choose_device, choose_gpus
 from lsp_ray.runtime.prepare.job_checks import check_method, check_model, check_sizes, with_delta
 from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_notes
-from lsp_ray.runtime.prepare.layout import Layout, plan_layout
+from lsp_ray.runtime.prepare.layout import Layout, layout_of
 from lsp_ray.runtime.prepare.learning_rates import learning_rates
-from lsp_ray.runtime.prepare.machines import Machine, place
+from lsp_ray.runtime.prepare.machines import Machine
+from lsp_ray.runtime.prepare.payloads import payload_sizes_of, room_of, streamed_bytes_of, sums_of
+from lsp_ray.runtime.prepare.sample import sample_of
 from lsp_ray.runtime.prepare.weights_home import with_weights
 from lsp_ray.runtime.watch.metrics_file import METRICS, read_metrics
-from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
+from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.store import payload_bytes, store_bytes
-from lsp_ray.sim.workload import nf4_bytes
 
-SAMPLE_TOKENS = 48
 GRAPH_LENGTHS = 64
 
 
@@ -226,8 +223,8 @@ def prepare_job(
     )
     check_method(layers, config)
     sizes = projector_sizes(layers, config.lsp) if config.method == "lsp" else {}
-    payload_sizes = _payload_sizes(layers, config, quantized=quantized)
-    sums = _sums(layers, config, quantized=quantized)
+    payload_sizes = payload_sizes_of(layers, config, quantized=quantized)
+    sums = sums_of(layers, config, quantized=quantized)
     begins_with = None
     if config.method == "lsp" and config.lsp.init_from is not None and config.resume_from_checkpoint is None:
         start = Path(config.lsp.init_from)
@@ -252,7 +249,7 @@ def prepare_job(
         *data_notes(tokenized, config, micro_batches.num_steps),
     ):
         note(line)
-    sample_inputs, sample_expected = _sample(_first_held_out(tokenized), tokenized, tokenizer)
+    sample_inputs, sample_expected = sample_of(tokenized, tokenizer)
     return Job(
         config=config,
         model_folder=model_folder,
@@ -267,11 +264,11 @@ def prepare_job(
         payload_sizes=tuple(payload_sizes),
         sums=sums,
         begins_with=begins_with,
-        delta_room=delta_room(_wire_sizes(payload_sizes, config), _wire_sizes(full_payload_sizes(layers), config)),
+        delta_room=room_of(layers, payload_sizes, config),
         quantized=quantized,
-        streamed_bytes=_streamed_bytes(layers, config, dtype, quantized=quantized),
+        streamed_bytes=streamed_bytes_of(layers, config, dtype, quantized=quantized),
         subspace_dims={name: size.dims for name, size in sizes.items()},
-        layout=_layout(config, device, payload_sizes, machines),
+        layout=layout_of(config, payload_sizes, machines, on_gpu=device == "cuda"),
         sample_inputs=sample_inputs,
         sample_expected=sample_expected,
         questions=tuple(find_questions(tokenized, tokenizer, config.max_eval_answers)),
@@ -302,22 +299,8 @@ def laid_out(job: Job, machines: Sequence[Machine]) -> Job:
     if job.device == "cuda":
         num_gpus = min(num_gpus, max(1, sum(machine.num_gpus for machine in machines)))
     config = replace(job.config, runtime=replace(job.config.runtime, num_gpus=num_gpus))
-    return replace(job, config=config, layout=_layout(config, job.device, job.payload_sizes, machines))
-
-
-def _layout(config: RunConfig, device: Device, payload_sizes: Sequence[int], machines: Sequence[Machine]) -> Layout:
-    num_gpus, on_gpu = config.runtime.num_gpus, device == "cuda"
-    assert num_gpus != "auto", "is decided by now"
-    places = place(num_gpus, machines, on_gpu=on_gpu) if len(machines) > 1 else []
-    own_cores = len(os.sched_getaffinity(0))
-    return plan_layout(
-        config.runtime,
-        payload_sizes,
-        cores=min([own_cores, *(machine.cores for machine in places)]),
-        on_gpu=on_gpu,
-        num_parts=config.replicas,
-        nodes=[machine.name for machine in places],
-    )
+    layout = layout_of(config, job.payload_sizes, machines, on_gpu=job.device == "cuda")
+    return replace(job, config=config, layout=layout)
 
 
 def resumed(job: Job, folder: Path) -> Job:
@@ -338,54 +321,8 @@ def resumed(job: Job, folder: Path) -> Job:
     return replace(job, saved=saved, begins_with=None)
 
 
-def _payload_sizes(layers: Sequence[Layer], config: RunConfig, *, quantized: bool) -> list[int]:
-    if config.method == "lsp":
-        return lsp_payload_sizes(layers, config.lsp, quantized=quantized)
-    return full_payload_sizes(layers) if config.method == "zero_offload" else []
-
-
-def _sums(layers: Sequence[Layer], config: RunConfig, *, quantized: bool) -> tuple[tuple[SummedPart, ...], ...] | None:
-    if config.method != "lsp" or not config.lsp.is_apart:
-        return None
-    return tuple(tuple(parts) for parts in lsp_payload_parts(layers, config.lsp, quantized=quantized))
-
-
-def _streamed_bytes(layers: Sequence[Layer], config: RunConfig, dtype: torch.dtype, *, quantized: bool) -> int:
-    if not config.streams:
-        return 0
-    linears = frozen_linears(layers, config.lsp, quantized=quantized)
-    numels = [site.shape[0] * site.shape[1] for _, sites in linears for site in sites]
-    return round(sum(nf4_bytes(numel) if quantized else dtype.itemsize * numel for numel in numels))
-
-
-def _wire_sizes(sizes: Sequence[int], config: RunConfig) -> list[int]:
-    return [payload_bytes(size, config.runtime.payload_dtype) for size in sizes]
-
-
 def _length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: str) -> int | None:
     """A graph is recorded for every length of a batch: with few lengths there are few."""
     longest = -(-config.seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
     fits = longest <= getattr(skeleton.config.get_text_config(), "max_position_embeddings", longest)
     return GRAPH_LENGTHS if device == "cuda" and config.uses_graphs and fits else None
-
-
-def _first_held_out(tokenized: TokenizedRows) -> Mapping[str, Any]:
-    """Its columns; where only a collator knows them, those of a batch of one."""
-    first = tokenized.eval[0]
-    if tokenized.collate is None:
-        return dict(first)
-    return {name: values[0].tolist() for name, values in tokenized.collate([first]).items()}
-
-
-def _sample(
-    row: Mapping[str, Any], tokenized: TokenizedRows, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, list[int]], str]:
-    """The held-out example shown before and after: what the model is given, and what the data says."""
-    ids = list(row["input_ids"])
-    if tokenized.task == "sequence_classification":
-        inputs = {name: list(values) for name, values in row.items() if name != "labels"}
-        label = row["labels"]
-        return inputs, f"label {tokenized.label_names[label] if len(tokenized.label_names) > 1 else f'{label:.4g}'}"
-    num_prompt = next(position for position, label in enumerate(row["labels"]) if label != -100)
-    num_prompt = num_prompt or max(1, len(ids) // 2)  # plain text has no prompt: continue its first half
-    return {"input_ids": ids[:num_prompt]}, str(tokenizer.decode(ids[num_prompt:], skip_special_tokens=True))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lsp_ray.config import RuntimeConfig
+from lsp_ray.config import RunConfig, RuntimeConfig
+from lsp_ray.runtime.prepare.machines import Machine, place
 from lsp_ray.sim.store import balanced
 
 CORES_FOR_TWO_SHARDS = 16  # below, one with all threads is faster; more than two slow lsp down (simulated, docs/log.md)
@@ -139,3 +141,19 @@ def parts_by_pace(num_parts: int, part_s: Sequence[float]) -> tuple[int, ...]:
 
 def _slowest_s(gpu_of_part: Sequence[int], part_s: Sequence[float]) -> float:
     return max(gpu_of_part.count(gpu) * own_s for gpu, own_s in enumerate(part_s))
+
+
+def layout_of(config: RunConfig, payload_sizes: Sequence[int], machines: Sequence[Machine], *, on_gpu: bool) -> Layout:
+    """`plan_layout` for a run whose GPUs are a number by now, on this machine or those of a cluster."""
+    num_gpus = config.runtime.num_gpus
+    assert num_gpus != "auto", "is decided by now"
+    places = place(num_gpus, machines, on_gpu=on_gpu) if len(machines) > 1 else []
+    own_cores = len(os.sched_getaffinity(0))
+    return plan_layout(
+        config.runtime,
+        payload_sizes,
+        cores=min([own_cores, *(machine.cores for machine in places)]),
+        on_gpu=on_gpu,
+        num_parts=config.replicas,
+        nodes=[machine.name for machine in places],
+    )
