@@ -191,6 +191,9 @@ def _killed(folder: Path, there: Sequence[Machine]) -> dict[str, Any]:
     out.mkdir()
     workers = partial(RayWorkers, note=lambda line: print(line, flush=True), shared=out)
     fine_tune_persistently(job, workers, out, watcher, str, NeverStop())
+    for line in watcher.notes:
+        if "starting again" in line:
+            print(line)
     losses = [
         [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").open()] for name in ("killed", "alone")
     ]

@@ -35,6 +35,8 @@ from lsp_ray.runtime.transport.lanes import (
 )
 from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
 
+MAX_TRIES = 2  # of putting an actor into a lost one's place
+
 
 class GpuPool:
     """Starts an actor for every GPU of the layout.
@@ -90,7 +92,24 @@ class GpuPool:
         return list(lanes.values())
 
     def replace(self, gpu: int, step: int) -> None:
-        """Start another one, with what the others have before a step that all of them have made."""
+        """Start another one, with what the others have before a step that all of them have made.
+
+        One that is lost before it has begun is replaced as well.
+
+        Raises:
+            WorkerLostError: That has not helped, or the one that has the weights is lost.
+        """
+        for tries_left in reversed(range(MAX_TRIES)):
+            try:
+                self._replace(gpu, step)
+            except WorkerLostError:
+                if not tries_left:
+                    raise
+                self.forget(gpu)
+            else:
+                return
+
+    def _replace(self, gpu: int, step: int) -> None:
         self._places[gpu] = self._place_for(gpu)
         self._actors[gpu] = self._new(gpu)
         with own_folder(self._shared) as folder:

@@ -118,6 +118,7 @@ class Driver:
         self._first_step = first_step
         self._num_started = first_step
         self._num_drained = first_step
+        self._end = first_step  # of the steps under way: nothing is to be done after it before a pause
         self._judge = judge or StepJudge(policy.num_layers, first_step=first_step)
         self._event_log = event_log
         self._open = OpenSteps(policy.num_layers, policy.gpu_of_part)
@@ -131,6 +132,7 @@ class Driver:
 
     def train(self, end: int, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Run the steps before `end`, fewer where `should_stop` says so; on return their deltas have come up."""
+        self._end = end
         self._start_steps(end, should_stop)
         while self.ledger.num_closed < self._num_started:
             for completion in self._next_completions():
@@ -145,14 +147,17 @@ class Driver:
     def _start_steps(self, end: int, should_stop: Callable[[], bool]) -> None:
         is_over = should_stop()
         while not is_over and self._num_started < min(end, self._judge.num_run + STEPS_AHEAD):
-            self._workers.start_step(self._num_started)
-            self._num_started += 1
+            self._start_step()
             is_over = should_stop()
         if self._policy.room is None or self._num_drained == self._num_started:
             return
         if is_over or self._num_started == end:  # the room is for deltas that a forward comes to: now none does
             self._workers.drain()
             self._num_drained = self._num_started
+
+    def _start_step(self) -> None:
+        self._workers.start_step(self._num_started)
+        self._num_started += 1
 
     def _handle(self, completion: Completion) -> None:
         match completion:
@@ -228,16 +233,11 @@ class Driver:
             self._handle(completion)
         own = self._open.parts_of(gpu)
         step = min(self._open.lacking(gpu, self.ledger.num_closed), self._judge.lacking(own))
-        self._losses = [*(at for at in self._losses if at == self.ledger.num_closed), self.ledger.num_closed]
-        is_hopeless = len(self._losses) >= MAX_LOSSES_IN_A_ROW
-        if is_hopeless or step == self._num_started or not workers.can_replace(gpu, step):
+        if self._is_hopeless() or step == self._end or not workers.can_replace(gpu, step):
             raise lost
-        self._absent = gpu
-        for op in self._open.coming_up(gpu):
-            self._do_without(op)
-        while not (self._others_have_made(gpu, step) and workers.is_idle()):
-            for completion in workers.next_completions():
-                self._handle(completion)
+        if step == self._num_started:  # it was ahead of the others, which come to where it was by this one
+            self._start_step()
+        self._let_others_make(step, gpu, workers)
         try:
             workers.replace(gpu, step)
         except CheckpointError as error:  # no room for what it would be given: the last checkpoint is there
@@ -252,6 +252,21 @@ class Driver:
             self._decide(ready)
         drains = self._num_drained == self._num_started and self._policy.room is not None
         workers.start_again(gpu, range(step, self._num_started), drains=drains)
+
+    def _let_others_make(self, step: int, gpu: int, workers: ReplacingWorkers) -> None:
+        """Without this GPU, as far as they come."""
+        self._absent = gpu
+        for op in self._open.coming_up(gpu):
+            self._do_without(op)
+        while not (self._others_have_made(gpu, step) and workers.is_idle()):
+            for completion in workers.next_completions():
+                self._handle(completion)
+
+    def _is_hopeless(self) -> bool:
+        """Whether GPUs are lost again and again, and no step is closed between."""
+        closed = self.ledger.num_closed
+        self._losses = [*(at for at in self._losses if at == closed), closed]
+        return len(self._losses) >= MAX_LOSSES_IN_A_ROW
 
     def _do_without(self, op: Op) -> None:
         """A delta that would come up to a GPU that is lost: another one's weights, which replace it, have it."""
