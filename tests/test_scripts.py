@@ -205,6 +205,7 @@ def test_options_that_a_page_names_exist(page: Path) -> None:
     known |= {"--output", "--dtype", "--help_all"} | {"--hardware", "--json", "--measure"}  # of report, export and plan
     known |= {"--num_gpus", "--nodes", "--network_gbit"}  # of plan
     known |= {"--base", "--raw", "--prompt", "--temperature", "--top_p"}  # of chat
+    known |= {"--head", "--port", "--address", "--node-ip-address", "--object-store-memory", "--generate"}  # of Ray
     known |= {"--strict", "--shm-size", "--no-build-isolation"}  # of mypy, docker and pip
     known |= {"--quick", "--data_dir", "--seeds", "--rate_factors", "--out", "--ray"}  # of the benchmarks
     known |= {"--model", "--model_args", "--tasks", "--include_path", "--device", "--batch_size"}  # of lm-eval
