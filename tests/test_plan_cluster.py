@@ -134,7 +134,7 @@ def test_a_gpu_that_computes_several_parts_sends_each_and_gets_one_delta() -> No
 
 
 def test_a_driver_of_many_gpus_bounds_the_step() -> None:
-    many = forecast(SMALL, on(WORK, 64, 8, 25.0), MACHINE, "layerwise")
+    many = forecast(SMALL, on(WORK, 64, 8, 100.0), MACHINE, "layerwise")
     assert many.driver_s == pytest.approx((2 * 512 + 1) * len(SMALL.layers) * DRIVER_S)
     assert (many.step_s, many.bound) == (many.driver_s, "driver")
     assert forecast(SMALL, WORK, MACHINE, "layerwise").driver_s == 0
@@ -346,11 +346,9 @@ def test_the_page_recommends_what_the_planner_does(num_nodes: int, column: int, 
 @pytest.mark.parametrize("num_gpus", [8, 64, 512])
 def test_the_page_says_of_many_gpus_what_the_planner_does(num_gpus: int) -> None:
     [row] = re.findall(rf"^\| {num_gpus} \|([\d. |]+)\|", PAGE.split("on paper")[1], re.MULTILINE)
-    network_s, updates_s, driver_s, efficiency, free = (float(cell.strip() or 0) for cell in row.split("|")[:5])
+    expected = [float(cell.strip() or 0) for cell in row.split("|")[:4]]
     network = {} if num_gpus == 8 else {"network_gbit": 25.0}
     runtime, lsp = PlanRuntimeConfig(payload_dtype="bfloat16"), PlanLspConfig(subspace_dim=256)
     found = planned(nodes=num_gpus // 8, num_gpus=8, lsp=lsp, runtime=runtime, **network)
     seen = found.network_s, found.busy_s[WorkStream.CPU], found.driver_s, found.efficiency
-    assert seen == pytest.approx((network_s, updates_s, driver_s, efficiency), abs=0.006)
-    alone_s = simulate(llama_7b(), found.workload, MACHINE, found.policy).typical.step_s
-    assert found.single_s / alone_s == pytest.approx(free, abs=0.006)
+    assert seen == pytest.approx(expected, abs=0.006)
