@@ -38,7 +38,7 @@ class Machines:
         self._port = _free_port()
         self.address = f"127.0.0.2:{self._port}"
         self.environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "HOME": str(folder),  # the token is there
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),

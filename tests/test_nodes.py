@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lsp_ray.config import RunConfig, RuntimeConfig
 from lsp_ray.errors import ConfigError
-from lsp_ray.runtime.cluster import nodes
+from lsp_ray.runtime.cluster import joined_cluster, nodes
 from lsp_ray.runtime.cluster.joined_cluster import _check_token, _found
 from lsp_ray.runtime.cluster.nodes import Node, check_nodes
 from lsp_ray.runtime.prepare.job import laid_out
@@ -88,6 +88,7 @@ def test_a_cluster_that_asks_nobody_for_a_token_is_joined_where_only_this_machin
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(joined_cluster, "_asks_for_token", lambda: False)
     with pytest.raises(ConfigError, match=r"^runtime.address must be a cluster that asks for a token"):
         _check_token([OWN, OTHER], "auto")
     _check_token([replace(OWN, ip="127.0.0.2"), replace(OTHER, ip="127.0.0.3")], "auto")
