@@ -141,8 +141,8 @@ def _trained(
     check_memory(job, read_host_memory())
     runtime = job.config.runtime
     is_joined = runtime.address is not None
-    if not is_joined:
-        progress.phase("starting Ray")
+    places = len(set(job.layout.nodes)) or 1
+    progress.phase(f"starting actors on {places} machine(s)" if is_joined else "starting Ray")
     with ray_cluster(
         num_actors=job.layout.num_gpus + job.layout.num_shards,
         num_gpus=job.layout.num_gpus if job.device == "cuda" else 0,
