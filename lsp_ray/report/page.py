@@ -16,6 +16,7 @@ from lsp_ray.trace import Cause, WorkStream
 
 _SAMPLES = (("sample_before", "Before"), ("sample_after", "After"), ("sample_expected", "In the data"))
 _LEAST_SHOWN = 0.05  # of a step: the width of the figure, so that next to no waiting looks like it
+_MOST_NAMED = 3  # causes of waiting, beside a bar
 _LEGEND = {**{stream.value: name for stream, name in STREAM_NAMES.items()}, "wait": "device waits"}
 
 
@@ -159,7 +160,9 @@ def _exposed(runs: Sequence[RunFolder]) -> Sequence[Markup]:
             Segment(value=late_s[cause], kind=cause.value, text=f"{text} ms")
             for cause, text in zip(causes, texts, strict=True)
         ]
-        figures = f"{' · '.join(texts)} ms: {sum(late_s.values()) / step_s:.1%} of the step"
+        # with more causes than three their names, which the legend has in the same order, would be cut off
+        told = texts if len(causes) <= _MOST_NAMED else [f"{late_s[cause] * 1e3:.1f}" for cause in causes]
+        figures = f"{' · '.join(told)} ms: {sum(late_s.values()) / step_s:.1%} of the step"
         rows.append(Bar(label=run.name, segments=segments, figures=figures))
     scale = _text(how, f" The full width is {longest_s * 1e3:.0f} ms.")
     return scale, _stream_legend(*causes), bars(rows, full=longest_s)
