@@ -39,10 +39,8 @@ def _pace(block: nn.Module, forward_s: float, backward_s: float) -> None:
     def end_forward(*_: object) -> None:
         _sleep(start_s + forward_s - time.monotonic())
 
-    def begin_backward(
-        *_: object,
-    ) -> None:  # gradients are told of during the backward: they come when it is nearly over
-        nonlocal start_s
+    def begin_backward(*_: object) -> None:
+        nonlocal start_s  # gradients are told of during the backward: it sleeps before, so that they come late
         _sleep(backward_s - own_s)
         start_s = time.monotonic()
 

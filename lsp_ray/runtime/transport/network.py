@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from types import TracebackType
 from typing import Self
 
+from lsp_ray.errors import WorkerLostError
+
 GAP_TIMEOUT_S = 20.0  # how long nothing may come through before a connection counts as lost
 HANDSHAKE_TIMEOUT_S = 5.0  # one who connects and says nothing keeps others waiting no longer
 _NUM_LOOKS = 16  # at another clock; the quickest is the most exact
@@ -72,13 +74,16 @@ def dial(address: Address) -> Connection:
     """Connect to a door.
 
     Raises:
-        OSError: It does not answer.
-        AuthenticationError: It is another run's.
+        WorkerLostError: It does not answer, or is another run's.
     """
-    connection = _lasting(socket.create_connection((address.host, address.port), GAP_TIMEOUT_S))
-    answer_challenge(connection, address.key)
-    deliver_challenge(connection, address.key)
-    _set_patience(connection, 0.0)
+    try:
+        connection = _lasting(socket.create_connection((address.host, address.port), GAP_TIMEOUT_S))
+        answer_challenge(connection, address.key)
+        deliver_challenge(connection, address.key)
+        _set_patience(connection, 0.0)
+    except (AuthenticationError, EOFError, OSError) as error:
+        why = f"{socket.gethostname()} does not reach the driver's machine at {address.host}:{address.port}"
+        raise WorkerLostError(f"{why} ({error}); a firewall between them must let it") from error
     return connection
 
 
