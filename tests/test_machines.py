@@ -126,16 +126,17 @@ def test_whoever_is_lost_no_step_is(tmp_path: Path, two: tuple[Machines, list[ps
     cluster, raylets = two
     changes: dict[str, Any] = {"num_replicas": 2, "max_steps": 60, "save_steps": 0}
     job = alone(tmp_path, **changes)
-    losses: list[Callable[[], psutil.Process]] = [
-        lambda: actor_of(raylets[1], "GpuActor"),
-        lambda: actor_of(raylets[0], "GpuRelay"),
-        lambda: actor_of(raylets[0], "ShardActor"),
-        lambda: raylets[1],
+    losses: list[Callable[[], list[psutil.Process]]] = [
+        lambda: [actor_of(raylets[1], "GpuActor")],
+        lambda: [actor_of(raylets[0], "GpuRelay")],
+        lambda: [actor_of(raylets[0], "ShardActor")],
+        lambda: [raylets[1], *raylets[1].children(recursive=True)],  # the machine, with all that ran on it
     ]
     with Run(tmp_path, cluster, **changes) as run:
         for number, lost in enumerate(losses):
             run.wait_for(3 + 10 * number)
-            os.kill(lost().pid, signal.SIGKILL)
+            for process in lost():
+                os.kill(process.pid, signal.SIGKILL)
         said = run.end()
     raylets[1] = cluster.start()
     assert "starting again" not in said, said
