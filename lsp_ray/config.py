@@ -190,6 +190,8 @@ class RuntimeConfig:
     """On a GPU, launch each block's passes as graphs, examples padded to multiples of 64; default: not if compiled."""
     weights: WeightsAsked = "auto"
     """Where frozen weights live; host: main memory, up block by block (lsp, lsp.delta apart); auto: where needed."""
+    device_memory_gb: float | None = None
+    """Take no more of each device's memory, in gigabytes (10⁹ bytes), also with device cpu; default: all there is."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
     network_gbps: float | None = None
@@ -206,6 +208,7 @@ class RuntimeConfig:
             _at_least("runtime.num_gpus", self.num_gpus, 1)
         _at_least("runtime.device_threads", self.device_threads, 1)
         _at_least("runtime.shard_threads", self.shard_threads, 1)
+        _above_zero("runtime.device_memory_gb", self.device_memory_gb)
         _above_zero("runtime.link_gbps", self.link_gbps)
         _above_zero("runtime.network_gbps", self.network_gbps)
         _check_address(self.address)

@@ -92,7 +92,7 @@ def test_answers_come_in_order_and_errors_as_what_they_are(lane: Lane) -> None:
     assert not lane.owed
     with pytest.raises(ConfigError, match=r"^seed must be at least 0, got -1; no$"):
         lane.call("failing", "fail", "ours")
-    with pytest.raises(OutOfDeviceMemoryError, match=r"^the GPU's memory is full \(step 3\); a smaller "):
+    with pytest.raises(OutOfDeviceMemoryError, match=r"^the device's memory is full \(step 3\); a smaller "):
         lane.call("step 3", "fail", "torch's")
     with pytest.raises(RuntimeError, match=r"^Unsendable: has a lambda"):
         lane.call("failing", "fail", "unsendable")

@@ -389,7 +389,7 @@ def test_activations_are_forecast_within_a_tenth_of_what_a_forward_and_backward_
         gradient_checkpointing=checkpointing,
     )
     parts = device_memory(shape_of(tmp_path), work, 0)
-    expected = replace(parts, weights=0, projectors=0, optimizer_state=0, payload_buffers=0).peak_bytes
+    expected = replace(parts, weights=0, noise=0, projectors=0, optimizer_state=0, payload_buffers=0).peak_bytes
     assert live.peak_bytes - before == pytest.approx(expected, rel=0.1)
 
 
@@ -443,7 +443,9 @@ def test_a_quantised_base_and_what_is_kept_apart_are_forecast_within_a_twentieth
     parts = device_memory(shape_of(weights_folder), work, 0)
     assert base == pytest.approx((parts.quantized, parts.weights - adapters), rel=0.05)
     assert parts.deltas == (kept_apart if method == "lsp" else 0)
-    beside = replace(parts, weights=0, quantized=0, deltas=0, projectors=0, optimizer_state=0, payload_buffers=0)
+    beside = replace(
+        parts, weights=0, quantized=0, noise=0, deltas=0, projectors=0, optimizer_state=0, payload_buffers=0
+    )
     steady = parts.weights + parts.quantized + parts.deltas
     assert steady + live.peak_bytes - before == pytest.approx(steady + beside.peak_bytes, rel=0.05)
 

@@ -7,21 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lsp_ray.config import RunConfig
+from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, load_skeleton
+from lsp_ray.runtime.prepare.device_choice import device_bytes
 from lsp_ray.runtime.prepare.weights_home import with_weights
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES
 from tests.tiny import task_of
-from tests.tiny_jobs import tiny_config, tiny_job
+from tests.tiny_jobs import deepen, tiny_config, tiny_job
 
 
 def decided(config: RunConfig, device_bytes: int | None) -> tuple[RunConfig, list[str]]:
+    found, _, notes = prepared(config, device_bytes)
+    return found, notes
+
+
+def prepared(config: RunConfig, device_bytes: int | None) -> tuple[RunConfig, int, list[str]]:
     path = Path(config.model_name_or_path)
     skeleton = load_skeleton(path, task=task_of("llama"))
     notes: list[str] = []
-    found = with_weights(
+    found, num_buffers = with_weights(
         replace(config, max_seq_length=64),
         load_config(path),
         skeleton,
@@ -31,7 +39,7 @@ def decided(config: RunConfig, device_bytes: int | None) -> tuple[RunConfig, lis
         quantized=config.bits is not None,
         bf16=True,
     )
-    return found, notes
+    return found, num_buffers, notes
 
 
 @pytest.mark.parametrize("changes", [{"lsp": {"delta": "apart"}}, {"load_in_4bit": True, "lsp": {"delta": "apart"}}])
@@ -63,6 +71,32 @@ def test_weights_leave_the_device_where_they_would_take_of_the_reserve(tmp_path:
 )
 def test_what_could_not_come_up_stays_where_it_is(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert decided(tiny_config(tmp_path, **changes), 1000)[0].runtime.weights == "device"
+
+
+def test_as_many_blocks_are_on_the_device_as_fit(tmp_path: Path) -> None:
+    deepen(tmp_path, "llama", 6)
+    config = tiny_config(tmp_path, runtime={"weights": "host"}, lsp={"delta": "apart"})
+    found = [prepared(config, there)[1] for there in range(int(RESERVE_BYTES), int(RESERVE_BYTES) + 3_000_000, 20_000)]
+    assert sorted(found) == found
+    assert set(found) == {2, 3, 4, 5, 6}
+    assert prepared(config, None)[1] == 2
+    # a memory that was given is left a tenth, not what a desktop takes
+    limited = replace(config, runtime=replace(config.runtime, device_memory_gb=0.003))
+    assert prepared(limited, 3_000_000)[1] == 6
+
+
+def test_no_more_than_there_is_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(tmp_path, runtime={"device_memory_gb": 4.0})
+    assert device_bytes(config, "cpu") == 4_000_000_000
+    assert device_bytes(tiny_config(tmp_path), "cpu") is None
+
+    class Card:
+        total_memory = 3 << 30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: Card)
+    assert device_bytes(tiny_config(tmp_path), "cuda") == 3 << 30
+    with pytest.raises(ConfigError, match=r"runtime.device_memory_gb must be at most 3.22, all of the GPU's, got 4.0"):
+        device_bytes(config, "cuda")
 
 
 def test_a_cpus_device_is_main_memory_itself(tmp_path: Path) -> None:

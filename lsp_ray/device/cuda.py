@@ -20,12 +20,20 @@ from lsp_ray.trace import WorkStream
 
 
 class CudaBackend:
-    """See `Backend`. Compute is the device's default stream, the one that autograd's threads use as well."""
+    """See `Backend`. Compute is the device's default stream, the one that autograd's threads use as well.
+
+    Args:
+        index: Of the GPU.
+        limit_bytes: Of its memory that tensors may take; default: all there is.
+    """
 
     has_graphs = True
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, limit_bytes: int | None = None) -> None:
         self.device = torch.device("cuda", index)
+        if limit_bytes is not None:
+            there_bytes = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / there_bytes), self.device)
         # cuDNN's attention, which torch prefers on large cards, plans anew for every length of a batch: some tenths of
         # a second, and our batches are as long as their examples
         torch.backends.cuda.enable_cudnn_sdp(False)

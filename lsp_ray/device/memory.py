@@ -19,9 +19,11 @@ class LiveStorage:
 
     Args:
         ignored: Tensors whose storage is not the device's: host slots.
+        limit_bytes: What may be alive at one time; default: any number.
     """
 
-    def __init__(self, ignored: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, ignored: Sequence[torch.Tensor] = (), limit_bytes: int | None = None) -> None:
+        self._limit_bytes = limit_bytes
         self._lock = threading.RLock()  # re-entrant: a finalizer may run while this thread counts
         self._ignored = {_address(tensor) for tensor in ignored}
         self._alive: dict[int, int] = {}
@@ -29,7 +31,21 @@ class LiveStorage:
         self.peak_bytes = 0
 
     def watch(self, tensor: torch.Tensor) -> None:
-        """Count the tensor's storage until nothing holds it any more."""
+        """Count the tensor's storage until nothing holds it any more.
+
+        Raises:
+            torch.OutOfMemoryError: That is more than may be alive.
+        """
+        self._count(tensor)
+        self._check()
+
+    def _check(self) -> None:
+        if self._limit_bytes is not None and self.live_bytes > self._limit_bytes:
+            raise torch.OutOfMemoryError(
+                f"{self.live_bytes / 1e9:.3f} GB of tensors are alive, {self._limit_bytes / 1e9:.3f} GB may be"
+            )
+
+    def _count(self, tensor: torch.Tensor) -> None:
         if tensor.device.type != "cpu":
             return
         storage = tensor.untyped_storage()
@@ -49,7 +65,8 @@ class LiveStorage:
             kind = type(candidate)
             if (kind is torch.Tensor or issubclass(kind, nn.Parameter)) and candidate.layout is torch.strided:
                 with suppress(RuntimeError):  # nor has one that it made of a real one
-                    self.watch(candidate)
+                    self._count(candidate)
+        self._check()
 
     def _forget(self, key: int) -> None:
         with self._lock:
@@ -78,12 +95,18 @@ class _Watching(TorchDispatchMode):
 
 
 @contextmanager
-def peak_of(device: torch.device, ignored: Sequence[torch.Tensor] = ()) -> Iterator[LiveStorage]:
+def peak_of(
+    device: torch.device, ignored: Sequence[torch.Tensor] = (), limit_bytes: int | None = None
+) -> Iterator[LiveStorage]:
     """Measure the peak of live bytes on `device` while the context is open; read `peak_bytes` after it.
 
-    Other threads add what they allocate with `watch`. On CUDA the figure is the allocator's peak.
+    Other threads add what they allocate with `watch`. On CUDA the figure is the allocator's peak, which knows a limit
+    of its own.
+
+    Raises:
+        torch.OutOfMemoryError: On a CPU, more than `limit_bytes` are alive.
     """
-    live = LiveStorage(ignored)
+    live = LiveStorage(ignored, limit_bytes)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield live

@@ -62,6 +62,7 @@ class DeviceWorker:
         num_parts: Equal parts of a step, each of which is sent by itself.
         own_parts: Those that are computed here, in order; default: all.
         weights: The blocks' frozen weights, where they come up behind the compute; default: they are on the device.
+        limit_bytes: On a CPU, of tensors that may be alive in a step; default: any number.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class DeviceWorker:
         num_parts: int = 1,
         own_parts: range | None = None,
         weights: StreamedWeights | None = None,
+        limit_bytes: int | None = None,
     ) -> None:
         self.model = model
         self.units = units
@@ -98,6 +100,7 @@ class DeviceWorker:
         self._judge = judge or Judge(units)
         self._reprojections: dict[int, tuple[Reprojection, ...]] = {}  # unit -> what its next payload brings
         self._measured_step = measured_step
+        self._limit_bytes = limit_bytes
         self._live: LiveStorage | None = None
         self._on_due = on_due
         self._codec = codec = codec or Codec()
@@ -143,15 +146,16 @@ class DeviceWorker:
             NonFiniteLossError: The loss is NaN or infinite, and the judge does not skip; noticed after the backward.
             NonFiniteGradientError: The same of a gradient.
             DeadlineError: A delta that this step's forward reads did not come.
+            torch.OutOfMemoryError: The device's memory, or what may be taken of it, is full.
         """
-        if step != self._measured_step:
+        if step != self._measured_step and self._limit_bytes is None:
             return self._run_step(step, micro_batches)
         on_host = [*host_slots, *(self.weights.host_bytes if self.weights is not None else ())]
-        with peak_of(self._backend.device, on_host) as live:
+        with peak_of(self._backend.device, on_host, self._limit_bytes) as live:
             self._live = live
             report = self._run_step(step, micro_batches)
             self._live = None
-        return replace(report, peak_device_bytes=live.peak_bytes)
+        return replace(report, peak_device_bytes=live.peak_bytes) if step == self._measured_step else report
 
     def send(self, step: int, unit: int, slot: torch.Tensor, part: int = 0) -> tuple[Span, tuple[Reprojection, ...]]:
         """Copy the unit's payload of a part of `step` into the host slot; called on the d2h thread.

@@ -158,6 +158,7 @@ def _memory(rows: tuple[Forecast, ...]) -> Table:
         "weights": [row.device.weights for row in rows],
         "quantised": [row.device.quantized for row in rows],
         "weights coming up": [row.device.weight_buffers for row in rows],
+        "for rounding": [row.device.noise for row in rows],
         "kept apart": [row.device.deltas for row in rows],
         "projectors": [row.device.projectors for row in rows],
         "optimizer": [row.device.optimizer_state for row in rows],

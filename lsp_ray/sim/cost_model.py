@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.cluster import COPY_BYTES_PER_S
 from lsp_ray.sim.costs import HostShares, LayerCosts, NetworkCosts, StepCosts
 from lsp_ray.sim.device_work import (
@@ -42,7 +41,7 @@ class CostModel:
             hop_s=self.hardware.hop_s,
             shared_link_rate=self.hardware.shared_link_rate,
             host=self._host_shares(bytes_per_s) if self.workload.cluster.gpus_per_node > 1 else None,
-            num_buffers=FEWEST_BUFFERS if self.workload.streams else 0,
+            num_buffers=self.workload.weight_buffers if self.workload.streams else 0,
             network=self._network() if self.workload.cluster.num_away else None,
         )
 

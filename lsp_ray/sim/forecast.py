@@ -18,6 +18,7 @@ from lsp_ray.sim.memory import (
     host_memory,
     host_memory_elsewhere,
     peak_payload_bytes,
+    with_most_buffers,
 )
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.simulation import Simulation
@@ -26,6 +27,7 @@ from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Exposed, WorkStream
 
+WAITING_PAYLOADS = 2  # of the largest, that are on the device at one time before a simulation says how many
 HIDDEN = 0.02  # of a step that traffic and updates may expose and still count as hidden
 
 
@@ -151,8 +153,12 @@ def simulate(
 
 def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, policy: PolicyName | None) -> Forecast:
     """Return what a step of `workload` takes; `policy` is None where nothing is sent."""
-    simulation, cluster = simulate(model, workload, hardware, policy), workload.cluster
     payloads = [workload.payload_bytes(layer) for layer in model.layers]
+    if workload.streams and hardware.on_gpu:  # as a run does it
+        there_bytes = max(0.0, hardware.device_memory_bytes - RESERVE_BYTES)
+        most = with_most_buffers(model, workload.full, WAITING_PAYLOADS * max(payloads), there_bytes)
+        workload = replace(workload, weight_buffers=most.weight_buffers)
+    simulation, cluster = simulate(model, workload, hardware, policy), workload.cluster
     buffers = peak_payload_bytes(simulation.spans, payloads)
     longest_bytes = device_memory(model, workload.full, buffers).peak_bytes
     host = host_memory(model, workload, on_gpu=hardware.on_gpu)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.activations import activation_bytes, held_input_bytes
@@ -15,6 +15,7 @@ from lsp_ray.trace import Span, WorkStream
 CHUNK_LOGITS = 1 << 25  # as in models/chunked_loss.py: more logits than this are made in chunks
 _CHUNK_BYTES = 8  # for a logit of a chunk: itself and its log-softmax in float32
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
+NOISE_BYTES = 2 * ((1 << 21) + (1 << 20))  # as in device/noise.py: what weights are rounded with
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
 _RELAY_BYTES = 200e6  # the same of what stands for a GPU on another machine: 174 MB of its own with its imports
 
@@ -26,6 +27,7 @@ class DeviceMemory:
     Attributes:
         weights: All that are not quantised, frozen ones as well; adapters in float32 (lora).
         quantized: Weights that are, with their scales.
+        noise: Random bits that weights are rounded with.
         weight_buffers: For blocks that come up from main memory, whose weights are then in neither of the two.
         deltas: D of each projected linear where it is kept apart, and what other trained parameters began with.
         projectors: R values for each row of P and Q (lsp); singular vectors in float32 (galore).
@@ -40,6 +42,7 @@ class DeviceMemory:
 
     weights: float
     quantized: float
+    noise: float
     weight_buffers: float
     deltas: float
     projectors: float
@@ -53,7 +56,7 @@ class DeviceMemory:
     @property
     def peak_bytes(self) -> float:
         """Largest sum: activations go as gradients come, so the peak is at one of the backward's ends."""
-        steady = self.weights + self.quantized + self.weight_buffers
+        steady = self.weights + self.quantized + self.noise + self.weight_buffers
         steady += self.deltas + self.projectors + self.optimizer_state
         return steady + max(self.activations, self.block + self.gradients + self.payload_buffers)
 
@@ -105,7 +108,8 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
             - (sum(streamed) if workload.bits is None else 0.0)
         ),
         quantized=0.0 if workload.streams else in_bits,
-        weight_buffers=FEWEST_BUFFERS * max(streamed, default=0.0),
+        noise=float(NOISE_BYTES),
+        weight_buffers=workload.weight_buffers * max(streamed, default=0.0),
         deltas=float(element * sum(map(workload.payload_numel, model.layers))) if workload.is_apart else 0.0,
         projectors=float(sum(_projector_bytes(workload, layer) for layer in model.layers)),
         optimizer_state=8.0 * sum(map(workload.state_numel, model.layers)) if on_device else 0.0,
@@ -115,6 +119,17 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
         gradients=float(sum(gradients)) if on_device else float(max(gradients)),
         payload_buffers=_update_bytes(workload) * max(trained) if on_device else payload_buffers,
     )
+
+
+def with_most_buffers(model: ModelShape, workload: Workload, payload_buffers: float, device_bytes: float) -> Workload:
+    """Return the workload with as many blocks' weights on the device as fit, all of which it streams; at least 2."""
+    streamed = [size for size in map(workload.streamed_bytes, model.layers) if size]
+    if not streamed:
+        return workload
+    fewest = replace(workload, weight_buffers=FEWEST_BUFFERS)
+    left_bytes = device_bytes - device_memory(model, fewest, payload_buffers).peak_bytes
+    num_more = max(0, int(left_bytes // max(streamed)))
+    return replace(workload, weight_buffers=max(FEWEST_BUFFERS, min(len(streamed), FEWEST_BUFFERS + num_more)))
 
 
 def loss_bytes(

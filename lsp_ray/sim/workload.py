@@ -10,6 +10,7 @@ from typing import Literal
 
 from lsp_ray.config import Bits, Method, PayloadDtype, Weights
 from lsp_ray.errors import ConfigError
+from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.cluster import ONE_GPU, Cluster
 from lsp_ray.sim.model_shape import LayerShape, LinearShape
 from lsp_ray.sim.store import payload_bytes
@@ -46,6 +47,7 @@ class Workload:
         apart: Whether updates are kept beside the weights and not added to them (lsp); with `bits` they are.
         weights: Where the weights that stay as they are live: on the device, or in main memory, from where they come
             up block by block (lsp, apart, with gradient checkpointing).
+        weight_buffers: Blocks whose weights are then on the device at one time.
         gradient_checkpointing: Whether the backward runs each block's forward again.
         subspace_dim: Columns asked for of P and of Q (lsp).
         nnz_per_row: R (lsp).
@@ -72,6 +74,7 @@ class Workload:
     bits: Bits | None = None
     apart: bool = False
     weights: Weights = "device"
+    weight_buffers: int = FEWEST_BUFFERS
     gradient_checkpointing: bool = False
     subspace_dim: int = 256
     nnz_per_row: int = 8

@@ -75,7 +75,8 @@ class DeviceSide:
         self._gpu = gpu
         self._job = job
         self._tell = tell
-        self.backend: Backend = CudaBackend() if job.device == "cuda" else CpuBackend()
+        on_gpu, limit_bytes = job.device == "cuda", job.device_limit_bytes
+        self.backend: Backend = CudaBackend(limit_bytes=limit_bytes) if on_gpu else CpuBackend()
         self._files = ModelFiles(job, torch.device("cpu") if job.config.streams else self.backend.device)
         self.progress = ""
         self._is_loaded = self._is_set_up = False
@@ -127,6 +128,7 @@ class DeviceSide:
             num_parts=len(job.layout.gpu_of_part),
             own_parts=job.layout.parts_of(self._gpu),
             weights=self._weights,
+            limit_bytes=job.device_limit_bytes if job.device == "cpu" else None,
         )
         if config.torch_compile:
             self._compiled = CompiledBlocks(layers, self.backend.device)
@@ -295,7 +297,14 @@ class DeviceSide:
         self._model = self._files.load(self._base(decided))
         if job.config.streams:
             layers = find_layers(self._model, job.unreached)
-            self._weights = stream_weights(self._model, layers, job.config.lsp, self.backend, quantized=job.quantized)
+            self._weights = stream_weights(
+                self._model,
+                layers,
+                job.config.lsp,
+                self.backend,
+                quantized=job.quantized,
+                num_buffers=job.weight_buffers,
+            )
         elif not job.quantized:  # else it is there
             self._model.to(self.backend.device)  # type: ignore[arg-type]
         self._model.train()

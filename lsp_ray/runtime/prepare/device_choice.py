@@ -36,6 +36,21 @@ def choose_device(config: RunConfig, machines: Sequence[Machine] = ()) -> Device
     return asked
 
 
+def device_bytes(config: RunConfig, device: Device) -> int | None:
+    """Return what the run may take of a device's memory; None: a CPU's, of which it was not said how much.
+
+    Raises:
+        ConfigError: More is asked for than there is.
+    """
+    asked_gb = config.runtime.device_memory_gb
+    asked = None if asked_gb is None else int(asked_gb * 1e9)
+    # all of a GPU's: to ask what is free would take some of it for this process
+    there = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None
+    if asked is not None and there is not None and asked > there:
+        raise ConfigError("runtime.device_memory_gb", f"be at most {there / 1e9:.2f}, all of the GPU's", asked_gb)
+    return asked or there
+
+
 def choose_gpus(
     config: RunConfig, device: Device, note: Callable[[str], None], machines: Sequence[Machine] = ()
 ) -> RunConfig:

@@ -29,7 +29,7 @@ from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
 from lsp_ray.runtime.prepare.beginning import check_beginning
-from lsp_ray.runtime.prepare.device_choice import Device, choose_bf16, choose_device, choose_gpus
+from lsp_ray.runtime.prepare.device_choice import Device, choose_bf16, choose_device, choose_gpus, device_bytes
 from lsp_ray.runtime.prepare.job_checks import check_method, check_model, check_sizes, with_delta
 from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.prepare.layout import Layout, layout_of
@@ -53,10 +53,11 @@ class Job:
     `payload_sizes` are elements a unit, empty where nothing leaves the device; `sums` their parts where the shards add
     up all updates, None where the device does; `begins_with` is the file of what another run trained that this one
     begins with; `quantized` says that linears of the base are; `streamed_bytes` are those of frozen weights that stay
-    in main memory, 0 where they are on the device; `delta_room` is for what comes up, None where all of a
-    step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a classifier's: a whole example's)
-    model inputs, shown with the answer before and after; `questions` are answered in evaluations. `unreached` are names
-    of parameters that stay as they are. `saved` is the checkpoint to go on from, see `resumed`.
+    in main memory, 0 where they are on the device, and `weight_buffers` the blocks whose weights are then on the device
+    at one time; `delta_room` is for what comes up, None where all of a step's deltas may wait on the device;
+    `sample_inputs` are a held-out prompt's (a classifier's: a whole example's) model inputs, shown with the answer
+    before and after; `questions` are answered in evaluations. `unreached` are names of parameters that stay as they
+    are. `saved` is the checkpoint to go on from, see `resumed`.
     """
 
     config: RunConfig
@@ -75,6 +76,7 @@ class Job:
     delta_room: DeltaRoom | None
     quantized: bool
     streamed_bytes: int
+    weight_buffers: int
     subspace_dims: dict[str, tuple[int, int]]
     layout: Layout
     sample_inputs: dict[str, list[int]]
@@ -146,6 +148,12 @@ class Job:
         )
 
     @property
+    def device_limit_bytes(self) -> int | None:
+        """Of the device's memory that a GPU actor may take; None: all there is."""
+        asked_gb = self.config.runtime.device_memory_gb
+        return None if asked_gb is None else int(asked_gb * 1e9)
+
+    @property
     def has_parts_to_divide(self) -> bool:
         """Whether GPUs may compute unlike many parts of a step; an emulated machine's are all alike."""
         return 1 < self.layout.num_gpus < self.config.replicas and self.config.runtime.emulate is None
@@ -210,13 +218,12 @@ def prepare_job(
     check_model(skeleton, model_folder, tokenizer, tokenized, config, dtype)
     unreached = unreached_by_text(skeleton)
     layers = find_layers(skeleton, unreached)
-    config = with_weights(
+    config, weight_buffers = with_weights(
         config,
         load_config(model_folder),
         skeleton,
         layers,
-        # all of it: to ask what is free would take some of it for this process
-        torch.cuda.get_device_properties(0).total_memory if device == "cuda" else None,
+        device_bytes(config, device),
         note,
         quantized=quantized,
         bf16=dtype == torch.bfloat16,
@@ -267,6 +274,7 @@ def prepare_job(
         delta_room=room_of(layers, payload_sizes, config),
         quantized=quantized,
         streamed_bytes=streamed_bytes_of(layers, config, dtype, quantized=quantized),
+        weight_buffers=weight_buffers,
         subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=layout_of(config, payload_sizes, machines, on_gpu=device == "cuda"),
         sample_inputs=sample_inputs,

@@ -298,7 +298,7 @@ def _fail(failure: Failure, what: str) -> None:
     error = failure.error
     if isinstance(error, torch.OutOfMemoryError):
         raise OutOfDeviceMemoryError(
-            f"the GPU's memory is full ({what}); a smaller per_device_train_batch_size or max_seq_length, or "
+            f"the device's memory is full ({what}); a smaller per_device_train_batch_size or max_seq_length, or "
             "gradient_checkpointing, needs less"
         ) from error
     if not isinstance(error, LspRayError):
