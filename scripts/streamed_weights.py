@@ -4,6 +4,10 @@ One process with threads in the actors' place; a slowed-down link stands for a r
 blocks, updates and copies took in the run that it is compared with, so what differs is the order of things.
 
     PYTHONPATH=. python scripts/streamed_weights.py
+    PYTHONPATH=. python scripts/streamed_weights.py --emulate rtx4090-threadripper
+
+With --emulate it is a llama-7B scaled down, and the link as slow beside the compute as that machine's; both homes of
+the weights run in turn, with the same link.
 """
 
 from __future__ import annotations
@@ -17,9 +21,17 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
 from lsp_ray.config import LspConfig, RunConfig, RuntimeConfig, Weights
+from lsp_ray.hardware import MACHINES, EmulatedMachine
+from lsp_ray.methods.units import full_payload_sizes
+from lsp_ray.models.layers import find_layers
+from lsp_ray.models.load import load_skeleton
 from lsp_ray.output_folder import INTERNALS
 from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
+from lsp_ray.runtime.actors.throttle import emulating
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
 from lsp_ray.runtime.prepare.job import Job, prepare_job
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
@@ -29,7 +41,9 @@ from lsp_ray.sim.simulation import SimulatedStep
 from lsp_ray.sim.simulator import Simulator
 from lsp_ray.trace import StepMetrics
 from lsp_ray.trace_file import Trace, TracedSpan, read_trace
+from tests.tiny import VOCAB_SIZE, tiny_tokenizer, write_tiny_jsonl
 
+_WITHOUT_RECOMPUTING = 3 / 4  # of a step whose blocks' forward runs twice
 WARM_UP = 2  # the first step, and the one whose memory is measured
 
 
@@ -118,6 +132,68 @@ def _typical(steps: Sequence[StepMetrics], of: Callable[[StepMetrics], float]) -
     return median(of(step) for step in steps[WARM_UP:])
 
 
+def write_scaled_llama_7b(folder: Path) -> RunConfig:
+    """Write a llama-7B of an eighth of the width and a quarter of the depth, and its data; returns their run."""
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_position_embeddings=256,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder / "model")
+    tiny_tokenizer("llama").save_pretrained(folder / "model")
+    write_tiny_jsonl(folder / "data.jsonl", "prompt_completion", 4000)
+    return RunConfig(
+        model_name_or_path=str(folder / "model"), dataset=str(folder / "data.jsonl"), packing=True, max_seq_length=256
+    )
+
+
+def emulated(machine: EmulatedMachine, folder: Path, num_steps: int, rounds: int, bits: int) -> None:
+    """Print a step with weights in main memory over one with weights on the device, at the machine's proportions."""
+    small = write_scaled_llama_7b(folder)
+    config = replace(
+        small,
+        output_dir="unused",
+        max_steps=num_steps,
+        max_eval_samples=4,
+        load_in_4bit=bits == 4,
+        bf16=True,
+        gradient_checkpointing=True,
+        lsp=LspConfig(subspace_dim=128, delta="apart", check_every=0, fit="random"),  # as 1024 is to a llama-7B
+        runtime=RuntimeConfig(device="cpu", num_shards=1, device_threads=1, shard_threads=1, weights="device"),
+    )
+    free = prepare_job(config, lambda _line: None)
+    layers = find_layers(load_skeleton(free.model_folder, task=free.task))
+    _, steps, _ = run(free, folder / "free")
+    # the paper's compute has no second forward
+    compute_s = _typical(steps, lambda metrics: metrics.gpu_busy_s) * _WITHOUT_RECOMPUTING
+    link_gbps = emulating(MACHINES[machine], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers))).link_gbps
+    found: dict[Weights, list[StepMetrics]] = {"device": [], "host": []}
+    for number in range(rounds):
+        for home, all_steps in found.items():
+            runtime = replace(config.runtime, weights=home, link_gbps=link_gbps)
+            job = prepare_job(replace(config, runtime=runtime), lambda _line: None)
+            summary, steps, _ = run(job, folder / f"{home}-{number}")
+            all_steps += steps[WARM_UP:]
+            line = {"weights": home, "step_s": round(_typical(steps, lambda metrics: metrics.step_time_s), 4)}
+            print(json.dumps(line | {"peak_device_MB": round((summary.peak_device_bytes or 0) / 1e6, 1)}), flush=True)
+    step_s = {home: median(step.step_time_s for step in steps) for home, steps in found.items()}
+    figures = {
+        "emulates": machine,
+        "bits": bits,
+        "link_gbps": round(link_gbps or 0.0, 4),
+        "host_over_device": round(step_s["host"] / step_s["device"], 3),
+        "exposed_weights": round(median(step.exposed_weights_s for step in found["host"]) / step_s["host"], 3),
+        "up_link_busy": round(median(step.h2d_busy_s for step in found["host"]) / step_s["host"], 3),
+        "same_losses": [step.loss for step in found["host"]] == [step.loss for step in found["device"]],
+    }
+    print(json.dumps(figures), flush=True)
+
+
 def main() -> None:
     """Print a line of JSON for each run."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -126,7 +202,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--link_gbps", type=float, nargs="+", default=[0.5, 0.1])
+    parser.add_argument("--emulate", choices=tuple(MACHINES))
+    parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
+    if asked.emulate is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            emulated(asked.emulate, Path(folder), asked.steps, asked.rounds, asked.bits)
+        return
     config = RunConfig(
         model_name_or_path=asked.model,
         output_dir="unused",
