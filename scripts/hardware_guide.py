@@ -141,6 +141,10 @@ models below that fits a card, with `--gradient_checkpointing`:
 """
 
 
+_STREAMED_COMMAND = (
+    "python -m lsp_ray.plan --model_name_or_path ~/models/my-70b --hardware rtx4070 --host_memory_gb 64 --method lsp "
+    f"--load_in_4bit --runtime.weights host --lsp.subspace_dim 256 --max_seq_length {LENGTHS[0]} --bf16"
+)
 HEAD_STREAMED = f"""## With the weights in main memory
 
 With `--runtime.weights host` beside `--load_in_4bit` the blocks stay in main memory and come up
@@ -157,7 +161,7 @@ says, counted in examples of {SHORT}. Every micro-batch brings all blocks up twi
 the link and `--gradient_accumulation_steps` does not. All but the last column is what this says:
 
 ```bash
-python -m lsp_ray.plan --model_name_or_path ~/models/my-70b --hardware rtx4070 --host_memory_gb 64 --method lsp --load_in_4bit --runtime.weights host --lsp.subspace_dim 256 --max_seq_length {LENGTHS[0]} --bf16
+{_STREAMED_COMMAND}
 ```
 """
 
