@@ -89,7 +89,7 @@ class PlanConfig:
     dataset: str | None = None
     """A run's data set: time and memory are then of its typical micro-batch, else of the longest there can be."""
     per_device_train_batch_size: int | None = None
-    """Examples in a micro-batch; default: 4, fewer with more accumulation where that does not fit."""
+    """Examples in a micro-batch; default: 4, more where that hides weights coming up, fewer where 4 do not fit."""
     gradient_accumulation_steps: int | None = None
     """Micro-batches in an optimizer update; default: 1, more where micro-batches have to be smaller."""
     max_grad_norm: float = 0.0

@@ -13,6 +13,7 @@ from lsp_ray.runtime.prepare.layout import GPU_HOST_THREADS, divide_cores
 from lsp_ray.sim.advice import Advice, Choices, advise, why_nothing_fits
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile
+from lsp_ray.sim.hiding import LinkAdvice, link_advice
 from lsp_ray.sim.memory import HostMemory
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import ON_QUANTIZED, Workload
@@ -32,6 +33,7 @@ class Plan:
         advice: A forecast for each method, and the one to take.
         refused: Methods without one, as they change weights, and all that may be chosen are quantised.
         found_bits: Those of a model that is quantised already.
+        link: What hides the link, where a row that fits streams weights.
     """
 
     model: ModelShape
@@ -39,6 +41,7 @@ class Plan:
     advice: Advice
     refused: tuple[Method, ...] = ()
     found_bits: Bits | None = None
+    link: LinkAdvice | None = None
 
     @property
     def reason(self) -> str | None:
@@ -65,6 +68,7 @@ class Plan:
             "num_parameters": self.model.num_parameters,
             "num_trained": self.model.num_trained,
             "recommended": None if best is None else _forecast_json(best),
+            "link_hidden_from": None if self.link is None else _link_json(self.link),
             "methods": [_forecast_json(row) for row in self.advice.rows],
             "refused": list(self.refused),
             "by_policy": [_forecast_json(entry) for entry in self.by_policy()],
@@ -95,7 +99,16 @@ def make_plan(
     refused = tuple(method for method in choices.methods if None not in choices.bases and method not in ON_QUANTIZED)
     methods = tuple(method for method in choices.methods if method not in refused)
     advice = advise(model, work, hardware, replace(choices, methods=methods), typical)
-    return Plan(model=model, hardware=hardware, advice=advice, refused=refused, found_bits=found_bits)
+    streaming = [row for row in advice.rows if row.workload.streams and not row.misfits]
+    links = [link_advice(model, row, hardware, typical or (lambda work: work)) for row in streaming]
+    return Plan(
+        model=model,
+        hardware=hardware,
+        advice=advice,
+        refused=refused,
+        found_bits=found_bits,
+        link=links[0] if links else None,  # lsp's: no other method streams
+    )
 
 
 def choices_of(config: PlanConfig, *, found_bits: Bits | None = None, keep: bool = True) -> Choices:
@@ -104,8 +117,8 @@ def choices_of(config: PlanConfig, *, found_bits: Bits | None = None, keep: bool
     Where a model is quantised already, `found_bits` says to how many bits.
     """
     batch_size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    batches = [(batch_size or _BATCH_SIZE, accumulation or 1)]
-    if not keep or (batch_size is None and accumulation is None):
+    batches, is_open = [(batch_size or _BATCH_SIZE, accumulation or 1)], batch_size is None and accumulation is None
+    if not keep or is_open:
         batches = _divisions(batches[0][0] * batches[0][1], largest=batches[0][0])
     asked = config.gradient_checkpointing if keep else None
     methods = _METHODS if config.method is None or not keep else (config.method,)
@@ -121,6 +134,7 @@ def choices_of(config: PlanConfig, *, found_bits: Bits | None = None, keep: bool
         lengths=_lengths(config.max_seq_length, keep),
         auto_dim=config.lsp.subspace_dim == "auto" or not keep,
         auto_dtype=config.runtime.payload_dtype is None or not keep,
+        hides_link=is_open,
     )
 
 
@@ -219,6 +233,15 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "host_bytes": _host_json(entry.host),
         "host_bytes_elsewhere": None if entry.elsewhere is None else _host_json(entry.elsewhere),
         "misfits": list(map(str, entry.misfits)),
+    }
+
+
+def _link_json(link: LinkAdvice) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": link.batch_size,
+        "tokens": link.tokens,
+        "fits": link.fits,
+        "same_examples": None if link.divided is None else _forecast_json(link.divided),
     }
 
 

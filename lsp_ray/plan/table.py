@@ -13,11 +13,12 @@ from lsp_ray.plan.plan import Plan
 from lsp_ray.sim.cluster import Cluster
 from lsp_ray.sim.forecast import Forecast
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
+from lsp_ray.sim.hiding import LinkAdvice
 
 _AS_FAST = 0.05  # of a step within which two methods are called as fast
 _LEGEND = (
     "batch: examples of a micro-batch × micro-batches of a step",
-    "ckpt: --gradient_checkpointing; tokens/s: padding counted",
+    "ckpt: --gradient_checkpointing; tok/s: tokens a second, padding counted",
     "device: GB at its peak with the longest batch; host: GB of main memory, with the",
     f"weights on their way to a GPU; GB: 10⁹ bytes, {RESERVE_BYTES / 1e9:g} GB of each memory stays free",
 )
@@ -62,6 +63,7 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     if best is not None:
         head, *others = recommendation(rows, best, plan.found_bits)
         say(console, "", head, command_of(config, best, plan.found_bits), *others)
+    say(console, *hidden_from(plan.link))
 
 
 def say(console: Console, *lines: str) -> None:
@@ -85,6 +87,27 @@ def recommendation(rows: tuple[Forecast, ...], best: Forecast, found_bits: Bits 
     ]
 
 
+def hidden_from(link: LinkAdvice | None) -> list[str]:
+    """Return a line that says from how many tokens of a micro-batch the link is hidden, and what comes closer to it."""
+    if link is None:
+        return []
+    line = (
+        f"the link is hidden from {link.tokens} tokens of a micro-batch, {_examples(link.batch_size)}"
+        f"{'' if link.fits else ', which do not fit'}; here {link.share:.0%} of a step waits for weights"
+    )
+    if link.divided is None:
+        return [line]
+    work = link.divided.workload
+    return [
+        f"{line}; with --per_device_train_batch_size {work.batch_size} --gradient_accumulation_steps "
+        f"{work.num_micro_batches}, the same examples, {link.divided.exposed.weights_s / link.divided.step_s:.0%}"
+    ]
+
+
+def _examples(count: int) -> str:
+    return "1 example" if count == 1 else f"{count} examples"
+
+
 def _there(machine: HardwareProfile) -> str:
     host = f"{machine.host_memory_bytes / 1e9:.4g} GB"
     if not machine.on_gpu:
@@ -104,7 +127,7 @@ def _times(ratio: float) -> str:
 
 
 def _methods(rows: tuple[Forecast, ...]) -> Table:
-    table = _table("method", "batch", "ckpt", "device", "host", "step", "tokens/s")
+    table = _table("method", "batch", "ckpt", "device", "host", "step", "tok/s")
     table.add_column("fits", no_wrap=True)
     for row in rows:
         work = row.workload

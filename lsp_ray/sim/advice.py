@@ -13,6 +13,7 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.sim.cluster import NARROWEST, ONE_GPU
 from lsp_ray.sim.forecast import HIDDEN, Forecast, forecast, needs_of, simulate
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
+from lsp_ray.sim.hiding import hiding_batch
 from lsp_ray.sim.memory import device_memory, host_memory, host_memory_elsewhere
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.simulation import SimulatedStep
@@ -39,6 +40,8 @@ class Choices:
         lengths: Tokens of an example at most; a shorter one is tried where no method fits.
         auto_dim: Whether D is the largest that is hidden (and fits), or the workload's.
         auto_dtype: Whether int8 may be sent in bfloat16's place: between nodes, where that hides too small a D.
+        hides_link: Whether more examples than those of `batches` may be taken where weights come up: as many as hide
+            the link, or the most that fit.
     """
 
     methods: tuple[Method, ...]
@@ -49,6 +52,7 @@ class Choices:
     auto_dim: bool
     auto_dtype: bool = False
     homes: tuple[Weights, ...] = ("device",)
+    hides_link: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +167,17 @@ def _placed(workload: Workload) -> Workload:
 
 
 def _best(fitting: Mapping[Method, Forecast]) -> Forecast:
-    """Those that share a step among GPUs have the same examples in it, so that steps can be compared."""
+    """Those that share a step among GPUs come first."""
     order = sorted(_PREFERRED, key=lambda name: name in fitting and fitting[name].workload.cluster == ONE_GPU)
     best = next(fitting[name] for name in order if name in fitting)
     exact = fitting.get("zero_offload", best)
-    is_worth_it = best.workload.method == "lsp" and exact.step_s <= _EXACT_IS_WORTH * best.step_s
+    is_worth_it = best.workload.method == "lsp" and _example_s(exact) <= _EXACT_IS_WORTH * _example_s(best)
     return exact if is_worth_it else best
+
+
+def _example_s(row: Forecast) -> float:
+    """Steps may differ in their examples where weights come up."""
+    return row.step_s / (row.workload.batch_size * row.workload.num_micro_batches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,21 +213,29 @@ class _Search:
             dim = -(-workload.nnz_per_row // DIM_STEP) * DIM_STEP
         bases = [bits for bits in self.choices.bases if bits is None or workload.method in ON_QUANTIZED]
         homes: tuple[Weights, ...] = self.choices.homes if workload.method == "lsp" else ("device",)
-        for home, bits, checkpointing, (batch_size, num_micro_batches) in product(
-            homes, bases, self.choices.checkpointing, self.choices.batches
-        ):
+        for home, bits, checkpointing in product(homes, bases, self.choices.checkpointing):
             if home == "host" and not checkpointing:
                 continue
-            yield replace(
+            work = replace(
                 workload,
                 bits=bits,
                 weights=home,
                 apart=workload.apart or home == "host",
                 gradient_checkpointing=checkpointing,
-                batch_size=batch_size,
-                num_micro_batches=num_micro_batches,
-                subspace_dim=dim,
             )
+            for batch_size, num_micro_batches in (*self._larger_batches(work), *self.choices.batches):
+                yield replace(work, batch_size=batch_size, num_micro_batches=num_micro_batches, subspace_dim=dim)
+
+    def _larger_batches(self, workload: Workload) -> Iterator[tuple[int, int]]:
+        """What hides the link, and ever fewer examples; nothing where not even the first of the batches may fit."""
+        batch_size, num_micro_batches = self.choices.batches[0]
+        first = replace(workload, batch_size=batch_size, num_micro_batches=num_micro_batches)
+        if not (workload.streams and self.choices.hides_link and _may_fit(self.model, first, self.hardware)):
+            return
+        more = hiding_batch(self.model, self.typical(first), self.hardware)
+        while more > batch_size:
+            yield more, num_micro_batches
+            more //= 2
 
     def _sent(self, workload: Workload) -> Workload:
         """In int8 where the network hides less than the D asked for, or a run's own, in bfloat16."""
