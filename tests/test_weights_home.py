@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def test_weights_leave_the_device_where_they_would_take_of_the_reserve(tmp_path:
         assert found.recomputes == (home == "host")
         assert (found.lsp.check_every == 0) == (home == "host")
         assert bool(notes) == (home == "host")
-    assert notes[0].startswith("runtime.weights auto: host, as 0.0 GB and 1 GB to spare do not fit into the device's ")
+    line = r"runtime.weights auto: host, as 0\.0\d+ GB and 1 GB to spare do not fit into the device's 1 GB"
+    assert re.fullmatch(line, notes[0])
 
 
 @pytest.mark.parametrize(
@@ -76,13 +78,14 @@ def test_what_could_not_come_up_stays_where_it_is(tmp_path: Path, changes: dict[
 def test_as_many_blocks_are_on_the_device_as_fit(tmp_path: Path) -> None:
     deepen(tmp_path, "llama", 6)
     config = tiny_config(tmp_path, runtime={"weights": "host"}, lsp={"delta": "apart"})
-    found = [prepared(config, there)[1] for there in range(int(RESERVE_BYTES), int(RESERVE_BYTES) + 3_000_000, 20_000)]
+    least = int(RESERVE_BYTES) + 7_000_000  # what weights are rounded with alone takes 6
+    found = [prepared(config, there)[1] for there in range(least, least + 1_500_000, 50_000)]
     assert sorted(found) == found
     assert set(found) == {2, 3, 4, 5, 6}
     assert prepared(config, None)[1] == 2
     # a memory that was given is left a tenth, not what a desktop takes
-    limited = replace(config, runtime=replace(config.runtime, device_memory_gb=0.003))
-    assert prepared(limited, 3_000_000)[1] == 6
+    limited = replace(config, runtime=replace(config.runtime, device_memory_gb=0.01))
+    assert prepared(limited, 10_000_000)[1] == 6
 
 
 def test_no_more_than_there_is_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from lsp_ray.device.backend import Backend, Fence, Stamp
 from lsp_ray.device.compute_trace import ComputeTrace
 from lsp_ray.device.frozen_block import FrozenBlock
+from lsp_ray.device.host_embedding import HostEmbedding
 from lsp_ray.device.up_link import UpLink
 from lsp_ray.errors import DeadlineError
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS, BlockRing
@@ -45,6 +46,7 @@ class StreamedWeights:
         backend: Copies and fences.
         num_buffers: Blocks that are on the device at one time.
         changed: What waiting threads sleep on.
+        embedding: The model's, where they stay in main memory as well.
 
     Attributes:
         link: Copies take turns on it with deltas.
@@ -58,8 +60,9 @@ class StreamedWeights:
         *,
         num_buffers: int = FEWEST_BUFFERS,
         changed: threading.Condition | None = None,
+        embedding: HostEmbedding | None = None,
     ) -> None:
-        self._blocks, self._backend = blocks, backend
+        self._blocks, self._backend, self._embedding = blocks, backend, embedding
         self._changed = changed or threading.Condition()
         self.link = UpLink(self._changed)
         self._ring = BlockRing(len(blocks), num_buffers)
@@ -80,8 +83,9 @@ class StreamedWeights:
 
     @property
     def host_bytes(self) -> list[torch.Tensor]:
-        """All blocks' memory on the host."""
-        return [block.host_bytes for block in self._blocks]
+        """All memory on the host."""
+        tables = [] if self._embedding is None else [self._embedding.table_VH]
+        return [*(block.host_bytes for block in self._blocks), *tables]
 
     @property
     def buffer_bytes(self) -> int:
@@ -104,6 +108,8 @@ class StreamedWeights:
             hook.remove()
         for block in self._blocks:
             block.put_back()
+        if self._embedding is not None:
+            self._embedding.close()
 
     # on the compute thread
 

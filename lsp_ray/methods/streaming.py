@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from lsp_ray.config import LspConfig
 from lsp_ray.device.backend import Backend
 from lsp_ray.device.frozen_block import FrozenBlock, move_rest
+from lsp_ray.device.host_embedding import HostEmbedding
 from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.methods.lsp import frozen_linears
-from lsp_ray.models.layers import Layer
+from lsp_ray.models.layers import Layer, own_embedding
 from lsp_ray.models.quantized import frozen_tensors, read_late
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 
@@ -29,6 +30,8 @@ def stream_weights(
     changed: threading.Condition | None = None,
 ) -> StreamedWeights:
     """Bring all of a model to the device but what `lsp_units` will leave as it is; returns what brings that up.
+
+    Embeddings that the output does not share stay as well: of them the rows that are looked up come to the device.
 
     Args:
         model: In main memory.
@@ -52,5 +55,10 @@ def stream_weights(
     shared = {key: tensor for tensors in parts for key, tensor in tensors.items() if num_blocks[key] > 1}
     for tensor in shared.values():  # tables that all blocks read
         tensor.data = tensor.data.to(backend.device)
-    move_rest(model, {key for tensors in parts for key in tensors}, backend.device)
-    return StreamedWeights(own, backend, num_buffers=num_buffers, changed=changed)
+    stay = {key for tensors in parts for key in tensors}
+    module = own_embedding(model)
+    if module is not None:
+        stay.add(id(module.weight))
+    move_rest(model, stay, backend.device)
+    embedding = None if module is None else HostEmbedding(module, backend.device)
+    return StreamedWeights(own, backend, num_buffers=num_buffers, changed=changed, embedding=embedding)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lsp_ray.config import PolicyName
-from lsp_ray.sim.forecast import Forecast, forecast, simulate
+from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import Workload
@@ -44,14 +44,14 @@ def hiding_batch(
 ) -> int:
     """Return the fewest examples of a micro-batch with which at most 5 % of a simulated step waits for weights.
 
-    The step has one micro-batch. That the share falls with the examples is taken for granted; examples are padded to
-    the same length however many they are.
+    The step has one micro-batch, and as many blocks are on the device as fit beside it. That the share falls with the
+    examples is taken for granted; examples are padded to the same length however many they are.
     """
 
     def is_hidden(batch_size: int) -> bool:
         targets = workload.typical_targets and -(-workload.typical_targets * batch_size // workload.batch_size)
         work = replace(workload, batch_size=batch_size, num_micro_batches=1, typical_targets=targets)
-        step = simulate(model, work, hardware, policy).typical
+        step = forecast(model, work, hardware, policy)
         return step.exposed.weights_s <= WAITS * step.step_s
 
     enough = 1

@@ -106,6 +106,7 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
             element * (model.num_parameters - sum(linear.numel for _, linear in quantized))
             + (4 * sum(trained) if is_lora else 0)
             - (sum(streamed) if workload.bits is None else 0.0)
+            - (element * model.num_own_embeddings if workload.streams else 0)
         ),
         quantized=0.0 if workload.streams else in_bits,
         noise=float(NOISE_BYTES),
@@ -179,7 +180,10 @@ def host_memory_elsewhere(model: ModelShape, workload: Workload, *, on_gpu: bool
 def _brought_bytes(model: ModelShape, workload: Workload, *, on_gpu: bool) -> float:
     is_brought = on_gpu and workload.bits is None
     brought = float(workload.element_bytes * model.num_parameters) if is_brought else 0.0
-    return workload.cluster.gpus_per_node * max(brought, sum(map(workload.streamed_bytes, model.layers)))
+    kept = sum(map(workload.streamed_bytes, model.layers))
+    if workload.streams:
+        kept += workload.element_bytes * model.num_own_embeddings
+    return workload.cluster.gpus_per_node * max(brought, kept)
 
 
 def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:

@@ -52,6 +52,7 @@ class ModelShape:
         attention_width: Heads times their width.
         repeated_width: What keys and values become where attention gets a mask, and heads share them; else 0.
         num_logits: Rows of the output embedding: the vocabulary; a classifier's labels.
+        num_own_embeddings: Parameters of the input's embeddings where the output does not share them, else 0.
     """
 
     layers: tuple[LayerShape, ...]
@@ -60,6 +61,7 @@ class ModelShape:
     attention_width: int
     repeated_width: int
     num_logits: int
+    num_own_embeddings: int = 0
 
     @property
     def num_trained(self) -> int:

@@ -273,7 +273,7 @@ def prepare_job(
         begins_with=begins_with,
         delta_room=room_of(layers, payload_sizes, config),
         quantized=quantized,
-        streamed_bytes=streamed_bytes_of(layers, config, dtype, quantized=quantized),
+        streamed_bytes=streamed_bytes_of(skeleton, layers, config, dtype, quantized=quantized),
         weight_buffers=weight_buffers,
         subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=layout_of(config, payload_sizes, machines, on_gpu=device == "cuda"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from lsp_ray.config import RunConfig
 from lsp_ray.methods.lsp import frozen_linears, lsp_payload_parts, lsp_payload_sizes
 from lsp_ray.methods.units import full_payload_sizes
-from lsp_ray.models.layers import Layer
+from lsp_ray.models.layers import Layer, own_embedding
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
 from lsp_ray.sim.store import payload_bytes
@@ -41,10 +42,14 @@ def room_of(layers: Sequence[Layer], payload_sizes: Sequence[int], config: RunCo
     return delta_room(sent, full)
 
 
-def streamed_bytes_of(layers: Sequence[Layer], config: RunConfig, dtype: torch.dtype, *, quantized: bool) -> int:
-    """Frozen weights that come up from main memory, once each."""
+def streamed_bytes_of(
+    model: PreTrainedModel, layers: Sequence[Layer], config: RunConfig, dtype: torch.dtype, *, quantized: bool
+) -> int:
+    """Frozen weights that stay in main memory: the blocks', and embeddings, of which rows alone come up."""
     if not config.streams:
         return 0
     linears = frozen_linears(layers, config.lsp, quantized=quantized)
     numels = [site.shape[0] * site.shape[1] for _, sites in linears for site in sites]
-    return round(sum(nf4_bytes(numel) if quantized else dtype.itemsize * numel for numel in numels))
+    embedding = own_embedding(model)
+    table_bytes = 0 if embedding is None else dtype.itemsize * embedding.weight.numel()
+    return table_bytes + round(sum(nf4_bytes(numel) if quantized else dtype.itemsize * numel for numel in numels))
