@@ -118,17 +118,20 @@ def _typical(steps: Sequence[StepMetrics], of: Callable[[StepMetrics], float]) -
     return median(of(step) for step in steps[WARM_UP:])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line of JSON for each run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dataset", default=RunConfig().dataset)
+    parser.add_argument("--subspace_dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--link_gbps", type=float, nargs="+", default=[0.5, 0.1])
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     config = RunConfig(
         model_name_or_path=asked.model,
+        dataset=asked.dataset,
         output_dir="unused",
         max_steps=asked.steps,
         max_seq_length=asked.tokens,
@@ -136,7 +139,7 @@ def main() -> None:
         load_in_4bit=asked.bits == 4,
         bf16=True,
         gradient_checkpointing=True,
-        lsp=LspConfig(subspace_dim=128, delta="apart", check_every=0, fit="random"),
+        lsp=LspConfig(subspace_dim=asked.subspace_dim, delta="apart", check_every=0, fit="random"),
         runtime=RuntimeConfig(device="cpu", num_shards=1, device_threads=1, shard_threads=1, weights="device"),
     )
     losses: list[float] | None = None
