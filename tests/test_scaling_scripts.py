@@ -94,10 +94,10 @@ def test_weights_that_come_up_wait_as_simulated_and_lose_the_same(
 ) -> None:
     deepen(tmp_path, "llama", 4)
     config = tiny_config(tmp_path)
-    options = {"model": config.model_name_or_path, "dataset": config.dataset, "subspace_dim": 16, "steps": 5}
+    options = {"model": config.model_name_or_path, "dataset": config.dataset, "subspace_dim": 16, "steps": 4}
     words = [
         word
-        for name, value in {**options, "tokens": 32, "bits": 16, "link_gbps": 0.001}.items()
+        for name, value in {**options, "tokens": 32, "bits": 16, "link_gbps": 0.002}.items()
         for word in (f"--{name}", str(value))
     ]
     capsys.readouterr()
