@@ -64,6 +64,10 @@ class GpuLostError(WorkerLostError):
         return GpuLostError, (str(self), self.gpu)
 
 
+class RayLostError(LspRayError):
+    """Ray has ended on the driver's machine: nobody can start an actor in the place of a lost one."""
+
+
 class CheckpointError(LspRayError):
     """A checkpoint could not be written; those before it are as they were."""
 

@@ -31,9 +31,10 @@ SECTIONS = {
     "plan.plan.Plan sim.forecast.forecast sim.forecast.Forecast sim.memory.DeviceMemory sim.memory.HostMemory",
     "Projectors": "projection.sparse_projector.SparseProjector projection.sparse_projector.ProjectorSizes "
     "projection.sparse_projector.UpdateSize projection.block_factor.BlockFactor projection.bias.relative_bias",
-    "Errors": "errors.LspRayError errors.ConfigError errors.CheckpointError errors.StoppedError errors.DeadlineError "
-    "errors.WorkerLostError errors.GpuLostError errors.DivergedError errors.StaleSlotError errors.ForeignSlotError "
-    "errors.NonFiniteLossError errors.NonFiniteGradientError errors.OutOfDeviceMemoryError errors.TrackerError",
+    "Errors": "errors.LspRayError errors.ConfigError errors.CheckpointError errors.StoppedError "
+    "errors.DeadlineError errors.WorkerLostError errors.GpuLostError errors.RayLostError errors.DivergedError "
+    "errors.StaleSlotError errors.ForeignSlotError errors.NonFiniteLossError errors.NonFiniteGradientError "
+    "errors.OutOfDeviceMemoryError errors.TrackerError",
 }
 BAR = "\\|"
 HEAD = """# API reference

@@ -35,7 +35,6 @@ if TYPE_CHECKING:  # Ray reads its settings when it is imported
     from lsp_ray.runtime.prepare.machines import Machine
     from scripts.live_session import Block
 
-STEP_S = 1.3
 NUM_BLOCKS, HIDDEN = 32, 192
 STORE_BYTES = 700 << 20
 KILL_STEPS, NUM_KILLS = 60, 20
@@ -68,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rounds, num_steps = (1, 5) if options.quick else (3, 10)
     with tempfile.TemporaryDirectory() as text, _joined() as there:
+        from scripts.paced_gpu import STEP_S
+
         folder = Path(text)
         blocks = _blocks(folder, there, rounds, num_steps)
         figures = {
@@ -89,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _joined() -> Iterator[list[Machine]]:
     """Both machines, which this process has joined."""
-    os.environ["SCALING_STEP_S"] = str(STEP_S)  # which the raylets hand on to their actors
     with machines(2, store_bytes=STORE_BYTES) as (cluster, _):
         os.environ.update(cluster.environment)
         from lsp_ray.runtime.cluster import nodes
@@ -111,13 +111,13 @@ class Found:
 def _blocks(folder: Path, there: Sequence[Machine], rounds: int, num_steps: int) -> Mapping[Setting, Sequence[Found]]:
     from lsp_ray.runtime.actors.throttle import Throttle
     from scripts.live_session import LiveSession
-    from scripts.scaling.paced import PacedWorkers
+    from scripts.paced_gpu import LongPacedWorkers
 
     found = defaultdict(list)
     for size in sorted({setting.payload_mb for setting in SETTINGS}):
         own = [setting for setting in SETTINGS if setting.payload_mb == size]
         job = _job(folder, there, size, rounds * (1 + len(own)) * (1 + num_steps))
-        session = LiveSession(job, PacedWorkers)
+        session = LiveSession(job, LongPacedWorkers)
         try:
             for _ in range(rounds):
                 free = session.run("layerwise", Throttle(), num_steps)

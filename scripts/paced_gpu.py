@@ -1,4 +1,8 @@
-"""PacedGpu: a GPU actor that sleeps as long as a GPU would compute; what crosses its lanes and slots is as in a run."""
+"""PacedGpu: a GPU actor that sleeps as long as a GPU would compute; what crosses its lanes and slots is as in a run.
+
+Copies between device and slots are not made, as a GPU's copy engines make them; on another machine than the driver's
+its payloads and deltas cross the network.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,27 @@ import time
 from collections.abc import Sequence
 
 from lsp_ray.device.step_report import StepReport
+from lsp_ray.hardware import BACKWARD_SHARE
 from lsp_ray.runtime.actors.decided import Decided, SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.unit_slots import UnitSlots
+from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
 from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.trace import Span, Wait, WorkStream
 
 UNIT_S = 0.002  # of a unit's forward, and of its backward
+STEP_S = 1.3  # of all units' forward and backward, of `LongPacedGpu`
 
 
 class PacedGpu(GpuActor):
     """It has no model: payloads are what the slots hold, and deltas are added to nothing."""
 
-    def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0) -> None:
+    def __init__(self, job: Job, slots: Sequence[UnitSlots | OwnSlots], gpu: int = 0) -> None:
         super().__init__(job, slots, gpu)
+        self._forward_s = self._backward_s = UNIT_S
         self._gpu_of_part = job.layout.gpu_of_part
         self._parts, self._num_parts = job.layout.parts_of(gpu), len(self._gpu_of_part)
         self._staleness = job.staleness
@@ -57,19 +64,18 @@ class PacedGpu(GpuActor):
         for part in self._parts:
             for unit in range(len(self._last_up)):
                 waits += self._waits(unit, step - 1 - self._staleness)
-                time.sleep(UNIT_S)
+                time.sleep(self._forward_s)
             for unit in reversed(range(len(self._last_up))):
-                time.sleep(UNIT_S)
+                time.sleep(self._backward_s)
                 self._tell(GradientReady(step=step, layer=unit, part=part))
-        compute_s = UNIT_S * len(self._last_up)
         return StepReport(
             step=step,
             losses=dict.fromkeys(self._parts, 1.0 / self._num_parts),
             num_tokens=1,
             start_s=start_s,
             end_s=time.monotonic(),
-            forward_s=compute_s,
-            backward_s=compute_s,
+            forward_s=self._forward_s * len(self._last_up),
+            backward_s=self._backward_s * len(self._last_up),
             waits=tuple(waits),
             grad_norm=0.0,
             grad_scale=1.0,
@@ -108,7 +114,22 @@ class PacedGpu(GpuActor):
         return OpReport(span=span, size_bytes=size_bytes)
 
 
+class LongPacedGpu(PacedGpu):
+    """One whose step takes as long as a large model's, forward and backward as the paper's."""
+
+    def __init__(self, job: Job, slots: Sequence[UnitSlots | OwnSlots], gpu: int = 0) -> None:
+        super().__init__(job, slots, gpu)
+        self._backward_s = BACKWARD_SHARE * STEP_S / len(slots)
+        self._forward_s = STEP_S / len(slots) - self._backward_s
+
+
 class PacedWorkers(RayWorkers):
     """RayWorkers with paced GPUs."""
 
     gpu_actor = PacedGpu
+
+
+class LongPacedWorkers(RayWorkers):
+    """RayWorkers with such."""
+
+    gpu_actor = LongPacedGpu

@@ -194,23 +194,26 @@ def emulated(machine: EmulatedMachine, folder: Path, num_steps: int, rounds: int
     print(json.dumps(figures), flush=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line of JSON for each run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dataset", default=RunConfig().dataset)
+    parser.add_argument("--subspace_dim", type=int, default=128)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--link_gbps", type=float, nargs="+", default=[0.5, 0.1])
     parser.add_argument("--emulate", choices=tuple(MACHINES))
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    asked = parser.parse_args(argv)
     if asked.emulate is not None:
         with tempfile.TemporaryDirectory() as folder:
             emulated(asked.emulate, Path(folder), asked.steps, asked.rounds, asked.bits)
         return
     config = RunConfig(
         model_name_or_path=asked.model,
+        dataset=asked.dataset,
         output_dir="unused",
         max_steps=asked.steps,
         max_seq_length=asked.tokens,
@@ -218,7 +221,7 @@ def main() -> None:
         load_in_4bit=asked.bits == 4,
         bf16=True,
         gradient_checkpointing=True,
-        lsp=LspConfig(subspace_dim=128, delta="apart", check_every=0, fit="random"),
+        lsp=LspConfig(subspace_dim=asked.subspace_dim, delta="apart", check_every=0, fit="random"),
         runtime=RuntimeConfig(device="cpu", num_shards=1, device_threads=1, shard_threads=1, weights="device"),
     )
     losses: list[float] | None = None

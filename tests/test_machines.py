@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import psutil
 import pytest
 import yaml
 
-from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.checkpoints.checkpoint import checkpoints
+from lsp_ray.runtime.prepare.job import Job, resumed
 from lsp_ray.trace_file import read_trace
 from tests.machines import Machines, machines
 from tests.tiny_jobs import assert_same_bits, run_on_threads, saved_weights, tiny_config, tiny_job
@@ -39,9 +41,10 @@ class Run:
     Args:
         folder: With model and data, see `tiny_config`.
         cluster: Where it computes.
+        module: That is run.
     """
 
-    def __init__(self, folder: Path, cluster: Machines, **changes: Any) -> None:
+    def __init__(self, folder: Path, cluster: Machines, module: str = "lsp_ray.run", **changes: Any) -> None:
         self.out = folder / "out"
         runtime = {"num_gpus": 2, "address": cluster.address, **changes.pop("runtime", {})}
         given = asdict(tiny_config(folder, runtime=runtime, **changes))
@@ -49,7 +52,7 @@ class Run:
         options.write_text(yaml.safe_dump(_without_nulls(given)))
         self._log = folder / "log.txt"
         with self._log.open("wb") as log:
-            command = [sys.executable, "-m", "lsp_ray.run", "--config", str(options)]
+            command = [sys.executable, "-m", module, "--config", str(options)]
             self._process = subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=subprocess.STDOUT)
 
     def __enter__(self) -> Self:
@@ -73,9 +76,9 @@ class Run:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
-    def end(self) -> str:
-        """Wait for its end; what it has said."""
-        assert self._process.wait(TIMEOUT_S) == 0, self._log.read_text()
+    def end(self, code: int = 0) -> str:
+        """Wait for its end, which is to be with this code; what it has said."""
+        assert self._process.wait(TIMEOUT_S) == code, self._log.read_text()
         return self._log.read_text()
 
 
@@ -122,38 +125,57 @@ def test_two_machines_train_to_the_bits_of_one(tmp_path: Path, two: tuple[Machin
     assert not list(run.out.glob(".seen-*"))
 
 
-def test_whoever_is_lost_no_step_is(tmp_path: Path, two: tuple[Machines, list[psutil.Process]]) -> None:
+def test_whoever_is_lost_no_step_is_and_without_a_place_for_a_gpu_the_others_go_on(
+    tmp_path: Path, two: tuple[Machines, list[psutil.Process]]
+) -> None:
     cluster, raylets = two
-    changes: dict[str, Any] = {"num_replicas": 2, "max_steps": 60, "save_steps": 0}
+    changes: dict[str, Any] = {"num_replicas": 2, "max_steps": 60, "save_steps": 40}
     job = alone(tmp_path, **changes)
-    losses: list[Callable[[], list[psutil.Process]]] = [
-        lambda: [actor_of(raylets[1], "GpuActor")],
-        lambda: [actor_of(raylets[0], "GpuRelay")],
-        lambda: [actor_of(raylets[0], "ShardActor")],
-        lambda: [raylets[1], *raylets[1].children(recursive=True)],  # the machine, with all that ran on it
-    ]
-    with Run(tmp_path, cluster, **changes) as run:
-        for number, lost in enumerate(losses):
-            run.wait_for(3 + 10 * number)
+    losses: dict[int, Callable[[], list[psutil.Process]]] = {  # after so many steps
+        3: lambda: [actor_of(raylets[1], "InPlaceOfGpu")],
+        8: lambda: [actor_of(raylets[0], "GpuRelay")],
+        13: lambda: [actor_of(raylets[0], "ShardActor")],
+        42: lambda: [raylets[1], *raylets[1].children(recursive=True)],  # the machine, with all that ran on it
+    }
+    with Run(tmp_path, cluster, "tests.gpu_places", **changes) as run:
+        for num_steps, lost in losses.items():
+            run.wait_for(num_steps)
             for process in lost():
                 os.kill(process.pid, signal.SIGKILL)
         said = run.end()
     raylets[1] = cluster.start()
-    assert "starting again" not in said, said
     assert "(raylet)" not in said, said  # Ray's own paragraphs on it
-    assert said.count("no step is lost") == 3
-    assert [step["step"] for step in run.steps()] == list(range(1, 61))
+    assert said.count("no step is lost") == 2, said
+    assert said.count("nothing is lost") == 1, said
+    assert said.count("starting again") == 1, said
+    assert "no machine is left that has a GPU for gpu-1" in said, said
+    assert "going on from" in said, said
+    places = re.findall(r"^(gpu[^@ ]*)\S* runs on the 8 cores of NUMA node (\d)$", said, re.MULTILINE)
+    assert places == [("gpu-0", "0"), ("gpu-1", "1"), ("gpu", "0")]
+    assert {step["step"] for step in run.steps()} == set(range(1, 61))
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))
 
 
-def test_a_machine_that_freezes_is_done_without(tmp_path: Path, two: tuple[Machines, list[psutil.Process]]) -> None:
+def test_a_machine_that_freezes_is_done_without_and_where_the_first_one_ends_the_run_does(
+    tmp_path: Path, two: tuple[Machines, list[psutil.Process]]
+) -> None:
+    """The last one: it leaves no cluster."""
     cluster, raylets = two
-    changes: dict[str, Any] = {"num_replicas": 2, "max_steps": 30, "save_steps": 0}
+    changes: dict[str, Any] = {"num_replicas": 2, "max_steps": 60, "save_steps": 10}
     job = alone(tmp_path, **changes)
     with Run(tmp_path, cluster, **changes) as run:
         run.wait_for(5)
         for process in (raylets[1], *raylets[1].children(recursive=True)):
             process.suspend()
-        said = run.end()
+        run.wait_for(20)
+        raylets[0].kill()
+        said = run.end(1)
+    last = max(checkpoints(run.out).items())[1]
     assert said.count("no step is lost") == 1, said
+    assert "starting again" not in said, said
+    assert "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith(
+        f"failed: Ray has ended on this machine, and what the run held there with it; the last checkpoint is {last}; "
+    )
+    run_on_threads(resumed(job, last), run.out)
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))

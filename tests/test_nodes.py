@@ -20,6 +20,7 @@ from lsp_ray.runtime.actors.gpu_pool import GpuPool
 from lsp_ray.runtime.cluster import joined_cluster, nodes
 from lsp_ray.runtime.cluster.joined_cluster import _check_token, _found
 from lsp_ray.runtime.cluster.nodes import Node, check_nodes
+from lsp_ray.runtime.cluster.own_raylet import check_raylet, listens
 from lsp_ray.runtime.prepare.job import laid_out
 from lsp_ray.runtime.prepare.machines import Machine, place
 from lsp_ray.runtime.transport.lanes import connect, heard, tell
@@ -168,6 +169,17 @@ def test_another_clock_is_known_to_half_of_the_quickest_answer(
         clock.look(asked_s, asked_s + there_s - apart_s, asked_s + there_s + back_s)
     quickest = min(there_s + back_s for _, there_s, back_s in looks[-16:])
     assert abs(clock.offset_s - apart_s) <= quickest / 2 + 1e-6
+
+
+def test_a_raylet_is_there_while_its_socket_is_listened_at_however_busy_it_is(tmp_path: Path) -> None:
+    path = str(tmp_path / "raylet")
+    assert not listens(path)
+    with socket.socket(socket.AF_UNIX) as raylet:
+        raylet.bind(path)
+        raylet.listen(1)
+        assert [listens(path) for _ in range(4)] == [True] * 4  # more than may wait
+    assert not listens(path)
+    check_raylet()  # this process has none
 
 
 def test_a_cluster_that_does_not_answer_is_refused_at_once() -> None:

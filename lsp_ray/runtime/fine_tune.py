@@ -172,6 +172,8 @@ def _scores_line(scores: dict[str, float]) -> str:
 
 
 def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
+    for place in setup.places:
+        listener.note(place)
     if setup.num_pageable:
         listener.note(
             f"{setup.num_pageable} buffers could not be page-locked (ulimit -l, or WSL2): copies to and from the GPU "

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from lsp_ray.errors import StoppedError, WorkerLostError
+from lsp_ray.errors import RayLostError, StoppedError, WorkerLostError
 from lsp_ray.runtime.checkpoints.checkpoint import checkpoints, way_on
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
@@ -41,6 +41,7 @@ def fine_tune_persistently(
 
     Raises:
         WorkerLostError: Workers were lost several times in a row, without a step further than before.
+        RayLostError: Ray itself was, on this machine.
         StoppedError: Someone asked for it.
     """
     watched = _Watched(listener)
@@ -48,6 +49,8 @@ def fine_tune_persistently(
     while True:
         try:
             return _attempt(job, new_workers, output_dir, watched, decode, stop)
+        except RayLostError as error:
+            raise RayLostError(f"{error}; {way_on(output_dir)}") from error
         except WorkerLostError as error:
             num_losses = 1 if watched.furthest > furthest else num_losses + 1
             furthest = watched.furthest

@@ -34,13 +34,14 @@ class SetupReport:
     """Linears whose projectors could not be learned and stay random; host buffers that could not be page-locked.
 
     `throttle` is decided here for the whole run: the shards must keep to it as well. `gpu_of_part` is how the parts of
-    a step are divided.
+    a step are divided. `places` has a line for each GPU actor that keeps to the cores of a NUMA node.
     """
 
     unfitted: list[str]
     num_pageable: int
     throttle: Throttle
     gpu_of_part: tuple[int, ...]
+    places: tuple[str, ...] = ()
 
 
 def on_cpu(linears: Sequence[tuple[str, InSubspace]]) -> dict[str, SparseProjector]:

@@ -72,9 +72,7 @@ class DeviceSide:
     worker: DeviceWorker
 
     def __init__(self, job: Job, tell: Callable[[News], None], gpu: int = 0) -> None:
-        self._gpu = gpu
-        self._job = job
-        self._tell = tell
+        self._gpu, self._job, self._tell = gpu, job, tell
         on_gpu, limit_bytes = job.device == "cuda", job.device_limit_bytes
         self.backend: Backend = CudaBackend(limit_bytes=limit_bytes) if on_gpu else CpuBackend()
         self._files = ModelFiles(job, torch.device("cpu") if job.config.streams else self.backend.device)

@@ -15,6 +15,7 @@ from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.switch import Takeover
 from lsp_ray.runtime.actors.decided import Decided, SetupReport
 from lsp_ray.runtime.actors.device_side import DeviceSide
+from lsp_ray.runtime.actors.numa_nodes import node_of_actor, numa_nodes, run_on
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.actors.trained_parts import News
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
@@ -44,6 +45,11 @@ class GpuActor:
         self._telling = threading.Lock()
         self._name = job.layout.name_of(gpu)
         self._gpu = gpu
+        self._node = None
+        if job.device == "cuda":
+            self._node = node_of_actor(numa_nodes(), job.layout.num_beside(gpu) * job.layout.device_threads)
+        if self._node is not None:  # before anything is allocated: memory is that of the core that first writes to it
+            run_on(self._node.cores)
         self._side = DeviceSide(job, self._tell, gpu)
         self._slots = [own.open() for own in slots]
         self._begun = slots if job.begins_with is not None and gpu == 0 else ()
@@ -71,7 +77,7 @@ class GpuActor:
         report = self._side.setup(self._host_payloads, decided)
         for own in self._begun:  # before the shards' first update
             self._side.copy_totals(own.unit, own.open_total())
-        return report
+        return replace(report, places=() if self._node is None else (f"{self._name} runs on {self._node}",))
 
     def pace(self) -> float:
         """See `DeviceSide.pace`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ class GpuPool:
             decided = self.first("what is decided", "decided")
             for gpu in range(1, self._num_gpus):
                 self._order(gpu, COMPUTE, "setup", "setup", decided)
-            self.wait()
+            reports: list[SetupReport] = [report, *self.wait()[1:]]
+            report = replace(report, places=tuple(place for own in reports for place in own.places))
             self.check_alike()
         return report
 

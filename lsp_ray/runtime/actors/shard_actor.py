@@ -10,7 +10,7 @@ update that is asked for with scaled gradients, after it was made with plain one
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.runtime.actors.numa_nodes import run_on
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing
 from lsp_ray.runtime.checkpoints.saved_run import SavedRun, reading
@@ -42,6 +43,7 @@ class ShardActor:
         num_threads: Threads of torch's operators here.
         weight_decay: Of updates that are added up here.
         index: Of this shard; Ray's dashboard names it by that.
+        cores: That it keeps to; none: it runs where it may.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class ShardActor:
         num_threads: int,
         index: int,
         weight_decay: float = 0.0,
+        cores: Collection[int] = (),
     ) -> None:
         self._index = index
+        run_on(cores)
         torch.set_num_threads(num_threads)
         self._opened = {own.unit: own.open() for own in slots}
         self._states = {own.unit: own.open_state() for own in slots}

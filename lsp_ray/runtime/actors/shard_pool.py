@@ -10,6 +10,7 @@ import ray
 
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
+from lsp_ray.runtime.actors.numa_nodes import NumaNode, nodes_of_shards, numa_nodes, threads_near
 from lsp_ray.runtime.actors.shard_actor import LANE, ShardActor
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
@@ -39,6 +40,7 @@ class ShardPool:
         self._note = note
         self._slots = [[slots[unit] for unit in job.layout.units_of(index)] for index in range(job.layout.num_shards)]
         self._undo = [new_undo(own, is_shared=not job.speculates) for own in self._slots]
+        self._nodes = self._spread()
         self._throttle = Throttle()
         self._deaths = [0 for _ in self._slots]
         self._shards = [self._new(index) for index in range(len(self._slots))]
@@ -118,8 +120,22 @@ class ShardPool:
 
     def _new(self, index: int) -> Any:
         actor = actor_class(ShardActor).options(num_cpus=1, max_restarts=0, **on_node(own_node()))
-        threads, decay = self._job.layout.shard_threads, self._job.config.weight_decay
-        return actor.remote(self._slots[index], self._undo[index], threads, index, decay)
+        threads, decay, node = self._job.layout.shard_threads, self._job.config.weight_decay, self._nodes[index]
+        cores = () if node is None else node.cores
+        return actor.remote(self._slots[index], self._undo[index], threads, index, decay, cores)
+
+    def _spread(self) -> list[NumaNode | None]:
+        """Of each shard; none where CPU actors stand in GPUs' places, who have most of the cores of all nodes."""
+        layout = self._job.layout
+        if self._job.device == "cpu":
+            return [None] * layout.num_shards
+        there = numa_nodes()
+        taken = threads_near(there, layout.num_gpus, layout.device_threads)
+        chosen = nodes_of_shards(there, layout.num_shards, layout.shard_threads, taken)
+        for index, node in enumerate(chosen):
+            if node is not None:
+                self._note(f"shard {index} runs on {node}")
+        return chosen
 
     def _opened(self, index: int) -> Lane:
         return open_lanes(self._shards[index], f"shard {index}", [LANE])[LANE]

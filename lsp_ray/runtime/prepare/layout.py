@@ -48,6 +48,10 @@ class Layout:
         name = "gpu" if self.num_gpus == 1 else f"gpu-{gpu}"
         return f"{name}@{self.nodes[gpu]}" if self.nodes else name
 
+    def num_beside(self, gpu: int) -> int:
+        """GPUs on its machine, with itself."""
+        return self.nodes.count(self.nodes[gpu]) if self.nodes else self.num_gpus
+
     def parts_of(self, gpu: int) -> range:
         """The parts of a step that a GPU computes, one after the other."""
         first = self.gpu_of_part.index(gpu)

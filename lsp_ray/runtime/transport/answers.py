@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from lsp_ray.errors import DeadlineError, LspRayError, WorkerLostError
+from lsp_ray.runtime.cluster.own_raylet import check_raylet
 
 _WHY = {  # Ray's types of a worker's exit; it does not see which signal ended one
     "SYSTEM_ERROR": "its process was killed, as Linux does where memory is full (dmesg tells), or crashed",
@@ -26,9 +27,10 @@ def answer(ref: ray.ObjectRef[Any], what: str, timeout_s: float | None = None) -
 
     Raises:
         LspRayError: The actor died or did not answer in time.
+        RayLostError: And all that Ray ran on this machine.
     """
     try:
-        return ray.get(ref, timeout=timeout_s)
+        return _got(ref, timeout_s)
     except RayActorError as error:
         raise WorkerLostError(_death(str(error), what)) from error
     except GetTimeoutError as error:
@@ -39,6 +41,14 @@ def answer(ref: ray.ObjectRef[Any], what: str, timeout_s: float | None = None) -
         raise  # a bug of ours in the actor: as it is
     except RayError as error:
         raise WorkerLostError(f"Ray failed ({what}): {str(error).splitlines()[0]}") from error
+
+
+def _got(ref: ray.ObjectRef[Any], timeout_s: float | None) -> Any:
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except RayError:
+        check_raylet()
+        raise
 
 
 def _death(told: str, what: str) -> str:

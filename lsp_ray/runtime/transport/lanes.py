@@ -29,6 +29,7 @@ import torch
 
 from lsp_ray.errors import DeadlineError, LspRayError, OutOfDeviceMemoryError, WorkerLostError
 from lsp_ray.runtime.cluster.leftovers import own_folder
+from lsp_ray.runtime.cluster.own_raylet import check_raylet
 from lsp_ray.runtime.transport.answers import answer
 from lsp_ray.runtime.transport.network import Address, Door, dial
 
@@ -207,6 +208,7 @@ class Lane:
         self._connection.close()
 
     def _lost(self) -> WorkerLostError:
+        check_raylet()
         what = self.owed[0].what if self.owed else self._who
         try:
             answer(self._life, what, DEATH_TIMEOUT_S)
