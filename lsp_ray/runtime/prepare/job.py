@@ -35,7 +35,14 @@ from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_no
 from lsp_ray.runtime.prepare.layout import Layout, layout_of
 from lsp_ray.runtime.prepare.learning_rates import learning_rates
 from lsp_ray.runtime.prepare.machines import Machine
-from lsp_ray.runtime.prepare.payloads import payload_sizes_of, room_of, streamed_bytes_of, sums_of
+from lsp_ray.runtime.prepare.payloads import (
+    BlockInputs,
+    block_inputs,
+    payload_sizes_of,
+    room_of,
+    streamed_bytes_of,
+    sums_of,
+)
 from lsp_ray.runtime.prepare.sample import sample_of
 from lsp_ray.runtime.prepare.weights_home import with_weights
 from lsp_ray.runtime.watch.metrics_file import METRICS, read_metrics
@@ -53,10 +60,11 @@ class Job:
     `payload_sizes` are elements a unit, empty where nothing leaves the device; `sums` their parts where the shards add
     up all updates, None where the device does; `begins_with` is the file of what another run trained that this one
     begins with; `quantized` says that linears of the base are; `streamed_bytes` are those of frozen weights that stay
-    in main memory, 0 where they are on the device; `delta_room` is for what comes up, None where all of a
-    step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a classifier's: a whole example's)
-    model inputs, shown with the answer before and after; `questions` are answered in evaluations. `unreached` are names
-    of parameters that stay as they are. `saved` is the checkpoint to go on from, see `resumed`.
+    in main memory, 0 where they are on the device; `inputs` are the blocks', None where they do not leave the device;
+    `delta_room` is for what comes up, None where all of a step's deltas may wait on the device; `sample_inputs` are a
+    held-out prompt's (a classifier's: a whole example's) model inputs, shown with the answer before and after;
+    `questions` are answered in evaluations. `unreached` are names of parameters that stay as they are. `saved` is the
+    checkpoint to go on from, see `resumed`.
     """
 
     config: RunConfig
@@ -75,6 +83,7 @@ class Job:
     delta_room: DeltaRoom | None
     quantized: bool
     streamed_bytes: int
+    inputs: BlockInputs | None
     subspace_dims: dict[str, tuple[int, int]]
     layout: Layout
     sample_inputs: dict[str, list[int]]
@@ -267,6 +276,7 @@ def prepare_job(
         delta_room=room_of(layers, payload_sizes, config),
         quantized=quantized,
         streamed_bytes=streamed_bytes_of(layers, config, dtype, quantized=quantized),
+        inputs=block_inputs(skeleton, layers, config, micro_batches, dtype) if config.parks_inputs else None,
         subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=layout_of(config, payload_sizes, machines, on_gpu=device == "cuda"),
         sample_inputs=sample_inputs,
