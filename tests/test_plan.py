@@ -72,7 +72,7 @@ def test_a_plan_has_a_row_for_every_method_in_80_columns(
     rows = [line.split() for line in short.splitlines()]
     for method in ("native", "zero_offload", "lsp", "galore", "lora"):
         assert [row[-1] for row in rows if row[:1] == [method]] == ["yes"]
-    for detail in ("delayed", "activations"):
+    for detail in ("delayed", "projectors"):
         assert (detail in long, detail in short) == (True, False)
     tables = [line for line in long.splitlines() if not line.startswith("python -m")]
     assert max(map(len, tables)) <= 80

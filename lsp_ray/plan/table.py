@@ -72,8 +72,8 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
 def _longer(found: Longest | None) -> Iterator[str]:
     if found is not None and found.host > found.device:
         yield (
-            f"examples of more than {found.device:,} tokens fit with --runtime.activations host, up to {found.host:,}; "
-            f"{found.waits:.0%} of a step would wait for them"
+            f"above {found.device:,} tokens an example: --runtime.activations host, up to {found.host:,} "
+            f"(waits: {found.waits:.0%})"
         )
 
 
