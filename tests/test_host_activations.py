@@ -34,7 +34,12 @@ from tests.tiny_jobs import (
 )
 
 HOST: dict[str, Any] = {"activations": "host"}
-EVERYTHING: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+EVERYTHING: dict[str, Any] = {
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 3,
+}
 APART: dict[str, Any] = {"delta": "apart", "check_every": 0}
 NUM_BLOCKS = 6  # more than there are buffers
 GBPS = 0.002  # a link that hides behind nothing
@@ -80,7 +85,7 @@ def test_lora_trains_the_same_bits(folder: Path) -> None:
 
 
 def test_a_checkpoint_goes_on_to_the_same_bits_with_activations_wherever_they_are(folder: Path) -> None:
-    changes: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "num_replicas": 2, **EVERYTHING}
+    changes: dict[str, Any] = {**EVERYTHING, "max_steps": 6, "save_steps": 3, "num_replicas": 2}
     host, device = (tiny_job(folder, runtime=runtime, gradient_checkpointing=True, **changes) for runtime in (HOST, {}))
     run_on_threads(host, folder / "whole")
     run_on_threads(resumed(device, checkpoints(folder / "whole")[3]), folder / "device")
@@ -160,6 +165,8 @@ def test_memory_grows_for_a_longer_micro_batch_and_a_forward_without_a_backward_
     activations = parked(model, CpuBackend())
     with torch.no_grad():
         model(input_ids=batches[0], labels=batches[0])
+    model(input_ids=batches[0], labels=batches[0], use_cache=False)
+    activations.begin_pass()
     host = [gradients_of(model, ids) for ids in batches]
     assert {slot.nbytes for slot in activations.host_bytes} == {2 * 24 * HIDDEN_SIZE * 4}
     activations.close()

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lsp_ray.device.backend import Backend, Fence, Stamp
 from lsp_ray.device.compute_trace import ComputeTrace
+from lsp_ray.device.kept_input import KeptInput, view_as
 from lsp_ray.device.link import Link
 from lsp_ray.device.streamed_weights import StreamedStep, waits_of
 from lsp_ray.errors import ConfigError, DeadlineError
@@ -31,21 +31,6 @@ from lsp_ray.trace import Span, WorkStream
 
 ACTIVATIONS_TIMEOUT_S = 600.0  # only a hang lasts so long
 _AFTER_DELTAS = 1  # of those that one use needs
-
-
-@dataclass(slots=True, eq=False)
-class _Input:
-    """Of a block, in this micro-batch; `slot` is its place in main memory, None: it stays in its buffer.
-
-    `buffer` is None while it is in main memory alone; `here` is the fence behind what wrote the buffer, once that is
-    submitted by the compute or done by the thread that copies.
-    """
-
-    block: int
-    like: torch.Tensor  # on no device: shape and dtype
-    slot: torch.Tensor | None
-    buffer: torch.Tensor | None
-    here: Fence | None
 
 
 class HostActivations:
@@ -79,10 +64,10 @@ class HostActivations:
         self._changed = changed or threading.Condition()
         self.up, self.down = up or Link(self._changed), Link(self._changed)
         self._uses = Uses(len(blocks))
-        self._kept: list[_Input] = []  # shallow to deep: the last one is needed next
-        self._going_down: deque[_Input] = deque()
+        self._kept: list[KeptInput] = []  # shallow to deep: the last one is needed next
+        self._going_down: deque[KeptInput] = deque()
         self._is_copying = self._is_backward = self._is_closed = False
-        self._current: _Input | None = None  # of the block whose backward is under way
+        self._current: KeptInput | None = None  # of the block whose backward is under way
         self._error: Exception | None = None
         self._copies: list[tuple[int, WorkStream, int, float, float]] = []  # block, way, bytes, begin and end
         self._stalls: list[tuple[int, Stamp, Stamp]] = []  # unit, when the compute stream began to wait, and ended
@@ -124,9 +109,11 @@ class HostActivations:
             self._copies, self._stalls = [], []
 
     def begin_pass(self) -> None:
-        """A micro-batch's forward follows."""
+        """A micro-batch's forward follows; what one without a backward left is let go."""
         with self._changed:
             self._uses.begin_pass()
+        if self._kept:
+            self._begin(0)
 
     def end_step(self, step: int, end: Stamp, end_s: float) -> StreamedStep:
         """Return what happened since `begin_step`; the device has passed `end`, at `end_s` of the host's clock."""
@@ -155,7 +142,7 @@ class HostActivations:
 
             place = hidden.data_ptr(), hidden.shape  # not the tensor: what is packed keeps its hooks
 
-            def pack(tensor: torch.Tensor) -> torch.Tensor | _Input:
+            def pack(tensor: torch.Tensor) -> torch.Tensor | KeptInput:
                 # within the block it is the checkpoint's own hooks that are asked
                 is_input = (tensor.data_ptr(), tensor.shape) == place
                 return self._keep(block, tensor) if is_input else tensor
@@ -165,7 +152,7 @@ class HostActivations:
 
         return checkpointing
 
-    def _keep(self, block: int, tensor: torch.Tensor) -> torch.Tensor | _Input:
+    def _keep(self, block: int, tensor: torch.Tensor) -> torch.Tensor | KeptInput:
         if self._is_backward or (not self._kept and tensor.nbytes > self._capacity):
             self._begin(tensor.nbytes)
         if any(kept.block == block for kept in self._kept):
@@ -178,9 +165,9 @@ class HostActivations:
             self._backend.wait(WorkStream.GPU, last)
         like = torch.empty_like(tensor, device="meta")
         with self._backend.launch(WorkStream.GPU, writes=(buffer,)), torch.no_grad():
-            _as(like, buffer).copy_(tensor)
+            view_as(like, buffer).copy_(tensor)
         fence = self._backend.record(WorkStream.GPU)
-        kept = _Input(block=block, like=like, slot=slot, buffer=buffer, here=fence)
+        kept = KeptInput(block=block, like=like, slot=slot, buffer=buffer, here=fence)
         with self._changed:
             self._kept.append(kept)
             if slot is not None:
@@ -188,9 +175,10 @@ class HostActivations:
                 self._changed.notify_all()
         return kept
 
-    def _give_back(self, kept: torch.Tensor | _Input) -> torch.Tensor:
+    def _give_back(self, kept: torch.Tensor | KeptInput) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
+        assert kept in self._kept, "its micro-batch is under way"
         self._leave()
         with self._changed:
             if self._kept[-1] is not kept:  # blocks behind it had no part in the loss
@@ -203,19 +191,16 @@ class HostActivations:
         with self._changed:
             self._kept.pop()
             self._current = kept
-            buffer, here = kept.buffer, kept.here
-        assert buffer is not None, "it has come"
-        assert here is not None, "it has come"
+            buffer, here = kept.on_device()
         self._backend.wait(WorkStream.GPU, here)
         with self._backend.launch(WorkStream.GPU, reads=(buffer,)):
-            return _as(kept.like, buffer)
+            return view_as(kept.like, buffer)
 
     def _leave(self) -> None:
         """The compute is done with the input that it was given last, as blocks' backwards follow each other."""
         if self._current is None:
             return
-        buffer = self._current.buffer
-        assert buffer is not None, "it was read there"
+        buffer, _ = self._current.on_device()
         with self._backend.launch(WorkStream.GPU, reads=(buffer,)):
             self._current = None
         read = self._backend.record(WorkStream.GPU)
@@ -224,9 +209,9 @@ class HostActivations:
             self._changed.notify_all()
 
     def _is_idle(self) -> bool:
-        return not (self._is_copying or self._going_down)
+        return self._error is not None or not (self._is_copying or self._going_down)
 
-    def _drop(self, kept: _Input) -> None:
+    def _drop(self, kept: KeptInput) -> None:
         if kept.buffer is not None:
             self._free.append((kept.buffer, kept.here))
 
@@ -234,7 +219,7 @@ class HostActivations:
         """Another micro-batch's forward begins."""
         self._leave()
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self._is_idle())
+            self._changed.wait_for(self._is_idle)
             for kept in self._kept:
                 self._drop(kept)
             self._kept, self._is_backward = [], False
@@ -253,22 +238,20 @@ class HostActivations:
         self._free: deque[tuple[torch.Tensor, Fence | None]] = deque((buffer, None) for buffer in buffers)
 
     def _wait_for(self, block: int, is_there: Callable[[], bool]) -> None:
+        began = None
         with self._changed:
             has_to_wait = not is_there()
-        began = self._pause() if has_to_wait else None
+        if has_to_wait:
+            self._trace.pause()
+            began = self._backend.stamp()
         with self._changed:
             came = self._changed.wait_for(lambda: is_there() or self._error is not None, ACTIVATIONS_TIMEOUT_S)
-            if self._error is not None:
-                raise self._error
-            if not came:
-                what = f"the input of block {block} was not copied within {ACTIVATIONS_TIMEOUT_S:.0f} s"
-                raise DeadlineError(what)
+        if self._error is not None:
+            raise self._error
+        if not came:
+            raise DeadlineError(f"the input of block {block} was not copied within {ACTIVATIONS_TIMEOUT_S:.0f} s")
         if began is not None:
             self._stalls.append((self._units[block], began, self._backend.stamp()))
-
-    def _pause(self) -> Stamp:
-        self._trace.pause()
-        return self._backend.stamp()
 
     # on the thread that copies
 
@@ -299,16 +282,14 @@ class HostActivations:
             self._bring_up(up, last)
         return True
 
-    def _wanted(self) -> _Input | None:
+    def _wanted(self) -> KeptInput | None:
         """What is to come up next, where there is a buffer for it."""
         if not (self._is_backward and self._free):
             return None
         return next((kept for kept in reversed(self._kept) if kept.buffer is None), None)
 
-    def _bring_down(self, kept: _Input) -> None:
-        size, buffer, here, slot = kept.like.nbytes, kept.buffer, kept.here, kept.slot
-        assert buffer is not None, "it is on the device"
-        assert here is not None, "it is on the device"
+    def _bring_down(self, kept: KeptInput) -> None:
+        size, slot, (buffer, here) = kept.like.nbytes, kept.slot, kept.on_device()
         assert slot is not None, "it has a place to go to"
         here.synchronize()  # before the turn: the span then holds the copy alone
         # the block that needs the buffer next
@@ -325,7 +306,7 @@ class HostActivations:
             kept.buffer = kept.here = None
             self._changed.notify_all()
 
-    def _bring_up(self, kept: _Input, last: Fence | None) -> None:
+    def _bring_up(self, kept: KeptInput, last: Fence | None) -> None:
         size, buffer, slot = kept.like.nbytes, kept.buffer, kept.slot
         assert buffer is not None, "it has one to come to"
         assert slot is not None, "it has been there"
@@ -342,7 +323,7 @@ class HostActivations:
             kept.here = fence
             self._changed.notify_all()
 
-    def _note_copy(self, kept: _Input, way: WorkStream, start_s: float) -> None:
+    def _note_copy(self, kept: KeptInput, way: WorkStream, start_s: float) -> None:
         self._copies.append((kept.block, way, kept.like.nbytes, start_s, time.monotonic()))
         self._is_copying = False
 
@@ -350,8 +331,3 @@ class HostActivations:
         """The number of the use that reads what a delta changes in a forward of `step`; on any thread."""
         with self._changed:
             return self._uses.delta_due(step, self._block_of_unit.get(unit, 0))
-
-
-def _as(like: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """What is in a flat uint8 buffer, in the shape and dtype of another tensor."""
-    return buffer[: like.nbytes].view(like.dtype).view(like.shape)
