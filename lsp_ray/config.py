@@ -192,6 +192,8 @@ class RuntimeConfig:
     """Where frozen weights live; host: main memory, up block by block (lsp, lsp.delta apart); auto: where needed."""
     device_memory_gb: float | None = None
     """Take no more of each device's memory, in gigabytes (10⁹ bytes), also with device cpu; default: all there is."""
+    activations: Weights = "device"
+    """Where blocks' inputs wait for the backward; host: main memory, with gradient_checkpointing implied."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
     network_gbps: float | None = None
@@ -339,6 +341,7 @@ class RunConfig:
             raise ConfigError("seed", f"be at most {MAX_SEED}", self.seed)
         self._check_quantized()
         self._check_weights()
+        self._check_places()
         self._check_combinations()
 
     def _check_quantized(self) -> None:
@@ -368,9 +371,13 @@ class RunConfig:
             raise ConfigError(
                 name, "be device with load_in_8bit; weights in 4 bits, or as they are, can be host", value
             )
+
+    def _check_places(self) -> None:
         for option, is_on in (("torch_compile", self.torch_compile), ("runtime.cuda_graphs", self.runtime.cuda_graphs)):
-            if is_on:
+            if is_on and self.streams:
                 raise ConfigError(option, "be false with runtime.weights host, as weights change their place", True)
+            if is_on and self.parks_inputs:
+                raise ConfigError(option, "be false with runtime.activations host, as blocks' inputs come and go", True)
 
     def _check_combinations(self) -> None:
         if self.max_steps is not None and self.max_steps < 1 and self.max_steps != -1:
@@ -477,7 +484,7 @@ class RunConfig:
     def uses_graphs(self) -> bool:
         """Whether blocks are launched as CUDA graphs where the model runs on a GPU."""
         asked = self.runtime.cuda_graphs
-        return not self.torch_compile and not self.streams if asked is None else asked
+        return not (self.torch_compile or self.streams or self.parks_inputs) if asked is None else asked
 
     @property
     def streams(self) -> bool:
@@ -485,9 +492,14 @@ class RunConfig:
         return self.runtime.weights == "host"
 
     @property
+    def parks_inputs(self) -> bool:
+        """Whether the blocks' inputs wait in main memory for the backward."""
+        return self.runtime.activations == "host"
+
+    @property
     def recomputes(self) -> bool:
         """Whether the backward runs each block's forward again; where weights come up, what it kept would be gone."""
-        return self.gradient_checkpointing or self.streams
+        return self.gradient_checkpointing or self.streams or self.parks_inputs
 
     @property
     def policy(self) -> PolicyName:

@@ -28,7 +28,7 @@ class WorkStream(StrEnum):
 class Cause(StrEnum):
     """What a delta passes through, in order; peers: other GPUs whose payloads of the same layer are not down yet.
 
-    And weights, where they come up from main memory.
+    And weights that come up from main memory, and activations: blocks' inputs that go there and come back.
     """
 
     D2H = "d2h"
@@ -36,6 +36,7 @@ class Cause(StrEnum):
     CPU = "cpu"
     H2D = "h2d"
     WEIGHTS = "weights"
+    ACTIVATIONS = "activations"
 
 
 _OF_A_DELTA = (Cause.D2H, Cause.PEERS, Cause.CPU, Cause.H2D)
@@ -88,7 +89,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitPart:
-    """The part of a wait that had one cause; step and layer are the delta's, of weights the compute's."""
+    """The part of a wait that had one cause; step and layer are the delta's, else the compute's."""
 
     cause: Cause
     step: int
@@ -101,8 +102,8 @@ class WaitPart:
 class Timeline:
     """Everything that happened for one step, counted from 0; it may have begun before the step and end after it.
 
-    `waits` are those of this step's forward, for deltas of earlier steps, and for weights; `compute` is empty where
-    `is_traced` says no; `weights` are copies of weights on their way up.
+    `waits` are those of this step's forward, for deltas of earlier steps, and for weights and activations; `compute` is
+    empty where `is_traced` says no; `weights` and `activations` are their copies.
     """
 
     step: int
@@ -112,22 +113,24 @@ class Timeline:
     ops: tuple[Span, ...]
     waits: tuple[WaitPart, ...]
     weights: tuple[Span, ...] = ()
+    activations: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exposed:
-    """Seconds of waiting, by the stream that was late; `weights_s` for weights on their way up."""
+    """Seconds of waiting, by the stream that was late; or for weights or activations on their way."""
 
     d2h_s: float = 0.0
     cpu_s: float = 0.0
     h2d_s: float = 0.0
     peers_s: float = 0.0
     weights_s: float = 0.0
+    activations_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """All waiting, whatever its cause."""
-        return self.d2h_s + self.peers_s + self.cpu_s + self.h2d_s + self.weights_s
+        return self.d2h_s + self.peers_s + self.cpu_s + self.h2d_s + self.weights_s + self.activations_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +155,10 @@ class StepMetrics:
         exposed_peers_s: The same for one that lacked other GPUs' payloads. Of several GPUs, waiting is that of the one
             that waited longest.
         exposed_weights_s: In which this step's passes waited for weights on their way up from main memory.
+        exposed_activations_s: The same for blocks' inputs, on their way there or back.
         computed_s_by_gpu: Of its time, what each GPU computed, by its name, where there are several.
-        bytes_d2h: Down the link.
-        bytes_h2d: Up the link, weights as well.
+        bytes_d2h: Down the link, activations as well.
+        bytes_h2d: Up the link, weights and activations as well.
         grad_scale: What gradients were multiplied by: below 1 where clipped, 0 where the step was skipped.
         bias: Relative bias (paper, Definition 2), the mean over the matrices measured, in the steps that did.
         bias_by_layer: The relative bias of each layer in the sample, by its number.
@@ -185,6 +189,7 @@ class StepMetrics:
     eval_loss: float | None = None
     exposed_peers_s: float = 0.0
     exposed_weights_s: float = 0.0
+    exposed_activations_s: float = 0.0
     computed_s_by_gpu: dict[str, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -236,6 +241,7 @@ class StepMetrics:
             Cause.CPU: self.exposed_cpu_s,
             Cause.H2D: self.exposed_h2d_s,
             Cause.WEIGHTS: self.exposed_weights_s,
+            Cause.ACTIVATIONS: self.exposed_activations_s,
         }
 
 

@@ -25,8 +25,8 @@ _PID = 1  # events need one; which does not matter
 class TracedSpan:
     """One bar as it was read back; seconds since the first step.
 
-    `category` is a Phase, a WorkStream, "weights" or "wait"; `step`, counted from 0, and `layer` are the delta's for a
-    wait, whose `cause` is the stream that was late.
+    `category` is a Phase, a WorkStream, "weights", "activations" or "wait"; `step`, counted from 0, and `layer` are the
+    delta's for a wait, whose `cause` is the stream that was late.
     """
 
     row: str
@@ -56,10 +56,17 @@ class TraceFile:
         shard_of_layer: Which shard's row an update goes to.
         num_steps: Of the run.
         gpu_of_part: Which GPU's row a part's payload goes to; several have rows of their own, numbered.
+        has_link: Whether something crosses the link, though nothing is updated elsewhere.
     """
 
     def __init__(
-        self, file: TextIO, shard_of_layer: Sequence[int], *, num_steps: int, gpu_of_part: Sequence[int] = (0,)
+        self,
+        file: TextIO,
+        shard_of_layer: Sequence[int],
+        *,
+        num_steps: int,
+        gpu_of_part: Sequence[int] = (0,),
+        has_link: bool = False,
     ) -> None:
         self._file = file
         self._gpu_of_part = gpu_of_part
@@ -69,9 +76,9 @@ class TraceFile:
         self._zero_s: float | None = None
         gpus = sorted(set(gpu_of_part))
         rows = [*(self._of_gpu(GPU_ROW, gpu) for gpu in gpus), WAIT_ROW]
-        if shard_of_layer:
+        if shard_of_layer or has_link:
             rows += [self._of_gpu(D2H_ROW, gpu) for gpu in gpus]
-            rows += [f"CPU shard {index}" for index in range(max(shard_of_layer) + 1)]
+            rows += [f"CPU shard {index}" for index in range(max(shard_of_layer, default=-1) + 1)]
             rows += [self._of_gpu(H2D_ROW, gpu) for gpu in gpus]
         # not from 0: Perfetto takes a process's thread 0 for its first one, and two rows would become one
         self._row_ids = {row: index for index, row in enumerate(rows, start=1)}
@@ -107,8 +114,9 @@ class TraceFile:
             )
         for op in timeline.ops:
             yield self._bar(self._row(op), op.stream, f"{_VERBS[op.stream]} {op.layer}", op)
-        for copy in timeline.weights:
-            yield self._bar(self._row(copy), "weights", f"weights {copy.layer}", copy)
+        for kind, copies in (("weights", timeline.weights), ("activations", timeline.activations)):
+            for copy in copies:
+                yield self._bar(self._row(copy), kind, f"{kind} {copy.layer}", copy)
         for wait in timeline.waits:
             bar = self._bar(WAIT_ROW, "wait", f"wait for {wait.cause}", wait)
             bar["args"]["cause"] = wait.cause
@@ -141,11 +149,16 @@ _VERBS = {WorkStream.D2H: "send", WorkStream.CPU: "update", WorkStream.H2D: "fet
 
 @contextmanager
 def trace_file(
-    path: Path, shard_of_layer: Sequence[int], *, num_steps: int, gpu_of_part: Sequence[int] = (0,)
+    path: Path,
+    shard_of_layer: Sequence[int],
+    *,
+    num_steps: int,
+    gpu_of_part: Sequence[int] = (0,),
+    has_link: bool = False,
 ) -> Iterator[TraceFile]:
     """Open a new TraceFile; it is closed however the run ends."""
     with path.open("w", encoding="utf-8") as file:
-        trace = TraceFile(file, shard_of_layer, num_steps=num_steps, gpu_of_part=gpu_of_part)
+        trace = TraceFile(file, shard_of_layer, num_steps=num_steps, gpu_of_part=gpu_of_part, has_link=has_link)
         try:
             yield trace
         finally:

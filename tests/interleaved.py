@@ -15,6 +15,7 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from lsp_ray.device.host_activations import HostActivations
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.device.unit import Unit
@@ -51,6 +52,7 @@ class InterleavedRun:
         refitter: Renews projectors.
         codec: Of what crosses the link.
         weights: Bring frozen weights up, on a thread that is one of those here; made with `changed`.
+        activations: The same of blocks' inputs, both ways.
         changed: What its threads wait on.
     """
 
@@ -67,14 +69,14 @@ class InterleavedRun:
         refitter: Refitter | None = None,
         codec: Codec | None = None,
         weights: StreamedWeights | None = None,
+        activations: HostActivations | None = None,
         changed: SteppedCondition | None = None,
     ) -> None:
         self.happened: list[str] = []
         self.num_taken_over = 0
         self._policy, self._backend = policy, backend
         self._learning_rates = learning_rates
-        self._random = random.Random(seed)
-        self._shard_of_unit = shard_of_unit
+        self._random, self._shard_of_unit = random.Random(seed), shard_of_unit
         sizes = {unit.index: unit.numel for unit in units}
         codec = codec or Codec()
         wires = {index: codec.wire_numel(numel) for index, numel in sizes.items()}
@@ -107,11 +109,18 @@ class InterleavedRun:
             staleness=policy.staleness,
             codec=codec,
             weights=weights,
+            activations=activations,
         )
-        if weights is not None and changed is not None:
+        if changed is not None:
             changed.pause = self._pause
-            self._threads["the weights thread"] = HostThread("the weights thread")
-            self._threads["the weights thread"].begin(weights.bring_all)
+        if weights is not None:
+            self._copy("the weights thread", weights.bring_all)
+        if activations is not None:
+            self._copy("the activations thread", activations.copy_all)
+
+    def _copy(self, name: str, task: Callable[[], None]) -> None:
+        self._threads[name] = HostThread(name)
+        self._threads[name].begin(task)
 
     def train(self, micro_batches: Sequence[Sequence[Batch]]) -> None:
         """Run every step and add what came of them."""

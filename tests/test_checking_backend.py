@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lsp_ray.config import LspConfig, PayloadDtype
 from lsp_ray.device.backend import Fence
 from lsp_ray.device.fits import ClosedFormFit
+from lsp_ray.device.host_activations import HostActivations
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.device.trained_digest import trained_digest
@@ -35,7 +36,7 @@ from tests.happens_before import HappensBefore, RaceError
 from tests.host_thread import SteppedCondition
 from tests.interleaved import InterleavedRun
 from tests.loopback import Loopback
-from tests.tiny import VOCAB_SIZE, assert_same_weights, deep_model, tiny_model
+from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, assert_same_weights, deep_model, tiny_model
 
 LSP = LspConfig(subspace_dim=16, nnz_per_row=2, fit="random")
 CHECK_EVERY = 6
@@ -53,6 +54,7 @@ class Setting:
     is_bounded: bool = False
     payload_dtype: PayloadDtype = "float32"
     num_buffers: int = 0  # for weights that come up; 0: they are on the device
+    parks_inputs: bool = False
 
     @property
     def lsp(self) -> LspConfig:
@@ -71,6 +73,15 @@ SETTINGS = {
     "delayed, weights come up": Setting(policy=Delayed, num_buffers=2, num_steps=3),
     "weights come up, accumulated, to three buffers": Setting(
         policy=POLICIES["layerwise"], num_micro_batches=2, num_buffers=3, num_steps=3
+    ),
+    "layerwise, activations wait in main memory": Setting(
+        policy=POLICIES["layerwise"], method="zero_offload", parks_inputs=True, num_steps=3
+    ),
+    "delayed, activations wait in main memory, accumulated": Setting(
+        policy=Delayed, parks_inputs=True, num_micro_batches=2, num_steps=3
+    ),
+    "weights and activations wait in main memory": Setting(
+        policy=POLICIES["layerwise"], parks_inputs=True, num_buffers=2, num_micro_batches=2, num_steps=3
     ),
     "refitted": Setting(policy=POLICIES["layerwise"], num_steps=STEPS_TO_TAKEOVER, refits=True),
     "refitted, delayed": Setting(policy=Delayed, num_steps=STEPS_TO_TAKEOVER, refits=True),
@@ -98,26 +109,32 @@ class Prepared:
     units: list[Unit]
     refitter: Refitter | None
     weights: StreamedWeights | None
+    activations: HostActivations | None
 
 
 def prepared(
     setting: Setting, backend: CheckingBackend | None = None, changed: SteppedCondition | None = None
 ) -> Prepared:
-    """Without a backend, weights are on the device."""
-    model = deep_model("llama", 4) if setting.num_buffers else tiny_model("llama")
+    """Without a backend, weights and activations are on the device."""
+    is_moved = setting.num_buffers > 0 or setting.parks_inputs
+    model = deep_model("llama", 6 if setting.parks_inputs else 4) if is_moved else tiny_model("llama")
     model.train()
-    if setting.recomputes or (setting.num_buffers and backend is not None):
+    if setting.recomputes or (is_moved and backend is not None):
         model.activation_checkpointing_enable({"use_reentrant": False})
-    layers, weights, refitter = find_layers(model), None, None
+    layers, weights, activations, refitter = find_layers(model), None, None, None
     if setting.num_buffers and backend is not None:
         weights = stream_weights(
             model, layers, setting.lsp, backend, quantized=False, num_buffers=setting.num_buffers, changed=changed
         )
+    if setting.parks_inputs and backend is not None:
+        blocks = [(unit, layer.block) for unit, layer in enumerate(layers) if layer.block is not None]
+        up = weights.link if weights is not None else None
+        activations = HostActivations(blocks, backend, 2 * 8 * HIDDEN_SIZE * 4, up=up, changed=changed)
     units = lsp_units(layers, setting.lsp, seed=0)[0] if setting.method == "lsp" else full_units(layers)
     if setting.refits:
         options: dict[str, Any] = {"check_every": CHECK_EVERY, "num_sketched": 1, "seed": 0}
         refitter = Refitter(units, ClosedFormFit(balanced=False), max_bias=0.0, **options)
-    return Prepared(model=model, units=units, refitter=refitter, weights=weights)
+    return Prepared(model=model, units=units, refitter=refitter, weights=weights, activations=activations)
 
 
 def interleaved(setting: Setting, backend: CheckingBackend, *, seed: int) -> tuple[PreTrainedModel, InterleavedRun]:
@@ -135,6 +152,7 @@ def interleaved(setting: Setting, backend: CheckingBackend, *, seed: int) -> tup
         refitter=parts.refitter,
         codec=Codec(setting.payload_dtype),
         weights=parts.weights,
+        activations=parts.activations,
         changed=changed,
     )
     run.train(batches_of(setting))
@@ -262,6 +280,21 @@ FAULTS: dict[str, tuple[Setting, Callable[[], CheckingBackend], str]] = {
         SETTINGS["layerwise, weights come up"],
         lambda: Unordered(WorkStream.GPU),
         "a read by the gpu stream is not ordered after a write by the h2d stream",
+    ),
+    "a buffer for activations is written again while the compute reads it": (
+        SETTINGS["layerwise, activations wait in main memory"],
+        lambda: Hasty(WorkStream.GPU),
+        "a write by the h2d stream is not ordered after a (read|write) by the gpu stream",
+    ),
+    "a buffer for activations is filled again before its copy is down": (
+        SETTINGS["layerwise, activations wait in main memory"],
+        lambda: Unordered(WorkStream.GPU),
+        "a write by the gpu stream is not ordered after a read by the d2h stream",
+    ),
+    "activations go down before they are there": (
+        SETTINGS["layerwise, activations wait in main memory"],
+        lambda: Unordered(WorkStream.D2H),
+        "a read by the d2h stream is not ordered after a write by the gpu stream",
     ),
     "a delta's memory is not handed over": (
         LAYERWISE,

@@ -83,6 +83,7 @@ def test_a_pause_is_in_no_step_and_waiting_for_the_last_delta_before_it_is(pause
         Cause.CPU: 1.0,
         Cause.H2D: 1.0,
         Cause.WEIGHTS: 0.0,
+        Cause.ACTIVATIONS: 0.0,
     }
     assert second.metrics.busy_by_stream == pytest.approx(
         {WorkStream.GPU: 7.0, WorkStream.D2H: 2.0, WorkStream.CPU: 1.0, WorkStream.H2D: 1.0}

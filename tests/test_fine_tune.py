@@ -142,7 +142,15 @@ def test_a_run_leaves_the_files_and_keys_it_promises(tmp_path: Path) -> None:
         *("step", "loss", "grad_norm", "grad_scale", "learning_rate", "num_tokens", "tokens_per_second", "step_time_s"),
         *("gpu_busy_s", "d2h_busy_s", "cpu_busy_s", "h2d_busy_s"),
         *("exposed_d2h_s", "exposed_cpu_s", "exposed_h2d_s", "bytes_d2h", "bytes_h2d"),
-        *("bias", "bias_by_layer", "num_refitted", "eval_loss", "exposed_peers_s", "exposed_weights_s"),
+        *(
+            "bias",
+            "bias_by_layer",
+            "num_refitted",
+            "eval_loss",
+            "exposed_peers_s",
+            "exposed_weights_s",
+            "exposed_activations_s",
+        ),
         "computed_s_by_gpu",
     }
     for line in lines:

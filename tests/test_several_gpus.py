@@ -99,10 +99,10 @@ def test_a_checkpoint_of_one_gpu_goes_on_on_two_and_one_that_is_lost_does_not_ne
 
 def test_lost_gpus_are_replaced_and_no_step_is_lost(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_steps": 30, "save_steps": 0, "lsp": {"delta": "apart"}}
-    deepen(tmp_path, "llama", 3)
+    deepen(tmp_path, "llama", 5)
     alone, together = (
-        job_on(num_gpus, tmp_path, runtime={"policy": "sequential", "weights": weights}, **changes)
-        for num_gpus, weights in ((1, "device"), (2, "host"))
+        job_on(num_gpus, tmp_path, runtime={"policy": "sequential", "weights": home, "activations": home}, **changes)
+        for num_gpus, home in ((1, "device"), (2, "host"))
     )
     _, expected = run_on_threads(alone, tmp_path / "alone")
     killer = Killer(dict.fromkeys((2, 9, 15), "GpuActor"))

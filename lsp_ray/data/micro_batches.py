@@ -96,6 +96,16 @@ class MicroBatches:
         self._collate_train = self._collate if pack_to is None else _packing_collator(tokenizer)
 
     @property
+    def longest(self) -> int | None:
+        """Tokens of the longest training row; None where rows do not tell."""
+        if isinstance(self._train, PackedRows):
+            return self._train.length
+        try:
+            return int(max(row_lengths(self._train), default=0))
+        except ConfigError:
+            return None
+
+    @property
     def num_rows(self) -> int:
         """Train rows, packed ones as one."""
         return len(self._train)

@@ -25,7 +25,7 @@ class PackedRows(Sequence[list[dict[str, Any]]]):
     """
 
     def __init__(self, rows: Dataset, length: int) -> None:
-        self._rows = rows
+        self._rows, self.length = rows, length
         self._groups = pack([len(ids) for ids in rows["input_ids"]], length)
 
     def __len__(self) -> int:

@@ -13,9 +13,9 @@ import torch
 
 from lsp_ray.device.backend import Backend
 from lsp_ray.device.compute_trace import ComputeTrace
+from lsp_ray.device.link import Link
 from lsp_ray.device.mailbox import ArrivedDelta, DeltaMailbox
 from lsp_ray.device.unit import Unit, Update
-from lsp_ray.device.up_link import UpLink
 from lsp_ray.errors import LspRayError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.schedule.ops import DeltaDue
@@ -47,14 +47,14 @@ class Deltas:
         update_of: Callable[[int], Update],
         staleness: int,
         on_due: Callable[[DeltaDue], None] | None = None,
-        link: UpLink | None = None,
+        link: Link | None = None,
         due: Callable[[int, int], int] = lambda _step, _unit: 0,
     ) -> None:
         self._backend, self._codec = backend, codec
         self._update_of = update_of
         self._staleness = staleness
         self._on_due = on_due
-        self._link, self._due = link or UpLink(), due
+        self._link, self._due = link or Link(), due
         self._mailbox = DeltaMailbox()
         self._unapplied: list[deque[int]] = [deque() for _ in units]  # unit -> steps whose deltas it has not got yet
         self._trace = ComputeTrace(backend, is_on=False)

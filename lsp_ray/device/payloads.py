@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from lsp_ray.device.backend import Backend, Fence
+from lsp_ray.device.link import Link
 from lsp_ray.device.rounding import Rounding
-from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.reproject import Reprojection
@@ -42,9 +42,8 @@ class Payloads:
         codec: Of the payloads.
         rounding: Has the noise for coarse ones.
         see: Shown each unit's gradients as they are sent, on the compute stream.
-
-    Attributes:
-        link: Slows copies down, in bytes; None does not.
+        link: To take turns on; default: one for itself.
+        due: The deadline on it of a unit's payload of a step; default: all are alike.
     """
 
     def __init__(
@@ -54,11 +53,14 @@ class Payloads:
         codec: Codec,
         rounding: Rounding,
         see: Callable[[Unit, Sequence[torch.Tensor]], None],
+        *,
+        link: Link | None = None,
+        due: Callable[[int, int], int] = lambda _step, _unit: 0,
     ) -> None:
         self._backend = backend
         self._on_gradients = on_gradients
         self._codec, self._rounding, self._see = codec, rounding, see
-        self.link: TokenBucket | None = None
+        self._link, self._due = link or Link(), due
         self._payloads: dict[tuple[int, int, int], _Payload] = {}  # by step, unit and part
         self._announcements: list[Future[None]] = []
         self._lock = threading.Lock()
@@ -98,13 +100,14 @@ class Payloads:
         with self._lock:
             payload = self._payloads.pop((step, unit, part))
         payload.fence.synchronize()  # the span then holds the copy alone, not the compute before it
-        start_s = time.monotonic()
-        self._backend.wait(WorkStream.D2H, payload.fence)
-        self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
-        self._backend.record(WorkStream.D2H).synchronize()  # the shard may read the slot, and the payload be freed
-        if self.link is not None:
-            self.link.take(slot.nbytes, start_s=start_s)
-        end_s = time.monotonic()
+        with self._link.turn(self._due(step, unit)):
+            start_s = time.monotonic()
+            self._backend.wait(WorkStream.D2H, payload.fence)
+            self._backend.copy_async(WorkStream.D2H, slot, payload.gradient)
+            fence = self._backend.record(WorkStream.D2H)
+            self._link.pace(fence, slot.nbytes, start_s=start_s)
+            fence.synchronize()  # the shard may read the slot, and the payload be freed
+            end_s = time.monotonic()
         span = Span(stream=WorkStream.D2H, step=step, layer=unit, start_s=start_s, end_s=end_s, part=part)
         return span, payload.reprojections
 

@@ -31,7 +31,8 @@ class StepReport:
     them lie the deadlines and the arrivals of a step. `grad_norm`, `grad_scale`: see `Verdict`; where the step has
     several parts, the norm is not known here, and the scale 0 says that a part is not finite. `notes` are for people.
     Of several GPUs together, `waits` are those of the one that waited longest, which computes `waiting_parts`, and
-    `computed_s` is what each of them computed. `weights` is empty where weights are on the device.
+    `computed_s` is what each of them computed. `weights` is empty where weights are on the device, `activations` where
+    blocks' inputs are.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepReport:
     waiting_parts: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     weights: StreamedStep = field(default_factory=StreamedStep)
+    activations: StreamedStep = field(default_factory=StreamedStep)
 
     @property
     def loss(self) -> float:

@@ -20,7 +20,7 @@ from lsp_ray.device.backend import Backend, Fence, Stamp
 from lsp_ray.device.compute_trace import ComputeTrace
 from lsp_ray.device.frozen_block import FrozenBlock
 from lsp_ray.device.host_embedding import HostEmbedding
-from lsp_ray.device.up_link import UpLink
+from lsp_ray.device.link import Link
 from lsp_ray.errors import DeadlineError
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS, BlockRing
 from lsp_ray.trace import Span, Wait, WorkStream
@@ -31,10 +31,11 @@ _AFTER_DELTAS = 1  # of those that one use needs: a delta is the smaller one
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedStep:
-    """What weights did in a step: copies that began in it, their bytes, and waits for them."""
+    """What weights, or activations, did in a step: copies that began in it, their bytes, and waits for them."""
 
     copies: tuple[Span, ...] = ()
-    num_bytes: int = 0
+    bytes_h2d: int = 0
+    bytes_d2h: int = 0
     waits: tuple[Wait, ...] = ()
 
 
@@ -64,7 +65,7 @@ class StreamedWeights:
     ) -> None:
         self._blocks, self._backend, self._embedding = blocks, backend, embedding
         self._changed = changed or threading.Condition()
-        self.link = UpLink(self._changed)
+        self.link = Link(self._changed)
         self._ring = BlockRing(len(blocks), num_buffers)
         is_gpu = backend.device.type == "cuda"
         self.num_pageable = sum(is_gpu and not backend.page_lock(block.host_bytes) for block in blocks)
@@ -135,15 +136,9 @@ class StreamedWeights:
                 Span(stream=WorkStream.H2D, step=step, layer=self._blocks[block].unit, start_s=start_s, end_s=done_s)
                 for block, start_s, done_s in copies
             ),
-            num_bytes=sum(self._blocks[block].host_bytes.nbytes for block, _, _ in copies),
-            waits=tuple(
-                Wait(
-                    step=step,
-                    layer=self._blocks[block].unit,
-                    start_s=end_s - began.seconds_until(end),
-                    end_s=end_s - ended.seconds_until(end),
-                )
-                for block, began, ended in stalls
+            bytes_h2d=sum(self._blocks[block].host_bytes.nbytes for block, _, _ in copies),
+            waits=waits_of(
+                [(self._blocks[block].unit, began, ended) for block, began, ended in stalls], step, end, end_s
             ),
         )
 
@@ -243,3 +238,11 @@ class StreamedWeights:
         """The number of the use that reads what a delta changes in a forward of `step`; on any thread."""
         with self._changed:
             return self._ring.delta_due(step, self._block_of_unit.get(unit, 0))
+
+
+def waits_of(stalls: Sequence[tuple[int, Stamp, Stamp]], step: int, end: Stamp, end_s: float) -> tuple[Wait, ...]:
+    """Waits of the compute stream, from their units, begins and ends; the device has passed `end` at `end_s`."""
+    return tuple(
+        Wait(step=step, layer=unit, start_s=end_s - began.seconds_until(end), end_s=end_s - ended.seconds_until(end))
+        for unit, began, ended in stalls
+    )

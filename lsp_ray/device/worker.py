@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import nn
@@ -19,7 +20,9 @@ from lsp_ray.device.backend import Backend, Stamp
 from lsp_ray.device.block_graphs import BlockGraphs
 from lsp_ray.device.compute_trace import ComputeTrace
 from lsp_ray.device.deltas import Deltas
+from lsp_ray.device.host_activations import HostActivations
 from lsp_ray.device.judge import Judge, Verdict
+from lsp_ray.device.link import Link
 from lsp_ray.device.local_updates import judged, update_in_place
 from lsp_ray.device.memory import LiveStorage, peak_of
 from lsp_ray.device.payloads import Payloads
@@ -30,7 +33,6 @@ from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.streamed_weights import StreamedStep, StreamedWeights
 from lsp_ray.device.token_bucket import TokenBucket
 from lsp_ray.device.unit import Unit, Update
-from lsp_ray.device.up_link import UpLink
 from lsp_ray.errors import LspRayError
 from lsp_ray.models.loss import Batch, num_targets, num_tokens, summed_loss
 from lsp_ray.optim.codec import Codec
@@ -63,6 +65,7 @@ class DeviceWorker:
         own_parts: Those that are computed here, in order; default: all.
         weights: The blocks' frozen weights, where they come up behind the compute; default: they are on the device.
         limit_bytes: On a CPU, of tensors that may be alive in a step; default: any number.
+        activations: The blocks' inputs, where they wait in main memory, on the link of `weights`; default: likewise.
     """
 
     def __init__(
@@ -87,9 +90,9 @@ class DeviceWorker:
         own_parts: range | None = None,
         weights: StreamedWeights | None = None,
         limit_bytes: int | None = None,
+        activations: HostActivations | None = None,
     ) -> None:
-        self.model = model
-        self.units = units
+        self.model, self.units = model, units
         self._backend = backend
         self._learning_rates = learning_rates
         self._weight_decay = weight_decay
@@ -104,8 +107,11 @@ class DeviceWorker:
         self._live: LiveStorage | None = None
         self._on_due = on_due
         self._codec = codec = codec or Codec()
-        self.weights = weights
-        self._up_link = weights.link if weights is not None else UpLink()
+        self.weights, self.activations = weights, activations
+        self._moved = [each for each in (weights, activations) if each is not None]
+        self._up_link = weights.link if weights is not None else activations.up if activations is not None else Link()
+        self._down_link = Link() if activations is None else activations.down
+        due = self._moved[0].delta_due if self._moved else lambda _step, _unit: 0
         self._deltas = Deltas(
             units,
             backend,
@@ -114,9 +120,17 @@ class DeviceWorker:
             staleness=staleness,
             on_due=on_due,
             link=self._up_link,
-            **({} if weights is None else {"due": weights.delta_due}),
+            due=due,
         )
-        self._payloads = Payloads(backend, on_gradients, codec, self._rounding, self._judge.see)
+        self._payloads = Payloads(
+            backend,
+            on_gradients,
+            codec,
+            self._rounding,
+            self._judge.see,
+            link=self._down_link,
+            due=lambda made, unit: due(made + 1 + staleness, unit),  # when its delta is
+        )
         self._num_parts = num_parts
         self._own_parts = range(num_parts) if own_parts is None else own_parts
         self._step, self._part = -1, 0
@@ -128,7 +142,7 @@ class DeviceWorker:
 
     def slow_down(self, link: Mapping[WorkStream, TokenBucket]) -> None:
         """While nothing is copied: slow down later copies, in bytes, each direction that is named by itself."""
-        self._payloads.link = link.get(WorkStream.D2H)
+        self._down_link.bucket = link.get(WorkStream.D2H)
         self._up_link.bucket = link.get(WorkStream.H2D)
 
     def run_step(
@@ -150,7 +164,7 @@ class DeviceWorker:
         """
         if step != self._measured_step and self._limit_bytes is None:
             return self._run_step(step, micro_batches)
-        on_host = [*host_slots, *(self.weights.host_bytes if self.weights is not None else ())]
+        on_host = [*host_slots, *chain.from_iterable(moved.host_bytes for moved in self._moved)]
         with peak_of(self._backend.device, on_host, self._limit_bytes) as live:
             self._live = live
             report = self._run_step(step, micro_batches)
@@ -218,8 +232,8 @@ class DeviceWorker:
             hook.remove()
         if self._graphs is not None:
             self._graphs.close()
-        if self.weights is not None:
-            self.weights.close()
+        for moved in self._moved:
+            moved.close()
 
     def _run_step(self, step: int, micro_batches: Sequence[Batch]) -> StepReport:
         start_s = time.monotonic()
@@ -230,8 +244,8 @@ class DeviceWorker:
             self._refitter.before_step(step)
         total_targets = max(1, sum(num_targets(batch) for batch in micro_batches))
         size = len(micro_batches) // self._num_parts
-        if self.weights is not None:
-            self.weights.begin_step(step, size * len(self._own_parts), trace)
+        for moved in self._moved:
+            moved.begin_step(step, size * len(self._own_parts), trace)
         parts = {part: micro_batches[part * size : (part + 1) * size] for part in self._own_parts}
         forward: tuple[Stamp, float] | None = None
         began = self._backend.stamp()
@@ -249,7 +263,10 @@ class DeviceWorker:
         self._backend.record(WorkStream.GPU).synchronize()
         self._payloads.settle()
         end_s = time.monotonic()
-        weights = StreamedStep() if self.weights is None else self.weights.end_step(step, trace_end, end_s)
+        weights, activations = (
+            StreamedStep() if moved is None else moved.end_step(step, trace_end, end_s)
+            for moved in (self.weights, self.activations)
+        )
         return StepReport(
             step=step,
             losses=verdict.losses,
@@ -266,6 +283,7 @@ class DeviceWorker:
             compute=trace.spans(step, trace_end, end_s),
             notes=self._graphs.refusals() if self._graphs is not None else (),
             weights=weights,
+            activations=activations,
         )
 
     def _begun(self, part: int) -> AbstractContextManager[None]:
@@ -284,8 +302,8 @@ class DeviceWorker:
         if self._graphs is not None:
             may_record = self._step > self._measured_step
             self._graphs.begin(batch, may_record=may_record, payload_dtype=self._flat_dtype(size))
-        if self.weights is not None:
-            self.weights.begin_pass()
+        for moved in self._moved:
+            moved.begin_pass()
         loss = summed_loss(self.model, self._on_device(batch)) / total_targets
         weight = self._judge.weigh(loss)
         forward_end = self._backend.stamp()

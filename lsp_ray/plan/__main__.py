@@ -49,7 +49,7 @@ def _plan(config: PlanConfig) -> int:
     named = config.machine
     from lsp_ray.models.resolve import resolve_config
     from lsp_ray.plan.plan import choices_of, make_plan, workload_of
-    from lsp_ray.plan.skeleton import check_length, quantized_bits, shape_of
+    from lsp_ray.plan.skeleton import check_length, positions_of, quantized_bits, shape_of
 
     folder = resolve_config(config.model_name_or_path, log=_note)
     check_length(folder, config.max_seq_length)
@@ -66,7 +66,7 @@ def _plan(config: PlanConfig) -> int:
         found_bits=found_bits,
     )
     choices, free = (choices_of(config, found_bits=found_bits, keep=keep) for keep in (True, False))
-    plan = make_plan(model, work, machine, choices, typical, found_bits)
+    plan = make_plan(model, work, machine, choices, typical, found_bits, positions_of(folder))
     _show(plan, config)
     if plan.reason is None:
         return 0

@@ -101,6 +101,7 @@ def _choose(config: RunConfig, on: Device, cluster: Cluster, note: Callable[[str
         bits=config.bits or quantized_bits(folder),
         apart=config.lsp.is_apart or config.streams,
         weights="host" if config.streams else "device",
+        activations=config.runtime.activations,
         gradient_checkpointing=config.recomputes,
         nnz_per_row=config.lsp.nnz_per_row,
         num_shards=cores.num_shards,
@@ -145,7 +146,9 @@ def _throttle(config: RunConfig, model: ModelShape, work: Workload, machine: Har
     if runtime.emulate is None:
         return Throttle(link_gbps=runtime.link_gbps)
     plain = CostModel(
-        model=model, workload=replace(work, method="zero_offload", bits=None, weights="device"), hardware=machine
+        model=model,
+        workload=replace(work, method="zero_offload", bits=None, weights="device", activations="device"),
+        hardware=machine,
     ).step()
     return emulating(MACHINES[runtime.emulate], compute_s=plain.both_ways_s, full_numel=model.num_trained)
 
@@ -156,5 +159,6 @@ def _cause(waiting: Exposed) -> str:
         "updates": waiting.cpu_s,
         "the way up": waiting.h2d_s,
         "weights on their way up": waiting.weights_s,
+        "activations on their way": waiting.activations_s,
     }
     return max(by_cause, key=lambda cause: by_cause[cause])

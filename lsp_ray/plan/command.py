@@ -43,6 +43,7 @@ def command_of(config: PlanConfig, row: Forecast, found_bits: Bits | None = None
         "num_replicas": _unless(1, work.cluster.num_gpus),
         "runtime.address": "auto" if work.cluster.num_away else None,
         "gradient_checkpointing": work.gradient_checkpointing or None,
+        "runtime.activations": _unless("device", work.activations),
         "bf16": config.bf16,
         **({f"load_in_{work.bits}bit": True} if work.bits and not found_bits else {}),
         "max_grad_norm": config.max_grad_norm or None,

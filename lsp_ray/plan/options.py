@@ -56,6 +56,8 @@ class PlanRuntimeConfig:
     """What crosses the link, both ways; default: bfloat16; int8 between machines where bfloat16 hides no d of 256."""
     weights: Weights | None = None
     """Where weights that never change live; default: on the device, in main memory (host) where nothing else fits."""
+    activations: Weights | None = None
+    """Where blocks' inputs wait for the backward; default: likewise (host implies gradient_checkpointing)."""
     pinned: bool = True
     """Whether the slots are page-locked."""
 
@@ -183,6 +185,8 @@ class PlanConfig:
             raise ConfigError("lsp.delta", f"be apart {where}, {why}", "merged")
 
     def _check_weights(self) -> None:
+        if self.runtime.activations == "host" and self.gradient_checkpointing is False:
+            raise ConfigError("gradient_checkpointing", "be true or left out with runtime.activations host", False)
         if self.runtime.weights != "host":
             return
         if self.method not in (None, "lsp"):

@@ -14,6 +14,7 @@ from lsp_ray.sim.advice import Advice, Choices, advise, why_nothing_fits
 from lsp_ray.sim.forecast import Forecast, forecast
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.hiding import LinkAdvice, link_advice
+from lsp_ray.sim.longest import Longest, longest
 from lsp_ray.sim.memory import HostMemory
 from lsp_ray.sim.model_shape import ModelShape
 from lsp_ray.sim.workload import ON_QUANTIZED, Workload
@@ -34,6 +35,7 @@ class Plan:
         refused: Methods without one, as they change weights, and all that may be chosen are quantised.
         found_bits: Those of a model that is quantised already.
         link: What hides the link, where a row that fits streams weights.
+        positions: Tokens of an example that the model reads at most; None: any number.
     """
 
     model: ModelShape
@@ -42,6 +44,15 @@ class Plan:
     refused: tuple[Method, ...] = ()
     found_bits: Bits | None = None
     link: LinkAdvice | None = None
+    positions: int | None = None
+
+    @property
+    def longest(self) -> Longest | None:
+        """From which length on blocks' inputs in main memory pay; None where nothing fits, or there is one memory."""
+        best = self.advice.recommended
+        if best is None or not self.hardware.on_gpu:
+            return None
+        return longest(self.model, best, self.hardware, self.positions)
 
     @property
     def reason(self) -> str | None:
@@ -69,6 +80,7 @@ class Plan:
             "num_trained": self.model.num_trained,
             "recommended": None if best is None else _forecast_json(best),
             "link_hidden_from": None if self.link is None else _link_json(self.link),
+            "longest": None if (found := self.longest) is None else asdict(found),
             "methods": [_forecast_json(row) for row in self.advice.rows],
             "refused": list(self.refused),
             "by_policy": [_forecast_json(entry) for entry in self.by_policy()],
@@ -82,6 +94,7 @@ def make_plan(
     choices: Choices,
     typical: Callable[[Workload], Workload] | None = None,
     found_bits: Bits | None = None,
+    positions: int | None = None,
 ) -> Plan:
     """Find what fits for every method, and which to take.
 
@@ -92,6 +105,7 @@ def make_plan(
         choices: What may be varied.
         typical: Sets the typical micro-batch for a workload's length and batch; default: the longest there can be.
         found_bits: Of a model that is quantised already.
+        positions: That the model has; None: any number.
 
     Raises:
         ConfigError: d is to be chosen, and every linear is too small for one.
@@ -108,6 +122,7 @@ def make_plan(
         refused=refused,
         found_bits=found_bits,
         link=links[0] if links else None,  # lsp's: no other method streams
+        positions=positions,
     )
 
 
@@ -128,6 +143,7 @@ def choices_of(config: PlanConfig, *, found_bits: Bits | None = None, keep: bool
     return Choices(
         methods=methods,
         homes=_homes(config, keep=keep),
+        inputs=_inputs(config, keep=keep),
         bases=bases,
         batches=tuple(batches),
         checkpointing=(False, True) if asked is None else (asked,),
@@ -145,6 +161,13 @@ def _homes(config: PlanConfig, *, keep: bool) -> tuple[Weights, ...]:
         return (asked,)
     is_refused = config.lsp.delta == "merged" or config.load_in_8bit or config.gradient_checkpointing is False
     return ("device",) if is_refused and keep else ("device", "host")
+
+
+def _inputs(config: PlanConfig, *, keep: bool) -> tuple[Weights, ...]:
+    asked = config.runtime.activations
+    if asked is not None and keep:
+        return (asked,)
+    return ("device",) if config.gradient_checkpointing is False and keep else ("device", "host")
 
 
 def _lengths(asked: int | None, keep: bool) -> tuple[int, ...]:
@@ -211,6 +234,7 @@ def _forecast_json(entry: Forecast) -> dict[str, Any]:
         "subspace_dim": work.subspace_dim if work.method == "lsp" else None,
         "bits": work.bits,
         "weights": work.weights,
+        "activations": work.activations,
         "delta": None if work.method != "lsp" else "apart" if work.is_apart else "merged",
         "per_device_train_batch_size": work.batch_size,
         "gradient_accumulation_steps": work.num_micro_batches,

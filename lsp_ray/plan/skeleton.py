@@ -25,9 +25,15 @@ def shape_of(folder: Path) -> ModelShape:
     return shape_of_model(_skeleton(folder))
 
 
+def positions_of(folder: Path) -> int | None:
+    """Return the positions of the model whose config.json is in `folder`; None where it has no bound."""
+    bound: int | None = getattr(load_config(folder).get_text_config(), "max_position_embeddings", None)
+    return bound
+
+
 def check_length(folder: Path, max_seq_length: int | None) -> None:
     """Refuse a length for which the model whose config.json is in `folder` has no positions, as a run does."""
-    bound = getattr(load_config(folder).get_text_config(), "max_position_embeddings", None)
+    bound = positions_of(folder)
     if max_seq_length is not None and bound is not None and max_seq_length > bound:
         raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", max_seq_length)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -14,11 +16,13 @@ from lsp_ray.sim.cluster import Cluster
 from lsp_ray.sim.forecast import Forecast
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES, HardwareProfile
 from lsp_ray.sim.hiding import LinkAdvice
+from lsp_ray.sim.longest import Longest
 
 _AS_FAST = 0.05  # of a step within which two methods are called as fast
 _LEGEND = (
     "batch: examples of a micro-batch × micro-batches of a step",
-    "ckpt: --gradient_checkpointing; tok/s: tokens a second, padding counted",
+    "ckpt: --gradient_checkpointing, host: with --runtime.activations host",
+    "tok/s: tokens a second, padding counted",
     "device: GB at its peak with the longest batch; host: GB of main memory, with the",
     f"weights on their way to a GPU; GB: 10⁹ bytes, {RESERVE_BYTES / 1e9:g} GB of each memory stays free",
 )
@@ -63,7 +67,16 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
     if best is not None:
         head, *others = recommendation(rows, best, plan.found_bits)
         say(console, "", head, command_of(config, best, plan.found_bits), *others)
+        say(console, *_longer(plan.longest))
     say(console, *hidden_from(plan.link))
+
+
+def _longer(found: Longest | None) -> Iterator[str]:
+    if found is not None and found.host > found.device:
+        yield (
+            f"above {found.device:,} tokens an example: --runtime.activations host, up to {found.host:,} "
+            f"(waits: {found.waits:.0%})"
+        )
 
 
 def say(console: Console, *lines: str) -> None:
@@ -134,7 +147,7 @@ def _methods(rows: tuple[Forecast, ...]) -> Table:
         table.add_row(
             _method(row),
             f"{work.batch_size} × {work.num_micro_batches}",
-            "yes" if work.gradient_checkpointing else "no",
+            "host" if work.parks_inputs else "yes" if work.gradient_checkpointing else "no",
             f"{row.longest_bytes / 1e9:.1f}",
             f"{row.host.total_bytes / 1e9:.1f}",
             _seconds(row.step_s),
@@ -194,6 +207,7 @@ def _memory(rows: tuple[Forecast, ...]) -> Table:
         "host: slots": [row.host.object_store for row in rows],
         "host: processes": [row.host.processes for row in rows],
         "host: weights": [row.host.weights for row in rows],
+        "host: activations": [row.host.inputs for row in rows],
     }
     for name, sizes in parts.items():
         table.add_row(name, *(f"{size / 1e9:.2f}" for size in sizes))
@@ -250,9 +264,15 @@ def _sent(row: Forecast) -> str:
 
 def _in_bits(row: Forecast) -> str:
     bits = f" in {row.workload.bits} bits" if row.workload.bits else ""
-    if not row.workload.streams:
-        return bits
-    return f"{bits} with weights in main memory, for which {row.exposed.weights_s / row.step_s:.0%} of a step waits"
+    kept = [
+        f"{what} in main memory, for which {waited_s / row.step_s:.0%} of a step waits"
+        for is_kept, what, waited_s in (
+            (row.workload.streams, "weights", row.exposed.weights_s),
+            (row.workload.parks_inputs, "activations", row.exposed.activations_s),
+        )
+        if is_kept
+    ]
+    return f"{bits} with {' and '.join(kept)}" if kept else bits
 
 
 def _option(row: Forecast, found_bits: Bits | None) -> str:

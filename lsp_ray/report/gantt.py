@@ -23,6 +23,7 @@ STREAM_NAMES = {
 CAUSE_NAMES = {stream.value: name for stream, name in STREAM_NAMES.items()} | {
     Cause.PEERS.value: "other GPUs",
     Cause.WEIGHTS.value: "weights",
+    Cause.ACTIVATIONS.value: "activations",
 }
 
 
@@ -84,8 +85,8 @@ def _hover(span: TracedSpan) -> str:
     what = f"{span.category} of layer {span.layer}, step {span.step + 1}"
     if span.cause is not None:
         what = f"waits for the delta of layer {span.layer}, late on the {_name(span.cause)}"
-        if span.cause == Cause.WEIGHTS:
-            what = f"waits for the weights of layer {span.layer}"
+        if span.cause in (Cause.WEIGHTS, Cause.ACTIVATIONS):
+            what = f"waits for the {span.cause} of layer {span.layer}"
     return f"{what}: {(span.end_s - span.start_s) * 1e3:.2f} ms"
 
 

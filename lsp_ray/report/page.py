@@ -141,13 +141,16 @@ def _device(run: RunFolder) -> str:
 def _exposed(runs: Sequence[RunFolder]) -> Sequence[Markup]:
     how = (
         "Time a step in which the device stood still for a delta, by the stream that it was still in, or for weights "
-        f"(means over the steps after the first {WARM_UP_STEPS})."
+        f"or activations (means over the steps after the first {WARM_UP_STEPS})."
     )
     rows = []
     longest_s = 0.0
     has_peers = any(step.computed_s_by_gpu for run in runs for step in run.steps)
-    has_weights = any(step.exposed_weights_s > 0 for run in runs for step in run.steps)
-    shown = {Cause.PEERS: has_peers, Cause.WEIGHTS: has_weights}
+    has_waited = {
+        cause: any(step.exposed_by_cause[cause] > 0 for run in runs for step in run.steps)
+        for cause in (Cause.WEIGHTS, Cause.ACTIVATIONS)
+    }
+    shown = {Cause.PEERS: has_peers, **has_waited}
     causes = [cause for cause in Cause if shown.get(cause, True)]
     for run in runs:
         if not run.steps:

@@ -233,7 +233,11 @@ class Training:
             open_sinks(job.config, folder, earlier, first_step=job.first_step) as sinks,
             (internals / "events.jsonl").open("w", encoding="utf-8") as events,
             trace_file(
-                internals / "trace.json", shard_of_unit, num_steps=job.num_steps, gpu_of_part=job.layout.gpu_of_part
+                internals / "trace.json",
+                shard_of_unit,
+                num_steps=job.num_steps,
+                gpu_of_part=job.layout.gpu_of_part,
+                has_link=job.inputs is not None,
             ) as trace,
         ):
             totals = StepTotals(measured=job.measured_step + 1)

@@ -2,15 +2,25 @@
 
 A micro-batch uses the blocks from shallow to deep, forward, and back again, backward; then the next one does. So each
 block's next use is known: what is needed first comes up first, in the place of what is needed last (Belady, "A study of
-replacement algorithms for a virtual-storage computer", 1966). Uses are numbered through all micro-batches, and so are
-the deadlines of deltas, which come up on the same link.
+replacement algorithms for a virtual-storage computer", 1966). Deadlines are numbers of uses, see `Uses`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lsp_ray.schedule.uses import Uses
+
 FEWEST_BUFFERS = 2  # one is read while the other one is written
+INPUT_BUFFERS = 2  # the same of blocks' inputs
+
+
+def parked_blocks(num_blocks: int) -> range:
+    """The blocks whose input leaves the device where it waits in main memory.
+
+    The first one's stays, as torch holds it in any case, and the last ones', which the backward needs at once.
+    """
+    return range(1, max(1, num_blocks - INPUT_BUFFERS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +50,15 @@ class BlockRing:
         self._held: list[int | None] = [None] * min(num_buffers, num_blocks)
         self.at: int | None = None
         self._is_backward = False
-        self._pass = -1  # number of the micro-batch
-        self._step, self._first_pass, self._num_passes = 0, 0, 1
+        self._uses = Uses(num_blocks)
 
     def begin_step(self, step: int, num_passes: int) -> None:
         """So many micro-batches follow, those of `step`."""
-        self._step, self._first_pass, self._num_passes = step, self._pass + 1, num_passes
+        self._uses.begin_step(step, num_passes)
 
     def begin_pass(self) -> None:
         """A micro-batch's forward follows."""
-        self._pass += 1
+        self._uses.begin_pass()
         self._is_backward = False
 
     def use(self, block: int, *, backward: bool) -> bool:
@@ -68,7 +77,7 @@ class BlockRing:
         block = min(absent, key=self._distance, default=None)
         if block is None:
             return None
-        due = self._number + self._distance(block)
+        due = self._uses.number(self.at or 0, backward=self._is_backward) + self._distance(block)
         if None in self._held:
             return Bring(block=block, buffer=self._held.index(None), evicts=None, due=due)
         last = max((held for held in self._held if held is not None), key=self._distance)
@@ -86,14 +95,8 @@ class BlockRing:
         return self._held.index(block)
 
     def delta_due(self, step: int, block: int) -> int:
-        """The number of the use that reads first what the delta changes that a forward of `step` adds to a block."""
-        return 2 * self._num_blocks * (self._first_pass + (step - self._step) * self._num_passes) + block
-
-    @property
-    def _number(self) -> int:
-        """Of the use under way."""
-        at = self.at or 0
-        return 2 * self._num_blocks * self._pass + (2 * self._num_blocks - 1 - at if self._is_backward else at)
+        """See `Uses`."""
+        return self._uses.delta_due(step, block)
 
     def _distance(self, block: int) -> int:
         """Uses from now until the block's next one; 0 for the one under way."""

@@ -37,6 +37,7 @@ class Choices:
         batches: Examples in a micro-batch, and micro-batches in an update; their product is always the same.
         checkpointing: Whether the backward runs each block's forward again.
         homes: Where weights that stay as they are live; main memory for lsp alone, with checkpointing.
+        inputs: Where blocks' inputs wait for the backward; main memory with checkpointing.
         lengths: Tokens of an example at most; a shorter one is tried where no method fits.
         auto_dim: Whether D is the largest that is hidden (and fits), or the workload's.
         auto_dtype: Whether int8 may be sent in bfloat16's place: between nodes, where that hides too small a D.
@@ -53,6 +54,7 @@ class Choices:
     auto_dtype: bool = False
     homes: tuple[Weights, ...] = ("device",)
     hides_link: bool = False
+    inputs: tuple[Weights, ...] = ("device",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +160,7 @@ def why_nothing_fits(advice: Advice, hardware: HardwareProfile) -> str:
         f"{whole} of {kind} memory, {kept}: the least is {need.needed_bytes / 1e9:.1f} GB, "
         f"with method {least.workload.method}{f' in {bits} bits' if bits else ''}"
         f"{', weights in main memory' if least.workload.streams else ''}"
+        f"{', activations in main memory' if least.workload.parks_inputs else ''}"
     )
 
 
@@ -201,9 +204,11 @@ class _Search:
         return None
 
     def least(self, workload: Workload) -> Forecast:
-        """The last choice, under the policy that needs least."""
-        work = self.typical(list(self._works(workload))[-1])
-        entries = [forecast(self.model, work, self.hardware, policy) for policy in _policies(work)]
+        """The last choice, wherever blocks' inputs are, under the policy that needs least."""
+        last = {work.activations: self.typical(work) for work in self._works(workload)}
+        entries = [
+            forecast(self.model, work, self.hardware, policy) for work in last.values() for policy in _policies(work)
+        ]
         return min(entries, key=lambda entry: max(need.excess for need in entry.needs))
 
     def _works(self, workload: Workload) -> Iterator[Workload]:
@@ -213,13 +218,14 @@ class _Search:
             dim = -(-workload.nnz_per_row // DIM_STEP) * DIM_STEP
         bases = [bits for bits in self.choices.bases if bits is None or workload.method in ON_QUANTIZED]
         homes: tuple[Weights, ...] = self.choices.homes if workload.method == "lsp" else ("device",)
-        for home, bits, checkpointing in product(homes, bases, self.choices.checkpointing):
-            if home == "host" and not checkpointing:
+        for inputs, home, bits, checkpointing in product(self.choices.inputs, homes, bases, self.choices.checkpointing):
+            if "host" in (home, inputs) and not checkpointing:
                 continue
             work = replace(
                 workload,
                 bits=bits,
                 weights=home,
+                activations=inputs,
                 apart=workload.apart or home == "host",
                 gradient_checkpointing=checkpointing,
             )

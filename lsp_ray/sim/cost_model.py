@@ -57,14 +57,26 @@ class CostModel:
     def _layer(self, layer: LayerShape, update_bytes_per_s: float) -> LayerCosts:
         forward_s = self._device_s(forward_work(self.model, self.workload, layer))
         backward_s = self._device_s(backward_work(self.model, self.workload, layer))
+        # page-locked whatever slots are
+        input_bytes = self.workload.element_bytes * self.model.hidden_size * self.workload.tokens
+        is_parked = self.workload.parks_inputs and layer.is_block
+        input_d2h_s = input_bytes / self.hardware.d2h_bytes_per_s if is_parked else 0.0
+        input_h2d_s = input_bytes / self.hardware.h2d_bytes_per_s if is_parked else 0.0
         if self.workload.stays_on_device:
-            update_s = self._device_s(device_update_work(self.workload, layer))
-            return LayerCosts(forward_s=forward_s, backward_s=backward_s, update_s=update_s)
+            return LayerCosts(
+                forward_s=forward_s,
+                backward_s=backward_s,
+                update_s=self._device_s(device_update_work(self.workload, layer)),
+                input_d2h_s=input_d2h_s,
+                input_h2d_s=input_h2d_s,
+            )
         size_bytes = self.workload.payload_bytes(layer)
         rate = 1.0 if self.workload.pinned else self.hardware.pageable_fraction
         return LayerCosts(
             forward_s=forward_s,
             backward_s=backward_s,
+            input_d2h_s=input_d2h_s,
+            input_h2d_s=input_h2d_s,
             apply_s=self._device_s(apply_work(self.workload, layer)),
             d2h_s=size_bytes / (rate * self.hardware.d2h_bytes_per_s),
             cpu_s=self._shard_update_s(layer, update_bytes_per_s),

@@ -23,6 +23,8 @@ class LayerCosts:
         cpu_s: The optimizer's step on the layer's shard.
         h2d_s: Delta up.
         weights_s: Frozen weights up, where they come from main memory.
+        input_d2h_s: A block's input down, where it waits in main memory for the backward.
+        input_h2d_s: The same up again.
     """
 
     forward_s: float
@@ -33,6 +35,8 @@ class LayerCosts:
     cpu_s: float = 0.0
     h2d_s: float = 0.0
     weights_s: float = 0.0
+    input_d2h_s: float = 0.0
+    input_h2d_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -176,7 +176,7 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
     crossing_s = max(0.0, typical.step_s - near.step_s)
     is_driver = driver_s >= step_s
     late_s = {"d2h": near.exposed.d2h_s, "cpu": near.exposed.cpu_s, "h2d": near.exposed.h2d_s, "network": crossing_s}
-    late_s["weights"] = near.exposed.weights_s
+    late_s |= {"weights": near.exposed.weights_s, "activations": near.exposed.activations_s}
     return Forecast(
         workload=workload,
         policy=policy,

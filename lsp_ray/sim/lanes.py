@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from lsp_ray.schedule.ops import Op
 from lsp_ray.schedule.policy import Lane
+from lsp_ray.sim.copies import Copy
 from lsp_ray.sim.costs import StepCosts
-from lsp_ray.sim.streaming import WeightsUp
 from lsp_ray.trace import WorkStream
 
 _LINK = (WorkStream.D2H, WorkStream.H2D)
@@ -24,12 +24,12 @@ class LaneState:
     """A lane: operations launched and waiting, and the one under way with the seconds it needs at full rate.
 
     `crosses` says that it is on the network, `then_s` what it needs after that, or before. Operations wait with their
-    deadlines; `weights` wait beside them.
+    deadlines; `copies` wait beside them.
     """
 
     waiting: deque[tuple[Op, int]] = field(default_factory=deque)
-    weights: WeightsUp | None = None
-    op: Op | WeightsUp | None = None
+    copies: list[Copy] = field(default_factory=list)
+    op: Op | Copy | None = None
     crosses: bool = False
     then_s: float | None = None
     start_s: float = 0.0
@@ -51,11 +51,11 @@ class Lanes:
         self._costs, self._ends = costs, ends
         self._states: dict[Lane, LaneState] = {}
 
-    def add(self, lane: Lane, op: Op | WeightsUp, due: int = 0) -> None:
-        """Let `op` wait for its turn: operations in this order, weights until no operation is due as soon."""
+    def add(self, lane: Lane, op: Op | Copy, due: int = 0) -> None:
+        """Let `op` wait for its turn: operations in this order, copies until nothing is due as soon."""
         state = self._states.setdefault(lane, LaneState())
-        if isinstance(op, WeightsUp):
-            state.weights = op
+        if isinstance(op, Copy):
+            state.copies.append(op)
         else:
             state.waiting.append((op, due))
 
@@ -64,9 +64,10 @@ class Lanes:
         state = self._states[lane]
         if state.op is not None:
             return
-        if state.weights is not None and (not state.waiting or state.weights.due < state.waiting[0][1]):
-            state.op, state.weights = state.weights, None
-            state.left_s = self._costs.layers[state.op.layer].weights_s
+        copy = min(state.copies, key=lambda copy: copy.due, default=None)
+        if copy is not None and (not state.waiting or copy.due < state.waiting[0][1]):
+            state.copies.remove(copy)
+            state.op, state.left_s = copy, copy.seconds
         elif state.waiting:
             state.op, _ = state.waiting.popleft()
             self._set_seconds(state, state.op, lane[1])
@@ -85,7 +86,7 @@ class Lanes:
             if state.crosses:
                 state.left_s, state.then_s = state.then_s, state.left_s
 
-    def finish(self, lane: Lane, version: int, now_s: float) -> tuple[Op | WeightsUp, float] | None:
+    def finish(self, lane: Lane, version: int, now_s: float) -> tuple[Op | Copy, float] | None:
         """End a lane's operation and return it with its start; None where that is not its end yet."""
         state = self._states[lane]
         if state.version != version:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
+from lsp_ray.schedule.block_ring import FEWEST_BUFFERS, INPUT_BUFFERS, parked_blocks
 from lsp_ray.sim.activations import activation_bytes, held_input_bytes
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 from lsp_ray.sim.store import balanced, slot_bytes, store_bytes
@@ -70,11 +70,13 @@ class HostMemory:
         processes: Python with torch, several times, and slots of GPU actors on other machines than the driver's.
         weights: On their way to a GPU, before training; where the host computes the device's own are these, and what
             is to be quantised goes one by one. Those that come up from here are here to the end.
+        inputs: Of blocks, where they wait for the backward.
     """
 
     object_store: float
     processes: float
     weights: float
+    inputs: float
 
     @property
     def total_bytes(self) -> float:
@@ -95,8 +97,11 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
     block = max(workload.tokens * own + more for own, more in zip(kept, compressing, strict=True))
     loss = float(loss_bytes(workload.targets, model.num_logits, model.hidden_size, element_bytes=element))
     if workload.gradient_checkpointing:  # blocks are computed again after the loss's own bytes are free
-        inputs = sum(element * model.hidden_size for bytes_kept in kept if bytes_kept)
-        activations = workload.tokens * (inputs + sum(held)) + max(loss, block)
+        num_blocks = sum(bytes_kept > 0 for bytes_kept in kept)
+        inputs = float(num_blocks * workload.tokens)
+        if workload.parks_inputs and parked_blocks(num_blocks):  # the first one's, and buffers for the longest there is
+            inputs = workload.tokens + INPUT_BUFFERS * workload.full.tokens
+        activations = element * model.hidden_size * inputs + workload.tokens * sum(held) + max(loss, block)
     else:  # as they are when the deepest block compresses
         activations = workload.tokens * (sum(kept) + sum(held)) + max(loss, max(compressing))
     streamed = [workload.streamed_bytes(layer) for layer in model.layers]
@@ -161,6 +166,7 @@ def host_memory(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostM
         ),
         processes=(cluster.gpus_per_node + num_beside) * _PROCESS_BYTES + cluster.num_away * _RELAY_BYTES,
         weights=_brought_bytes(model, workload, on_gpu=on_gpu),
+        inputs=_parked_bytes(model, workload),
     )
 
 
@@ -174,7 +180,17 @@ def host_memory_elsewhere(model: ModelShape, workload: Workload, *, on_gpu: bool
         object_store=0.0,
         processes=cluster.gpus_per_node * (_PROCESS_BYTES + slots),
         weights=_brought_bytes(model, workload, on_gpu=on_gpu),
+        inputs=_parked_bytes(model, workload),
     )
+
+
+def _parked_bytes(model: ModelShape, workload: Workload) -> float:
+    """Of a machine's GPUs, each with its own, page-locked for the longest micro-batch there can be."""
+    if not workload.parks_inputs:
+        return 0.0
+    num_parked = len(parked_blocks(sum(layer.is_block for layer in model.layers)))
+    input_bytes = workload.element_bytes * model.hidden_size * workload.full.tokens
+    return float(workload.cluster.gpus_per_node * num_parked * input_bytes)
 
 
 def _brought_bytes(model: ModelShape, workload: Workload, *, on_gpu: bool) -> float:

@@ -2,7 +2,8 @@
 
 Each GPU computes its plan; each lane (a direction of a GPU's link, or a shard) executes one operation at a time, in the
 order in which the policy launched them; what a GPU on another machine sends or gets crosses the network as well. Where
-weights come up from main memory, they take turns with deltas, by deadline.
+weights come up from main memory, or blocks' inputs go there and back, they take turns with deltas and payloads, by
+deadline.
 Nothing is random, so the same costs give the same trace to the last bit.
 """
 
@@ -15,13 +16,15 @@ from dataclasses import dataclass, field, replace
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepRun
 from lsp_ray.schedule.policy import Lane, Policy, lane_of
+from lsp_ray.sim.copies import Copy, Mover, waited_s
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask, device_tasks
 from lsp_ray.sim.event_queue import EventQueue
 from lsp_ray.sim.lanes import Lanes
+from lsp_ray.sim.parked_inputs import ParkedInputs
 from lsp_ray.sim.simulation import SimulatedStep, Simulation
-from lsp_ray.sim.streaming import StreamingGpu, WeightsUp
-from lsp_ray.trace import Span, Wait, WorkStream, busy_s, exposed
+from lsp_ray.sim.streaming import StreamingGpu
+from lsp_ray.trace import Cause, Span, Wait, WorkStream, busy_s, exposed
 
 
 @dataclass(slots=True)
@@ -34,7 +37,7 @@ class _Gpu:
     blocked: DeviceTask | None = None
     blocked_since_s: float = 0.0
     waits: list[Wait] = field(default_factory=list)
-    weights: StreamingGpu | None = None
+    movers: dict[Cause, Mover] = field(default_factory=dict)  # in the order in which a task needs what they move
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ class Simulator:
             ConfigError: The policy left a GPU waiting for a delta for ever.
         """
         for gpu in self._gpus:
-            self._bring(gpu)
+            for cause in gpu.movers:
+                self._bring(gpu, cause)
             self._next_task(gpu)
         while self._queue:
             self._now_s, happening = self._queue.pop()
@@ -125,8 +129,9 @@ class Simulator:
         assert self._policy is not None, "without a policy nothing is announced"
         for action in self._policy.handle(event):
             lane = lane_of(action.op, self._shard_of_layer, self._gpu_of_part)
-            weights = self._gpus[action.op.part].weights if action.op.stream is WorkStream.H2D else None
-            self._lanes.add(lane, action.op, 0 if weights is None else weights.delta_due(action.op))
+            movers = self._gpus[lane[1]].movers if action.op.stream in (WorkStream.D2H, WorkStream.H2D) else {}
+            mover = next(iter(movers.values()), None)
+            self._lanes.add(lane, action.op, 0 if mover is None else mover.delta_due(action.op))
             self._lanes.start(lane, self._now_s)
 
     # the GPUs
@@ -146,17 +151,27 @@ class Simulator:
         )
         staleness = self._policy.staleness if self._policy is not None else 0
         num_passes = len(parts) * self._costs.num_micro_batches
-        weights = StreamingGpu(index, self._costs, num_passes, staleness) if self._costs.num_buffers else None
-        return _Gpu(index=index, tasks=tasks, weights=weights)
+        gpu = _Gpu(index=index, tasks=tasks)
+        if self._costs.num_buffers:
+            gpu.movers[Cause.WEIGHTS] = StreamingGpu(index, self._costs, num_passes, staleness)
+        if any(layer.input_d2h_s for layer in self._costs.layers):
+            gpu.movers[Cause.ACTIVATIONS] = ParkedInputs(index, parts[0], self._costs, num_passes, staleness)
+        return gpu
 
     def _next_task(self, gpu: _Gpu) -> None:
         task = next(gpu.tasks, None)
         if task is None:
             return
-        is_there = gpu.weights is None or gpu.weights.enter(task, self._now_s)
-        self._bring(gpu)  # into the place of those that are read no more
-        if is_there:
-            self._await_delta(gpu, task)
+        self._enter(gpu, task, tuple(gpu.movers))
+
+    def _enter(self, gpu: _Gpu, task: DeviceTask, causes: Sequence[Cause]) -> None:
+        """Come to a task that may still wait for what these move."""
+        for cause in causes:
+            is_there = gpu.movers[cause].enter(task, self._now_s)
+            self._bring(gpu, cause)  # into the place of those that are read no more
+            if not is_there:
+                return
+        self._await_delta(gpu, task)
 
     def _await_delta(self, gpu: _Gpu, task: DeviceTask) -> None:
         if self._is_bounded and task.awaits is not None:
@@ -202,21 +217,21 @@ class Simulator:
             self._waits.append(wait)
             self._compute(gpu, task)
 
-    # weights that come up
+    # weights and blocks' inputs
 
-    def _bring(self, gpu: _Gpu) -> None:
-        up = None if gpu.weights is None else gpu.weights.next_up()
-        if up is not None:
-            lane = WorkStream.H2D, gpu.index
-            self._lanes.add(lane, up)
+    def _bring(self, gpu: _Gpu, cause: Cause) -> None:
+        copy = gpu.movers[cause].next_copy()
+        if copy is not None:
+            lane = copy.stream, gpu.index
+            self._lanes.add(lane, copy)
             self._lanes.start(lane, self._now_s)
 
-    def _have_come(self, gpu: _Gpu, start_s: float) -> None:
-        assert gpu.weights is not None, "else no weights come up"
-        task = gpu.weights.arrive(start_s, self._now_s)
-        self._bring(gpu)
+    def _have_come(self, gpu: _Gpu, cause: Cause, start_s: float) -> None:
+        task = gpu.movers[cause].arrive(start_s, self._now_s)
+        self._bring(gpu, cause)
         if task is not None:
-            self._await_delta(gpu, task)
+            causes = tuple(gpu.movers)
+            self._enter(gpu, task, causes[causes.index(cause) + 1 :])
 
     # the lanes
 
@@ -225,8 +240,8 @@ class Simulator:
         if ended is None:
             return
         op, start_s = ended
-        if isinstance(op, WeightsUp):
-            self._have_come(self._gpus[lane[1]], start_s)
+        if isinstance(op, Copy):
+            self._have_come(self._gpus[lane[1]], op.cause, start_s)
             self._lanes.start(lane, self._now_s)
             return
         self._add_span(op.stream, op.step, op.layer, op.part, start_s)
@@ -250,7 +265,8 @@ class Simulator:
                 step_s=end_s - start_s,
                 exposed=replace(
                     exposed(waits, self._spans),
-                    weights_s=last.weights.waited_s(start_s, end_s) if last.weights is not None else 0.0,
+                    weights_s=waited_s(last.movers.get(Cause.WEIGHTS), start_s, end_s),
+                    activations_s=waited_s(last.movers.get(Cause.ACTIVATIONS), start_s, end_s),
                 ),
                 busy_s={stream: self._busy_s(stream, last, start_s, end_s) for stream in WorkStream},
             )
@@ -258,7 +274,7 @@ class Simulator:
 
     def _busy_s(self, stream: WorkStream, gpu: _Gpu, start_s: float, end_s: float) -> float:
         """Of this GPU's lane; of updates, all."""
-        spans = (*self._spans, *(gpu.weights.spans if gpu.weights is not None else ()))
+        spans = [*self._spans, *(span for mover in gpu.movers.values() for span in mover.spans)]
         own = [span for span in spans if span.stream is stream and self._gpu_of(span) in (None, gpu.index)]
         return busy_s(own, stream, start_s, end_s)
 

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from lsp_ray.schedule.block_ring import BlockRing
 from lsp_ray.schedule.ops import Op
+from lsp_ray.sim.copies import Copy
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask
-from lsp_ray.trace import Phase, Span, Wait, WorkStream
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightsUp:
-    """A layer's weights on their way up; `due` as in `schedule.block_ring.Bring`."""
-
-    layer: int
-    due: int
+from lsp_ray.trace import Cause, Phase, Span, Wait, WorkStream
 
 
 class StreamingGpu:
-    """A GPU's `BlockRing`, and what of it has arrived; at most one block is on its way, as in a run.
-
-    Attributes:
-        spans: Of copies.
-        waits: Of the GPU for them.
+    """A GPU's `BlockRing`, and what of it has arrived; see `sim.copies.Mover`.
 
     Args:
         gpu: Its number.
@@ -36,7 +23,7 @@ class StreamingGpu:
     def __init__(self, gpu: int, costs: StepCosts, num_passes: int, staleness: int) -> None:
         self.spans: list[Span] = []
         self.waits: list[Wait] = []
-        self._gpu = gpu
+        self._gpu, self._costs = gpu, costs
         self._num_passes, self._staleness = num_passes, staleness
         self._layers = [layer for layer, cost in enumerate(costs.layers) if cost.weights_s > 0.0]
         self._blocks = {layer: block for block, layer in enumerate(self._layers)}
@@ -47,7 +34,7 @@ class StreamingGpu:
         self._lacking: tuple[DeviceTask, float] | None = None  # and since when
 
     def enter(self, task: DeviceTask, now_s: float) -> bool:
-        """The GPU comes to a task; returns whether its weights are there, else `arrive` returns it."""
+        """See `Mover`."""
         if task.opens_pass:
             if task.step != self._step:
                 self._step = task.step
@@ -61,8 +48,8 @@ class StreamingGpu:
             self._lacking = task, now_s
         return block in self._here
 
-    def next_up(self) -> WeightsUp | None:
-        """What is to come up now, from now on on its way; None while something is, or nothing is wanted."""
+    def next_copy(self) -> Copy | None:
+        """See `Mover`."""
         bring = self._ring.wanted() if self._coming is None else None
         if bring is None:
             return None
@@ -70,10 +57,12 @@ class StreamingGpu:
         if bring.evicts is not None:
             self._here.remove(bring.evicts)
         self._coming = bring.block
-        return WeightsUp(layer=self._layers[bring.block], due=bring.due)
+        layer = self._layers[bring.block]
+        seconds = self._costs.layers[layer].weights_s
+        return Copy(cause=Cause.WEIGHTS, stream=WorkStream.H2D, layer=layer, due=bring.due, seconds=seconds)
 
     def arrive(self, start_s: float, now_s: float) -> DeviceTask | None:
-        """What was on its way is there; returns the task that waited for it."""
+        """See `Mover`."""
         assert self._coming is not None, "nothing was on its way"
         layer = self._layers[self._coming]
         self._here.add(self._coming)
@@ -87,10 +76,6 @@ class StreamingGpu:
         self.waits.append(Wait(step=task.step, layer=layer, start_s=since_s, end_s=now_s))
         return task
 
-    def waited_s(self, start_s: float, end_s: float) -> float:
-        """In waits that began between these."""
-        return sum(wait.end_s - wait.start_s for wait in self.waits if start_s <= wait.start_s < end_s)
-
     def delta_due(self, op: Op) -> int:
-        """The deadline of a delta on its way up, to be compared with that of weights."""
+        """See `Mover`."""
         return self._ring.delta_due(op.step + 1 + self._staleness, self._blocks.get(op.layer, 0))

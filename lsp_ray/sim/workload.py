@@ -48,6 +48,7 @@ class Workload:
         weights: Where the weights that stay as they are live: on the device, or in main memory, from where they come
             up block by block (lsp, apart, with gradient checkpointing).
         weight_buffers: Blocks whose weights are then on the device at one time.
+        activations: Where blocks' inputs wait for the backward (with gradient checkpointing).
         gradient_checkpointing: Whether the backward runs each block's forward again.
         subspace_dim: Columns asked for of P and of Q (lsp).
         nnz_per_row: R (lsp).
@@ -75,6 +76,7 @@ class Workload:
     apart: bool = False
     weights: Weights = "device"
     weight_buffers: int = FEWEST_BUFFERS
+    activations: Weights = "device"
     gradient_checkpointing: bool = False
     subspace_dim: int = 256
     nnz_per_row: int = 8
@@ -100,6 +102,8 @@ class Workload:
         if self.streams and not (self.is_apart and self.gradient_checkpointing):
             bound = "be device but for lsp, updates apart, with gradient checkpointing"
             raise ConfigError("workload.weights", bound, self.weights)
+        if self.parks_inputs and not self.gradient_checkpointing:
+            raise ConfigError("workload.activations", "be device but with gradient checkpointing", self.activations)
 
     @property
     def full(self) -> Workload:
@@ -145,6 +149,11 @@ class Workload:
     def streams(self) -> bool:
         """Whether weights come up from main memory."""
         return self.weights == "host"
+
+    @property
+    def parks_inputs(self) -> bool:
+        """Whether blocks' inputs wait in main memory."""
+        return self.activations == "host"
 
     def streamed_bytes(self, layer: LayerShape) -> float:
         """Of a layer's weights that come up, each time."""

@@ -110,6 +110,7 @@ def run_checks(bench: Bench, small: Load, large: Load) -> list[tuple[str, Check]
         ("bfloat16, checkpointed", partial(checkpointed, bench, small)),
         ("weights that come up change no bit", partial(streamed, bench, small)),
         ("weights in 4 bits that come up", partial(streamed_in_4_bits, bench, small)),
+        ("activations in main memory change no bit", partial(parked, bench, small)),
     ]
     pace = _Pace(bench, large)
     checks.append(("link and compute, measured", pace.measured))
@@ -170,6 +171,16 @@ def streamed_in_4_bits(bench: Bench, load: Load) -> str:
     """The same in NF4: what comes up was quantised on the CPU, which may round otherwise."""
     found, expected = _streamed_and_resident(bench, load, load_in_4bit=True)
     return _agree(found.losses, expected.losses, BF16_LOSS_BOUND)
+
+
+def parked(bench: Bench, load: Load) -> str:
+    """Blocks' inputs that wait in main memory give the losses of the same inputs on the device, bit for bit."""
+    homes: tuple[Weights, ...] = ("host", "device")
+    options: dict[str, Any] = {"bf16": True, "gradient_checkpointing": True, "cuda_graphs": False}
+    found, expected = (train(bench.device, load, activations=home, **options) for home in homes)
+    require(found.losses == expected.losses, f"losses are {found.losses} and {expected.losses}")
+    sizes = f"{found.peak_bytes / 1e6:.1f} MB in place of {expected.peak_bytes / 1e6:.1f}"
+    return f"{sizes}; {len(found.losses)} losses, the last {found.losses[-1]:.6f}"
 
 
 def _streamed_and_resident(bench: Bench, load: Load, **options: Any) -> tuple[Trained, Trained]:
@@ -238,6 +249,7 @@ def train(
     lsp: LspConfig | None = None,
     cuda_graphs: bool = True,
     weights: Weights = "device",
+    activations: Weights = "device",
     **options: Any,
 ) -> Trained:
     """Run some steps through the live policy, driver and streams."""
@@ -256,6 +268,7 @@ def train(
             policy=policy,
             cuda_graphs=cuda_graphs,
             weights=weights,
+            activations=activations,
         ),
         **{"bf16": False, **options},
     )

@@ -15,6 +15,7 @@ from lsp_ray.device.compiled_blocks import CompiledBlocks
 from lsp_ray.device.cuda import CudaBackend
 from lsp_ray.device.evaluate import class_scores, generate, language_scores, mean_loss, number_scores, predict
 from lsp_ray.device.fused_norms import fuse_norms
+from lsp_ray.device.host_activations import HostActivations
 from lsp_ray.device.judge import Judge
 from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
@@ -82,6 +83,7 @@ class DeviceSide:
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
         self._weights: StreamedWeights | None = None
+        self._activations: HostActivations | None = None
 
     def pace(self) -> float:
         """Before `setup`: seconds that a micro-batch takes here, forward and backward."""
@@ -127,6 +129,7 @@ class DeviceSide:
             own_parts=job.layout.parts_of(self._gpu),
             weights=self._weights,
             limit_bytes=job.device_limit_bytes if job.device == "cpu" else None,
+            activations=self._activations,
         )
         if config.torch_compile:
             self._compiled = CompiledBlocks(layers, self.backend.device)
@@ -139,7 +142,7 @@ class DeviceSide:
         pageable = [slot for slot in host_slots if job.device == "cuda" and not self.backend.page_lock(slot)]
         return SetupReport(
             unfitted=trained.unfitted,
-            num_pageable=len(pageable) + (0 if self._weights is None else self._weights.num_pageable),
+            num_pageable=len(pageable) + sum(moved.num_pageable for moved in self._moved),
             throttle=throttle,
             gpu_of_part=job.layout.gpu_of_part,
         )
@@ -249,8 +252,9 @@ class DeviceSide:
         """See `DeviceWorker.close`."""
         if self._is_set_up:
             self.worker.close()
-        elif self._weights is not None:
-            self._weights.close()
+        else:
+            for moved in self._moved:
+                moved.close()
         if self._compiled is not None:
             self._compiled.close()
 
@@ -310,8 +314,13 @@ class DeviceSide:
         self._tokens = tokens_of(self._model, self._tokenizer)
         if job.config.recomputes:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
-        if self._weights is not None:
-            self._weights.start()
+        if job.inputs is not None:
+            layers = find_layers(self._model, job.unreached)
+            blocks = [(unit, layer.block) for unit, layer in enumerate(layers) if layer.block is not None]
+            link = None if self._weights is None else self._weights.link
+            self._activations = HostActivations(blocks, self.backend, job.inputs.largest_bytes, up=link)
+        for moved in self._moved:
+            moved.start()
         self._is_loaded = True
 
     def _take_up(self, saved: SavedRun | None, decided: Decided | None) -> int:
@@ -344,6 +353,11 @@ class DeviceSide:
         """Where the weights are read: what another GPU has trained replaces a checkpoint, which may be gone by then."""
         saved, is_given = self._job.saved, decided is not None and decided.weights is not None
         return self._job.model_folder if saved is None or self._job.config.keeps_base or is_given else saved.folder
+
+    @property
+    def _moved(self) -> Sequence[StreamedWeights | HostActivations]:
+        """What crosses the link behind the compute, on threads of its own."""
+        return [moved for moved in (self._weights, self._activations) if moved is not None]
 
     def _say(self, what: str) -> None:
         self.progress = what

@@ -155,13 +155,16 @@ class Ledger:
             waits=(
                 *wait_parts(report.waits, self._spans(report), report.waiting_parts),
                 *(
-                    WaitPart(
-                        cause=Cause.WEIGHTS, step=wait.step, layer=wait.layer, start_s=wait.start_s, end_s=wait.end_s
+                    WaitPart(cause=cause, step=wait.step, layer=wait.layer, start_s=wait.start_s, end_s=wait.end_s)
+                    for cause, moved in (
+                        (Cause.WEIGHTS, report.weights),
+                        (Cause.ACTIVATIONS, report.activations),
                     )
-                    for wait in report.weights.waits
+                    for wait in moved.waits
                 ),
             ),
             weights=report.weights.copies,
+            activations=report.activations.copies,
         )
 
     def _metrics(self, report: StepReport) -> StepMetrics:
@@ -172,8 +175,11 @@ class Ledger:
         # of several GPUs one may have begun the step, and waited, while others were still at the one before
         waits = [part for wait in self._waits(report) for part in _within(wait, counted)]
         late = exposed(waits, spans, report.waiting_parts)
-        weights_s = sum(part.end_s - part.start_s for wait in report.weights.waits for part in _within(wait, counted))
-        spans = [*spans, *report.weights.copies]
+        weights_s, activations_s = (
+            sum(part.end_s - part.start_s for wait in moved.waits for part in _within(wait, counted))
+            for moved in (report.weights, report.activations)
+        )
+        spans = [*spans, *report.weights.copies, *report.activations.copies]
 
         def busy(stream: WorkStream) -> float:
             return sum(busy_s(spans, stream, start_s, end_s) for start_s, end_s in counted)
@@ -190,7 +196,7 @@ class Ledger:
             num_tokens=report.num_tokens,
             tokens_per_second=report.num_tokens / step_time_s,
             step_time_s=step_time_s,
-            gpu_busy_s=step_time_s - late.total_s - weights_s,
+            gpu_busy_s=step_time_s - late.total_s - weights_s - activations_s,
             d2h_busy_s=busy(WorkStream.D2H),
             cpu_busy_s=busy(WorkStream.CPU),
             h2d_busy_s=busy(WorkStream.H2D),
@@ -199,9 +205,10 @@ class Ledger:
             exposed_h2d_s=late.h2d_s,
             exposed_peers_s=late.peers_s,
             exposed_weights_s=weights_s,
+            exposed_activations_s=activations_s,
             computed_s_by_gpu=dict(zip(self._names, report.computed_s, strict=True)) if report.computed_s else None,
-            bytes_d2h=moved(WorkStream.D2H),
-            bytes_h2d=moved(WorkStream.H2D) + report.weights.num_bytes,
+            bytes_d2h=moved(WorkStream.D2H) + report.activations.bytes_d2h,
+            bytes_h2d=moved(WorkStream.H2D) + report.weights.bytes_h2d + report.activations.bytes_h2d,
             bias=report.bias.relative if report.bias else None,
             bias_by_layer=_by_name(report.bias.relative_by_unit) if report.bias else None,
             num_refitted=report.bias.num_refitted if report.bias else None,

@@ -12,8 +12,10 @@ from dataclasses import replace
 
 from lsp_ray.device.judge import clipping
 from lsp_ray.device.step_report import StepReport
+from lsp_ray.device.streamed_weights import StreamedStep
 from lsp_ray.errors import NonFiniteGradientError
 from lsp_ray.runtime.drive.ledger import OpReport
+from lsp_ray.trace import WorkStream
 
 
 class StepJudge:
@@ -107,7 +109,10 @@ class StepJudge:
 def _together(reports: Sequence[StepReport]) -> StepReport:
     """One report of a step; see `StepReport`."""
     reports = sorted(reports, key=lambda report: min(report.losses))  # GPUs have their parts in order
-    waited_s = [sum(wait.end_s - wait.start_s for wait in (*report.waits, *report.weights.waits)) for report in reports]
+    waited_s = [
+        sum(wait.end_s - wait.start_s for wait in (*report.waits, *report.weights.waits, *report.activations.waits))
+        for report in reports
+    ]
     computed_s = [report.end_s - report.start_s - waited for report, waited in zip(reports, waited_s, strict=True)]
     gpu = waited_s.index(max(waited_s))
     waiting = reports[gpu]
@@ -122,7 +127,8 @@ def _together(reports: Sequence[StepReport]) -> StepReport:
         forward_s=max(report.forward_s for report in reports),
         backward_s=max(report.backward_s for report in reports),
         waits=waiting.waits,
-        weights=replace(waiting.weights, copies=tuple(replace(span, part=gpu) for span in waiting.weights.copies)),
+        weights=_copied_by(gpu, min(waiting.losses), waiting.weights),
+        activations=_copied_by(gpu, min(waiting.losses), waiting.activations),
         waiting_parts=tuple(waiting.losses) if several else None,
         computed_s=tuple(computed_s) if several else (),
         compute=tuple(replace(span, gpu=gpu) for gpu, report in enumerate(reports) for span in report.compute),
@@ -130,3 +136,9 @@ def _together(reports: Sequence[StepReport]) -> StepReport:
         peak_device_bytes=max(peaks, default=None),
         notes=tuple(dict.fromkeys(line for report in reports for line in report.notes)),
     )
+
+
+def _copied_by(gpu: int, part: int, moved: StreamedStep) -> StreamedStep:
+    """Where the copies were: as of deltas and payloads, a part stands for the GPU down the link, and its number up."""
+    numbers = {WorkStream.H2D: gpu, WorkStream.D2H: part}
+    return replace(moved, copies=tuple(replace(span, part=numbers[span.stream]) for span in moved.copies))

@@ -35,8 +35,9 @@ def read_host_memory(cgroup: Path = _CGROUP, shared_memory: Path = _SHARED_MEMOR
 def check_memory(job: Job, host: HostMemory) -> None:
     """Raise ConfigError where the job cannot fit: Ray would go to the disk without a word, and Linux kill an actor.
 
-    Counted are the object store and, for main memory, the weights: a bound from below, as activations are not. What is
-    to be quantised is loaded one by one; where its weights stay in main memory, each GPU's actor has its own.
+    Counted are the object store and, for main memory, the weights and blocks' inputs that wait there: a bound from
+    below, as other activations are not. What is to be quantised is loaded one by one; what stays in main memory each
+    GPU's actor has for itself.
     """
     smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
     in_own_store = job.config.runtime.address is None  # else the cluster has one, which is looked at there
@@ -51,7 +52,16 @@ def check_memory(job: Job, host: HostMemory) -> None:
     beside = job.layout.nodes.count(job.layout.nodes[0]) if job.layout.nodes else job.layout.num_gpus
     is_brought = job.device == "cuda" and not job.streamed_bytes  # it is in main memory for a while alone
     model_bytes = job.streamed_bytes if job.quantized else job.num_weights * job.dtype.itemsize
-    needed_bytes = job.store_bytes + (1 if is_brought else beside) * model_bytes
+    parked_bytes = beside * job.inputs.parked_bytes if job.inputs is not None else 0
+    needed_bytes = job.store_bytes + (1 if is_brought else beside) * model_bytes + parked_bytes
+    if needed_bytes - parked_bytes <= host.main_bytes < needed_bytes:
+        raise ConfigError(
+            "runtime.activations",
+            f"be device, as with blocks' inputs of {_shown(parked_bytes)} the run needs "
+            f"{_shown(needed_bytes)} of main memory at least, of which {_shown(host.main_bytes)} are free",
+            "host",
+            hint="a smaller per_device_train_batch_size or max_seq_length needs less",
+        )
     if needed_bytes > host.main_bytes:
         raise ConfigError(
             "model_name_or_path",

@@ -35,7 +35,14 @@ from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_no
 from lsp_ray.runtime.prepare.layout import Layout, layout_of
 from lsp_ray.runtime.prepare.learning_rates import learning_rates
 from lsp_ray.runtime.prepare.machines import Machine
-from lsp_ray.runtime.prepare.payloads import payload_sizes_of, room_of, streamed_bytes_of, sums_of
+from lsp_ray.runtime.prepare.payloads import (
+    BlockInputs,
+    block_inputs,
+    payload_sizes_of,
+    room_of,
+    streamed_bytes_of,
+    sums_of,
+)
 from lsp_ray.runtime.prepare.sample import sample_of
 from lsp_ray.runtime.prepare.weights_home import with_weights
 from lsp_ray.runtime.watch.metrics_file import METRICS, read_metrics
@@ -54,10 +61,10 @@ class Job:
     up all updates, None where the device does; `begins_with` is the file of what another run trained that this one
     begins with; `quantized` says that linears of the base are; `streamed_bytes` are those of frozen weights that stay
     in main memory, 0 where they are on the device, and `weight_buffers` the blocks whose weights are then on the device
-    at one time; `delta_room` is for what comes up, None where all of a step's deltas may wait on the device;
-    `sample_inputs` are a held-out prompt's (a classifier's: a whole example's) model inputs, shown with the answer
-    before and after; `questions` are answered in evaluations. `unreached` are names of parameters that stay as they
-    are. `saved` is the checkpoint to go on from, see `resumed`.
+    at one time; `inputs` are the blocks', None where they do not leave the device; `delta_room` is for what comes up,
+    None where all of a step's deltas may wait on the device; `sample_inputs` are a held-out prompt's (a classifier's: a
+    whole example's) model inputs, shown with the answer before and after; `questions` are answered in evaluations.
+    `unreached` are names of parameters that stay as they are. `saved` is the checkpoint to go on from, see `resumed`.
     """
 
     config: RunConfig
@@ -77,6 +84,7 @@ class Job:
     quantized: bool
     streamed_bytes: int
     weight_buffers: int
+    inputs: BlockInputs | None
     subspace_dims: dict[str, tuple[int, int]]
     layout: Layout
     sample_inputs: dict[str, list[int]]
@@ -275,6 +283,7 @@ def prepare_job(
         quantized=quantized,
         streamed_bytes=streamed_bytes_of(skeleton, layers, config, dtype, quantized=quantized),
         weight_buffers=weight_buffers,
+        inputs=block_inputs(skeleton, layers, config, micro_batches, dtype) if config.parks_inputs else None,
         subspace_dims={name: size.dims for name, size in sizes.items()},
         layout=layout_of(config, payload_sizes, machines, on_gpu=device == "cuda"),
         sample_inputs=sample_inputs,

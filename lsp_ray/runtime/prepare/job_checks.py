@@ -44,12 +44,12 @@ def check_model(
     check_saving(skeleton, tokenizer, folder)
 
 
-def _check_recomputed(layers: Sequence[Layer]) -> None:
-    """What a block that is not checkpointed keeps of its weights would be gone in the backward."""
+def _check_recomputed(layers: Sequence[Layer], field: str) -> None:
+    """What a block that is not checkpointed keeps, of its weights or beside its input, would be gone or too much."""
     block = _not_recomputed(layers)
     if block is not None:
         bound = f"be device for this model, whose {type(block).__name__} has no gradient checkpointing"
-        raise ConfigError("runtime.weights", bound, "host")
+        raise ConfigError(field, bound, "host")
 
 
 def _not_recomputed(layers: Sequence[Layer]) -> nn.Module | None:
@@ -84,7 +84,9 @@ def check_method(layers: Sequence[Layer], config: RunConfig) -> None:
     if config.method == "galore":
         check_rank(layers, config.galore)
     if config.streams:
-        _check_recomputed(layers)
+        _check_recomputed(layers, "runtime.weights")
+    if config.parks_inputs:
+        _check_recomputed(layers, "runtime.activations")
 
 
 def _check_positions(skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:

@@ -47,6 +47,8 @@ def method_notes(config: RunConfig, layers: Sequence[Layer], sizes: Mapping[str,
         layers: What is trained.
         sizes: Of the projected linears, by name; empty for other methods than lsp.
     """
+    if config.parks_inputs and not (config.gradient_checkpointing or config.streams):
+        yield "runtime.activations host: each block's forward runs again in its backward (gradient_checkpointing)"
     if config.torch_compile:
         yield "torch_compile: the first step, and the first of other sizes, compiles for a minute or more"
     cut = [size for size in sizes.values() if min(size.shape) // 2 < config.lsp.dim]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from lsp_ray.config import RunConfig
+from lsp_ray.data.micro_batches import MicroBatches
 from lsp_ray.methods.lsp import frozen_linears, lsp_payload_parts, lsp_payload_sizes
 from lsp_ray.methods.units import full_payload_sizes
 from lsp_ray.models.layers import Layer, own_embedding
 from lsp_ray.optim.sums import SummedPart
+from lsp_ray.schedule.block_ring import parked_blocks
 from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
 from lsp_ray.sim.store import payload_bytes
 from lsp_ray.sim.workload import nf4_bytes
@@ -53,3 +56,21 @@ def streamed_bytes_of(
     embedding = own_embedding(model)
     table_bytes = 0 if embedding is None else dtype.itemsize * embedding.weight.numel()
     return table_bytes + round(sum(nf4_bytes(numel) if quantized else dtype.itemsize * numel for numel in numels))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockInputs:
+    """Bytes of a block's input in the longest micro-batch, and of all inputs that wait in main memory."""
+
+    largest_bytes: int
+    parked_bytes: int
+
+
+def block_inputs(
+    model: PreTrainedModel, layers: Sequence[Layer], config: RunConfig, micro_batches: MicroBatches, dtype: torch.dtype
+) -> BlockInputs:
+    """What of a run's activations leaves the device; where rows tell no length, `max_seq_length` stands for it."""
+    tokens = config.per_device_train_batch_size * (micro_batches.longest or config.seq_length)
+    largest = tokens * int(model.config.get_text_config().hidden_size) * dtype.itemsize
+    parked = parked_blocks(sum(layer.block is not None for layer in layers))
+    return BlockInputs(largest_bytes=largest, parked_bytes=len(parked) * largest)

@@ -101,6 +101,7 @@ def _workload(config: RunConfig, *, quantized: bool, bf16: bool) -> Workload:
         bits=config.bits or (4 if quantized else None),
         apart=True,
         weights="host" if config.streams else "device",
+        activations=config.runtime.activations,
         gradient_checkpointing=config.recomputes,
         subspace_dim=config.lsp.dim,
         nnz_per_row=config.lsp.nnz_per_row,

@@ -29,6 +29,7 @@ GAUGES = {
     "exposed_h2d_s": "Seconds in which the GPU waited for the link upwards, in the last step",
     "exposed_peers_s": "Seconds in which the GPU waited for other GPUs, in the last step",
     "exposed_weights_s": "Seconds in which the GPU waited for weights from main memory, in the last step",
+    "exposed_activations_s": "Seconds in which the GPU waited for blocks' inputs on the link, in the last step",
 }
 COUNTERS = {
     "num_tokens": "Tokens trained on",

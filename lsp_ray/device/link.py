@@ -1,6 +1,7 @@
-"""UpLink: what comes up to the device, one copy at a time, that of the earliest deadline first.
+"""Link: one direction between host and device, one copy at a time, that of the earliest deadline first.
 
-Deltas and streamed weights share one direction of the link. Two threads copy; each asks for a turn.
+Up come deltas, streamed weights and the inputs of blocks that are run again; down go those inputs and payloads. Each
+kind has its thread, which asks for a turn.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lsp_ray.device.backend import Fence
 from lsp_ray.device.token_bucket import TokenBucket
 
 
-class UpLink:
+class Link:
     """See the module's text.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
-from lsp_ray.device.up_link import UpLink
+from lsp_ray.device.link import Link
 
 
 class Counting(threading.Condition):
@@ -22,7 +22,7 @@ class Counting(threading.Condition):
 
 def test_whoever_is_due_first_goes_first_and_a_delta_before_the_weights_of_its_layer() -> None:
     changed = Counting()
-    link, order = UpLink(changed), list[tuple[int, int]]()
+    link, order = Link(changed), list[tuple[int, int]]()
 
     def copy(due: int, kind: int) -> None:
         with link.turn(due, kind):
@@ -39,7 +39,7 @@ def test_whoever_is_due_first_goes_first_and_a_delta_before_the_weights_of_its_l
 
 
 def test_a_turn_ends_however_it_ends() -> None:
-    link = UpLink()
+    link = Link()
     try:
         with link.turn(1):
             raise KeyError
