@@ -53,7 +53,7 @@ def _plan(config: PlanConfig) -> int:
 
     folder = resolve_config(config.model_name_or_path, log=_note)
     check_length(folder, config.max_seq_length)
-    model, typical, found_bits = shape_of(folder), _typical(config, folder), quantized_bits(folder)
+    model, typical, found_bits = shape_of(folder), _typical(config, folder), quantized_bits(folder, _note)
     if found_bits is not None:
         config.check_on_quantized()
     machine = named or config.altered(_measured(config, folder, model, typical))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from lsp_ray.config import Bits
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, load_skeleton
-from lsp_ray.models.quantized import quantization_of
+from lsp_ray.models.quantized import bits_of, quantization_of
 from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.runtime.prepare.model_shape import model_shape
 from lsp_ray.sim.model_shape import ModelShape
@@ -32,13 +33,18 @@ def check_length(folder: Path, max_seq_length: int | None) -> None:
         raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", max_seq_length)
 
 
-def quantized_bits(folder: Path) -> Bits | None:
-    """Return to how many bits a folder's linears are quantised already, the nearer of 4 and 8; None: they are not."""
+def quantized_bits(folder: Path, note: Callable[[str], None] | None = None) -> Bits | None:
+    """Return to how many bits a folder's linears are quantised already, the nearer of 4 and 8; None: they are not.
+
+    `note` is told where their bytes are an estimate.
+    """
     found = quantization_of(load_config(folder))
     if found is None:
         return None
-    bits = 8 if found.get("load_in_8bit") else found.get("bits", 4)
-    return 8 if isinstance(bits, int) and bits > 4 else 4
+    bits, method = bits_of(found), found["quant_method"]
+    if note is not None and method != "bitsandbytes":
+        note(f"the weights are of {method}: their bytes are estimated as those of bitsandbytes in {bits} bits")
+    return bits
 
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:

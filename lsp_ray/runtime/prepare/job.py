@@ -23,7 +23,7 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.methods.lsp import projector_sizes
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, load_skeleton, load_tokenizer, num_positions
-from lsp_ray.models.resolve import resolve_model
+from lsp_ray.models.resolve import resolve_config, resolve_model
 from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
@@ -200,8 +200,9 @@ def prepare_job(
     device = _device(config, machines)
     config = choose_gpus(config, device, note, machines)
     dtype = torch.bfloat16 if choose_bf16(config, device, note, machines) else torch.float32
+    asked = load_config(resolve_config(config.model_name_or_path, log=note))  # before its weights are fetched
+    config, quantized = with_delta(config, asked, device, note)
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
-    config, quantized = with_delta(config, load_config(model_folder), device, note)
     tokenizer = load_tokenizer(model_folder)
     tokenized = rows or _tokenized(config, tokenizer, num_positions(load_config(model_folder), tokenizer))
     config = _with_length(config, tokenized)
