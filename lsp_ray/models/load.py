@@ -50,6 +50,7 @@ from lsp_ray.special_tokens import SpecialTokens, special_tokens
 _CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
+_FOREIGN = (OSError, ImportError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError)
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
@@ -274,7 +275,7 @@ def _loading(folder: Path, bound: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (OSError, ImportError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except _FOREIGN as error:
         raise ConfigError(FIELD, bound, str(folder), hint=one_line(error)) from error
 
 

@@ -56,7 +56,7 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    told = dict(found.to_dict() if hasattr(found, "to_dict") else found) if not isinstance(found, list) else {}
+    told = dict(found) if isinstance(found, dict) else dict(found.to_dict())
     if told.get("load_in_4bit") or told.get("load_in_8bit"):  # older folders say no more
         told["quant_method"] = "bitsandbytes"
     method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")))
