@@ -33,7 +33,7 @@ def shared_inputs(model: PreTrainedModel) -> list[list[str]]:
 
         return linears[name].register_forward_pre_hook(hook)
 
-    linears = {
+    linears: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) or is_quantized_linear(module)
