@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -33,18 +32,19 @@ def check_length(folder: Path, max_seq_length: int | None) -> None:
         raise ConfigError("max_seq_length", f"be at most {bound}, the positions of this model", max_seq_length)
 
 
-def quantized_bits(folder: Path, note: Callable[[str], None] | None = None) -> Bits | None:
-    """Return to how many bits a folder's linears are quantised already, the nearer of 4 and 8; None: they are not.
-
-    `note` is told where their bytes are an estimate.
-    """
+def quantized_bits(folder: Path) -> Bits | None:
+    """Return to how many bits a folder's linears are quantised already, the nearer of 4 and 8; None: they are not."""
     found = quantization_of(load_config(folder))
-    if found is None:
+    return None if found is None else bits_of(found)
+
+
+def estimate_note(folder: Path) -> str | None:
+    """Return a line for a folder whose quantised weights are only nearly as large as they are taken to be."""
+    found = quantization_of(load_config(folder))
+    if found is None or found["quant_method"] == "bitsandbytes":
         return None
-    bits, method = bits_of(found), found["quant_method"]
-    if note is not None and method != "bitsandbytes":
-        note(f"the weights are of {method}: their bytes are estimated as those of bitsandbytes in {bits} bits")
-    return bits
+    method, bits = found["quant_method"], bits_of(found)
+    return f"the weights are of {method}: their bytes are estimated as those of bitsandbytes in {bits} bits"
 
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:
