@@ -21,6 +21,7 @@ from lsp_ray.models.aliases import FIELD
 
 _ROWS = 1024  # of a weight that are made at a time
 _PROBE_ROWS = 8
+_OTHER = "a model that is not quantised trains in 4 bits with --load_in_4bit true"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
     if method not in FORMATS:
         *others, last = FORMATS
         bound = f"be quantised by {', '.join(others)} or {last}, or not at all"
-        raise ConfigError(FIELD, bound, method, hint="a model that is not trains with --load_in_4bit true")
+        raise ConfigError(FIELD, bound, method, hint=_OTHER)
     return told | {"quant_method": method}
 
 
@@ -118,9 +119,8 @@ def check_quantizer(config: PreTrainedConfig, bits: Bits | None, *, on_gpu: bool
     value = method if bits is None else True
     missing = [package for package in FORMATS[method].packages if find_spec(package) is None]
     if missing:
-        other = "take the model that is not quantised, with --load_in_4bit true" if bits is None else "leave it out"
-        bound = f"be loaded by {' and '.join(missing)}, missing here"
-        raise ConfigError(name, bound, value, hint=f"pip install {' '.join(missing)}, or {other}")
+        bound, also = f"be loaded by {' and '.join(missing)}, missing here", f"; {_OTHER}" if bits is None else ""
+        raise ConfigError(name, bound, value, hint=f"pip install {' '.join(missing)}{also}")
     try:
         asked: Any = found if bits is None else _bitsandbytes(bits, torch.bfloat16)
         from transformers.quantizers.auto import AutoHfQuantizer  # imports every quantiser that there is
@@ -173,7 +173,7 @@ def check_gradients(model: nn.Module, dtype: torch.dtype) -> None:
         if why is not None:
             stored = type(getattr(module, "weight", module)).__name__
             bound = "be quantised for kernels that pass gradients on to their input"
-            raise ConfigError(FIELD, bound, stored, hint=f"{name}: {why}")
+            raise ConfigError(FIELD, bound, stored, hint=f"{name}: {why}; {_OTHER}")
 
 
 def _why_no_gradient(module: nn.Module, dtype: torch.dtype) -> str | None:
