@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# where it is installed, transformers imports it: it then warns of kernels for servers, and of types inside of LLM.int8
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# where they are installed, transformers imports them: they then warn of kernels for servers, or for other machines, of
+# types inside of LLM.int8, and of what torch would have them write otherwise
+for _name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from lsp_ray.config import LspConfig as LspConfig

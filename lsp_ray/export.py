@@ -40,6 +40,10 @@ _FACTS = {
     "lsp.nnz_per_row": "Non-zeros r in a row",
     "seed": "Seed",
 }
+_QUANTISERS = {
+    "load_in_4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
+    "load_in_8bit": "load_in_8bit=True",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +225,7 @@ def model_card(
         "## Use",
         "",
         "```python",
-        *(_adapter_usage(base) if is_adapter else _usage(is_classifier)),
+        *(_adapter_usage(base, run.config) if is_adapter else _usage(is_classifier)),
         "```",
         "",
         "## Training",
@@ -263,14 +267,15 @@ def _usage(is_classifier: bool) -> list[str]:
     ]
 
 
-def _adapter_usage(base: str | None) -> list[str]:
+def _adapter_usage(base: str | None, config: Mapping[str, str]) -> list[str]:
+    quantiser = next((text for name, text in _QUANTISERS.items() if config.get(name, "").lower() == "true"), None)
+    asked = "" if quantiser is None else f"quantization_config=BitsAndBytesConfig({quantiser}), "
     return [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
+        f"from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if asked else ''}",
         "",
         f'base = "{base or "the model that it was trained from"}"',
-        'config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)',
-        'model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype="auto")',
+        f'model = AutoModelForCausalLM.from_pretrained(base, {asked}dtype="auto")',
         'model = PeftModel.from_pretrained(model, ".")  # or where this adapter is',
     ]
 

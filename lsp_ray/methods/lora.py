@@ -20,6 +20,7 @@ from lsp_ray.models.quantized import dense_weight, is_quantized_linear
 
 if TYPE_CHECKING:  # peft takes a second to import, and only this method needs it
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER_FOLDER = "adapter"
 
@@ -80,9 +81,15 @@ def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         state |= {f"{name}.{key}": tensor for key, tensor in _dense_state(inner, model.dtype).items()}
         if isinstance(module, LoraLayer):
             weight = state[f"{name}.weight"]
-            delta: torch.Tensor = module.get_delta_weight("default")  # type: ignore[attr-defined]
-            state[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+            state[f"{name}.weight"] = (weight.float() + _delta(module).to(weight.device)).to(weight.dtype)
     return state
+
+
+def _delta(module: LoraLayer) -> torch.Tensor:
+    """(α/r) B A in float32: PEFT has none for what it puts beside GPTQ and AWQ."""
+    up, down = (part["default"].get_parameter("weight").detach() for part in (module.lora_B, module.lora_A))
+    delta: torch.Tensor = module.scaling["default"] * (up.float() @ down.float())
+    return delta.t() if getattr(module, "fan_in_fan_out", False) else delta
 
 
 def _dense_state(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -36,12 +36,21 @@ from lsp_ray.config import Bits, Task
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.aliases import FIELD
 from lsp_ray.models.layers import linears_outside_blocks
-from lsp_ray.models.quantized import keep_weights, loading_options, quantization_of
+from lsp_ray.models.quantized import (
+    check_gradients,
+    check_quantizer,
+    freeze_biases,
+    keep_type,
+    keep_weights,
+    loading_options,
+    quantization_of,
+)
 from lsp_ray.special_tokens import SpecialTokens, special_tokens
 
 _CLASSIFIER_COLUMNS = "sentence and label, or sentence1, sentence2 and label"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
+_FOREIGN = (OSError, ImportError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError)
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
 
@@ -74,9 +83,12 @@ def load_skeleton(folder: Path, *, task: Task, num_labels: int = 2) -> PreTraine
     auto_class = _auto_class(config, task)
     if task == "sequence_classification":
         config.num_labels = num_labels
-    if quantization_of(config) is not None:
+    found = quantization_of(config)
+    if found is not None:
         del config.quantization_config
     model = _on_meta(auto_class, config)
+    if found is not None:
+        freeze_biases(model, found)
     model.tie_weights()
     return model
 
@@ -160,6 +172,9 @@ def load_model(
         _set_labels(config, label_names)
         pad = load_tokenizer(folder).pad_token_id
         config.get_text_config().pad_token_id = pad  # decoders classify at the last token before it
+    device = device or torch.device("cpu")
+    if not on_meta:
+        check_quantizer(config, bits, on_gpu=device.type == "cuda")
     whole = () if bits is None else linears_outside_blocks(_on_meta(auto_class, config))
     with silenced(), _loading(folder, "hold intact weights"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -173,15 +188,14 @@ def load_model(
             use_safetensors=True,  # the other format is a pickle, which may run anything
             output_loading_info=True,
             ignore_mismatched_sizes=classifier and new_head,
-            **(
-                {"device_map": "meta"}
-                if on_meta
-                else loading_options(config, bits, dtype, device or torch.device("cpu"), whole)
-            ),
+            **({"device_map": "meta"} if on_meta else loading_options(config, bits, dtype, device, whole)),
         )
     _check_complete(report, folder, classifier=classifier and new_head)
     _make_trainable(model)
     keep_weights(model)
+    if not on_meta:
+        keep_type(model, dtype)
+        check_gradients(model, dtype)
     return model
 
 
@@ -261,7 +275,7 @@ def _loading(folder: Path, bound: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except _FOREIGN as error:
         raise ConfigError(FIELD, bound, str(folder), hint=one_line(error)) from error
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,24 +20,85 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.models.aliases import FIELD
 
 _ROWS = 1024  # of a weight that are made at a time
+_PROBE_ROWS = 8
+_OTHER = "a model that is not quantised trains in 4 bits with --load_in_4bit true"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A kind of quantised weights that runs begin with.
+
+    Attributes:
+        packages: What loads it, under names that pip knows as well.
+        options: What its quantiser is told besides: to take kernels that have a backward.
+        has_parameters: Whether biases beside such weights are parameters; else they are buffers, and stay.
+    """
+
+    packages: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    has_parameters: bool = True
+
+
+_TRAINABLE = {"backend": "auto_trainable"}
+FORMATS = {
+    "awq": Format(packages=("gptqmodel",), options=_TRAINABLE, has_parameters=False),
+    "bitsandbytes": Format(packages=("bitsandbytes",)),
+    "gptq": Format(packages=("gptqmodel", "optimum"), options=_TRAINABLE, has_parameters=False),
+    "torchao": Format(packages=("torchao",)),
+}
 
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """What a folder's config.json says of its quantised weights; None where they are not."""
+    """What a folder's config.json says of its quantised weights, `quant_method` first of all; None: they are not.
+
+    Raises:
+        ConfigError: They are in no format of `FORMATS`.
+    """
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    return dict(found) if isinstance(found, dict) else dict(found.to_dict())
+    told = dict(found) if isinstance(found, dict) else dict(found.to_dict())
+    if told.get("load_in_4bit") or told.get("load_in_8bit"):  # older folders say no more
+        told["quant_method"] = "bitsandbytes"
+    method = str(getattr(told.get("quant_method"), "value", told.get("quant_method")))
+    if method not in FORMATS:
+        *others, last = FORMATS
+        bound = f"be quantised by {', '.join(others)} or {last}, or not at all"
+        raise ConfigError(FIELD, bound, method, hint=_OTHER)
+    return told | {"quant_method": method}
+
+
+def bits_of(found: Mapping[str, Any]) -> Bits:
+    """The nearer of 4 and 8 to what a weight takes, by `quantization_of`."""
+    if "quant_type" in found:  # torchao keeps all but its own int4 in bytes
+        return 4 if '"Int4' in json.dumps(found["quant_type"], default=str) else 8
+    bits = 8 if found.get("load_in_8bit") else found.get("bits", 4)
+    return 8 if isinstance(bits, int) and bits > 4 else 4
+
+
+def freeze_biases(model: nn.Module, found: Mapping[str, Any]) -> None:
+    """Make buffers of a skeleton's biases where its format does, so that it says what is trained."""
+    if FORMATS[found["quant_method"]].has_parameters:
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module.bias is not None:
+            bias = module.bias.detach()
+            del module.bias
+            module.register_buffer("bias", bias)
 
 
 def loading_options(
     config: PreTrainedConfig, bits: Bits | None, dtype: torch.dtype, device: torch.device, whole: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What `from_pretrained` is to be told besides; empty where nothing is quantised. `whole` linears are not."""
-    if bits is None and quantization_of(config) is None:
+    found = quantization_of(config)
+    if bits is None and found is None:
         return {}
     options: dict[str, Any] = {"device_map": {"": str(device)}}
-    if bits is not None:
+    if found is not None:
+        config.quantization_config = {**found, **FORMATS[found["quant_method"]].options}
+    else:
+        assert bits is not None
         options["quantization_config"] = _bitsandbytes(bits, dtype, whole)
     return options
 
@@ -45,35 +110,88 @@ def check_quantizer(config: PreTrainedConfig, bits: Bits | None, *, on_gpu: bool
         ConfigError: Names what is missing.
     """
     found = quantization_of(config)
-    field = FIELD if bits is None else f"load_in_{bits}bit"
+    name = FIELD if bits is None else f"load_in_{bits}bit"
     if bits is not None and found is not None:
-        raise ConfigError(field, f"be left out, as the model is quantised already ({found.get('quant_method')})", True)
+        raise ConfigError(name, f"be left out, as the model is quantised already ({found['quant_method']})", True)
     if bits is None and found is None:
         return
+    method = "bitsandbytes" if found is None else found["quant_method"]
+    value = method if bits is None else True
+    missing = [package for package in FORMATS[method].packages if find_spec(package) is None]
+    if missing:
+        bound, also = f"be loaded by {' and '.join(missing)}, missing here", f"; {_OTHER}" if bits is None else ""
+        raise ConfigError(name, bound, value, hint=f"pip install {' '.join(missing)}{also}")
     try:
         asked: Any = found if bits is None else _bitsandbytes(bits, torch.bfloat16)
         from transformers.quantizers.auto import AutoHfQuantizer  # imports every quantiser that there is
 
         quantizer = AutoHfQuantizer.from_config(asked, pre_quantized=bits is None)
         quantizer.validate_environment(device_map={"": "cuda:0" if on_gpu else "cpu"})
-    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+    except (ImportError, LookupError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         line = " ".join(str(error).split())[:200]
-        hint = "pip install bitsandbytes" if "bitsandbytes" in line.lower() else line
-        method = "bitsandbytes" if found is None else found.get("quant_method")
-        value = method if bits is None else True
-        raise ConfigError(
-            field, f"be loaded by its quantiser, {method}, which is missing here", value, hint=hint
-        ) from error
+        raise ConfigError(name, f"be what its quantiser, {method}, can load here", value, hint=line) from error
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Whether a module stands for a linear whose weight is in no type that could be trained."""
+    """Whether a module stands for a linear whose weight is in no type that could be trained.
+
+    It has `in_features` and `out_features`, no modules in it, and a weight that is a tensor's subclass or no floating
+    numbers, or none by this name.
+    """
     if not isinstance(getattr(module, "in_features", None), int) or not hasattr(module, "out_features"):
         return False
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return not any(True for _ in module.children())
     return not weight.is_floating_point() or type(weight.data) is not torch.Tensor
+
+
+def keep_type(model: nn.Module, dtype: torch.dtype) -> None:
+    """Undo that a quantiser had all else loaded in float16, as AWQ's does on a GPU."""
+    for module in model.modules():
+        if not is_quantized_linear(module):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype == torch.float16:
+                    parameter.data = parameter.data.to(dtype)
+
+
+def check_gradients(model: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse kernels that serve inference alone: past them there would be no gradient, and training would not show it.
+
+    One linear of each name is tried, whatever the block.
+
+    Raises:
+        ConfigError: Names the first that has no gradient for its input.
+    """
+    tried: set[str] = set()
+    for name, module in model.named_modules():
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        if kind in tried or not is_quantized_linear(module):
+            continue
+        tried.add(kind)
+        why = _why_no_gradient(module, dtype)
+        if why is not None:
+            stored = type(getattr(module, "weight", module)).__name__
+            bound = "be quantised for kernels that pass gradients on to their input"
+            raise ConfigError(FIELD, bound, stored, hint=f"{name}: {why}; {_OTHER}")
+
+
+def _why_no_gradient(module: nn.Module, dtype: torch.dtype) -> str | None:
+    assert isinstance(module.in_features, int)
+    input_TN = torch.ones(_PROBE_ROWS, module.in_features, dtype=dtype, device=_device(module), requires_grad=True)
+    try:
+        with torch.enable_grad():
+            output_TM = module(input_TN)
+            if not output_TM.requires_grad:
+                return "its output has none"
+            [grad_TN] = torch.autograd.grad(output_TM.sum(), [input_TN], allow_unused=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return " ".join(str(error).split())[:200]
+    return None if grad_TN is not None and bool(grad_TN.any()) else "its input gets none"
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)])).device
 
 
 def keep_weights(model: nn.Module) -> None:
@@ -153,7 +271,7 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     if not is_quantized_linear(module):
         assert isinstance(weight, torch.Tensor)
         return (weight.t() if isinstance(module, Conv1D) else weight).detach().to(dtype)
-    device = next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)])).device
+    device = _device(module)
     num_columns = int(module.in_features)  # type: ignore[arg-type]
     bias = getattr(module, "bias", None)
     parts = []

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lsp_ray.models.load import silenced
+from lsp_ray.models.quantized import is_quantized_linear
 
 _TOKENS = 4
 
@@ -32,7 +33,11 @@ def shared_inputs(model: PreTrainedModel) -> list[list[str]]:
 
         return linears[name].register_forward_pre_hook(hook)
 
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linears: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or is_quantized_linear(module)
+    }
     handles = [note(name) for name in linears]
     training = [(module, module.training) for module in model.modules()]
     token = int(model.config.get_text_config().pad_token_id == 0)  # of padding alone some models warn

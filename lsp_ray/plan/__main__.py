@@ -49,13 +49,16 @@ def _plan(config: PlanConfig) -> int:
     named = config.machine
     from lsp_ray.models.resolve import resolve_config
     from lsp_ray.plan.plan import choices_of, make_plan, workload_of
-    from lsp_ray.plan.skeleton import check_length, positions_of, quantized_bits, shape_of
+    from lsp_ray.plan.skeleton import check_length, estimate_note, positions_of, quantized_bits, shape_of
 
     folder = resolve_config(config.model_name_or_path, log=_note)
     check_length(folder, config.max_seq_length)
     model, typical, found_bits = shape_of(folder), _typical(config, folder), quantized_bits(folder)
     if found_bits is not None:
         config.check_on_quantized()
+    estimate = estimate_note(folder)
+    if estimate is not None:
+        _note(estimate)
     machine = named or config.altered(_measured(config, folder, model, typical))
     work = workload_of(
         config,

@@ -10,7 +10,7 @@ from lsp_ray.config import Bits
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, load_skeleton
-from lsp_ray.models.quantized import quantization_of
+from lsp_ray.models.quantized import bits_of, quantization_of
 from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.runtime.prepare.model_shape import model_shape
 from lsp_ray.sim.model_shape import ModelShape
@@ -41,10 +41,16 @@ def check_length(folder: Path, max_seq_length: int | None) -> None:
 def quantized_bits(folder: Path) -> Bits | None:
     """Return to how many bits a folder's linears are quantised already, the nearer of 4 and 8; None: they are not."""
     found = quantization_of(load_config(folder))
-    if found is None:
+    return None if found is None else bits_of(found)
+
+
+def estimate_note(folder: Path) -> str | None:
+    """Return a line for a folder whose quantised weights are only nearly as large as they are taken to be."""
+    found = quantization_of(load_config(folder))
+    if found is None or found["quant_method"] == "bitsandbytes":
         return None
-    bits = 8 if found.get("load_in_8bit") else found.get("bits", 4)
-    return 8 if isinstance(bits, int) and bits > 4 else 4
+    method, bits = found["quant_method"], bits_of(found)
+    return f"the weights are of {method}: their bytes are estimated as those of bitsandbytes in {bits} bits"
 
 
 def shape_of_model(model: PreTrainedModel) -> ModelShape:

@@ -31,7 +31,6 @@ from lsp_ray.device.worker import DeviceWorker
 from lsp_ray.errors import LspRayError
 from lsp_ray.methods.galore import GaloreShard
 from lsp_ray.methods.lsp import take_projectors
-from lsp_ray.methods.streaming import stream_weights
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.optim.moments_file import load_moments, save_moments
@@ -42,6 +41,8 @@ from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.actors.trained_parts import (
     News,
+    activations_of,
+    brought,
     build,
     local_shard_of,
     part_seconds,
@@ -297,28 +298,13 @@ class DeviceSide:
         self._say("loading the model")
         self._tokenizer = load_tokenizer(job.model_folder)
         self._model = self._files.load(self._base(decided))
-        if job.config.streams:
-            layers = find_layers(self._model, job.unreached)
-            self._weights = stream_weights(
-                self._model,
-                layers,
-                job.config.lsp,
-                self.backend,
-                quantized=job.quantized,
-                num_buffers=job.weight_buffers,
-            )
-        elif not job.quantized:  # else it is there
-            self._model.to(self.backend.device)  # type: ignore[arg-type]
+        self._weights = brought(job, self._model, self.backend)
         self._model.train()
         fuse_norms(self._model)
         self._tokens = tokens_of(self._model, self._tokenizer)
         if job.config.recomputes:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
-        if job.inputs is not None:
-            layers = find_layers(self._model, job.unreached)
-            blocks = [(unit, layer.block) for unit, layer in enumerate(layers) if layer.block is not None]
-            link = None if self._weights is None else self._weights.link
-            self._activations = HostActivations(blocks, self.backend, job.inputs.largest_bytes, up=link)
+        self._activations = activations_of(job, self._model, self.backend, self._weights)
         for moved in self._moved:
             moved.start()
         self._is_loaded = True

@@ -14,17 +14,20 @@ from lsp_ray.device.backend import Backend
 from lsp_ray.device.calibrate import fit_projectors
 from lsp_ray.device.compute_time import compute_seconds
 from lsp_ray.device.fits import fit_of
+from lsp_ray.device.host_activations import HostActivations
 from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_follower import RefitFollower
+from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.device.switch import Takeover
 from lsp_ray.device.unit import Unit
 from lsp_ray.hardware import MACHINES
 from lsp_ray.methods import lora
 from lsp_ray.methods.galore import GaloreShard
 from lsp_ray.methods.lsp import lsp_units, projector_sizes, take_projectors
+from lsp_ray.methods.streaming import stream_weights
 from lsp_ray.methods.units import full_payload_sizes, full_units
-from lsp_ray.models.layers import Layer
+from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
@@ -138,6 +141,34 @@ def local_shard_of(job: Job, units: Sequence[Unit], device: torch.device) -> Opt
     if job.config.method == "galore":
         return GaloreShard(units, job.config.galore, device)
     return OptimizerShard({unit.index: unit.numel for unit in units}, device=device)
+
+
+def brought(job: Job, model: PreTrainedModel, backend: Backend) -> StreamedWeights | None:
+    """Bring the model to the device; returns what brings up the weights that are to stay in main memory."""
+    if job.config.streams:
+        return stream_weights(
+            model,
+            find_layers(model, job.unreached),
+            job.config.lsp,
+            backend,
+            quantized=job.quantized,
+            num_buffers=job.weight_buffers,
+        )
+    if not job.quantized:  # else it is there
+        model.to(backend.device)  # type: ignore[arg-type]
+    return None
+
+
+def activations_of(
+    job: Job, model: PreTrainedModel, backend: Backend, weights: StreamedWeights | None
+) -> HostActivations | None:
+    """The blocks' inputs, where they are to wait in main memory."""
+    if job.inputs is None:
+        return None
+    layers = find_layers(model, job.unreached)
+    blocks = [(unit, layer.block) for unit, layer in enumerate(layers) if layer.block is not None]
+    link = None if weights is None else weights.link
+    return HostActivations(blocks, backend, job.inputs.largest_bytes, up=link)
 
 
 def part_seconds(job: Job, model: PreTrainedModel, backend: Backend, say: Callable[[str], None]) -> float:

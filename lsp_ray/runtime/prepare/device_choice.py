@@ -9,6 +9,7 @@ from statistics import median
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
@@ -16,6 +17,7 @@ from lsp_ray.runtime.prepare.machines import Machine
 
 Device = Literal["cpu", "cuda"]
 
+GRAPH_LENGTHS = 64
 BF16_PAYS = 0.75  # CPUs with units for bfloat16 take 0.15 to 0.6 of float32's time, others 10 times it: a wide gap
 _TOKENS, _SIDE = 256, 512  # of the product that is timed: some milliseconds
 _NUM_PAIRS = 7
@@ -144,3 +146,13 @@ def _product_s(dtype: torch.dtype, clock: Callable[[], float]) -> float:
     with torch.inference_mode():
         (input_TN @ weight_MN.t()) @ weight_MN
     return clock() - start_s
+
+
+def length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: Device) -> int | None:
+    """Return what the length of every batch is a multiple of; None: nothing.
+
+    A graph is recorded for every length: of few lengths there are few graphs.
+    """
+    longest = -(-config.seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
+    fits = longest <= getattr(skeleton.config.get_text_config(), "max_position_embeddings", longest)
+    return GRAPH_LENGTHS if device == "cuda" and config.uses_graphs and fits else None

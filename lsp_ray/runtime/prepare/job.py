@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lsp_ray.config import BUILT_IN_LENGTH, RunConfig, Task
 from lsp_ray.data.chat import template_columns
@@ -23,13 +23,20 @@ from lsp_ray.errors import ConfigError
 from lsp_ray.methods.lsp import projector_sizes
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, load_skeleton, load_tokenizer, num_positions
-from lsp_ray.models.resolve import resolve_model
+from lsp_ray.models.resolve import resolve_config, resolve_model
 from lsp_ray.models.text_reach import unreached_by_text
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.checkpoints.saved_run import FIELD, SavedRun, check_same_run, read_saved_run
 from lsp_ray.runtime.prepare.beginning import check_beginning
-from lsp_ray.runtime.prepare.device_choice import Device, choose_bf16, choose_device, choose_gpus, device_bytes
+from lsp_ray.runtime.prepare.device_choice import (
+    Device,
+    choose_bf16,
+    choose_device,
+    choose_gpus,
+    device_bytes,
+    length_multiple,
+)
 from lsp_ray.runtime.prepare.job_checks import check_method, check_model, check_sizes, with_delta
 from lsp_ray.runtime.prepare.job_notes import data_notes, method_notes, model_notes
 from lsp_ray.runtime.prepare.layout import Layout, layout_of
@@ -49,8 +56,6 @@ from lsp_ray.runtime.watch.metrics_file import METRICS, read_metrics
 from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.store import payload_bytes, store_bytes
-
-GRAPH_LENGTHS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,8 +221,9 @@ def prepare_job(
     device = _device(config, machines)
     config = choose_gpus(config, device, note, machines)
     dtype = torch.bfloat16 if choose_bf16(config, device, note, machines) else torch.float32
+    asked = load_config(resolve_config(config.model_name_or_path, log=note))  # before its weights are fetched
+    config, quantized = with_delta(config, asked, device, note)
     model_folder = resolve_model(config.model_name_or_path, log=note).absolute()
-    config, quantized = with_delta(config, load_config(model_folder), device, note)
     tokenizer = load_tokenizer(model_folder)
     tokenized = rows or _tokenized(config, tokenizer, num_positions(load_config(model_folder), tokenizer))
     config = _with_length(config, tokenized)
@@ -253,7 +259,7 @@ def prepare_job(
         max_steps=config.steps,
         num_train_epochs=config.epochs,
         max_eval_samples=config.max_eval_samples,
-        length_multiple=_length_multiple(skeleton, config, device),
+        length_multiple=length_multiple(skeleton, config, device),
         pack_to=config.seq_length if config.packing else None,
         groups_by_length=config.train_sampling_strategy == "group_by_length",
     )
@@ -336,10 +342,3 @@ def resumed(job: Job, folder: Path) -> Job:
         bound = f"have its run's {METRICS} beside it, as no step is left to measure"
         raise ConfigError(FIELD, bound, str(folder), hint="it holds the trained model already")
     return replace(job, saved=saved, begins_with=None)
-
-
-def _length_multiple(skeleton: PreTrainedModel, config: RunConfig, device: str) -> int | None:
-    """A graph is recorded for every length of a batch: with few lengths there are few."""
-    longest = -(-config.seq_length // GRAPH_LENGTHS) * GRAPH_LENGTHS
-    fits = longest <= getattr(skeleton.config.get_text_config(), "max_position_embeddings", longest)
-    return GRAPH_LENGTHS if device == "cuda" and config.uses_graphs and fits else None
