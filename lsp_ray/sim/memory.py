@@ -35,7 +35,7 @@ class DeviceMemory:
         dequantized: The largest quantised weight as it is for a product, in the type of activations; a part of the two
             that follow.
         activations: At their most, with the loss's.
-        block: The largest block's in its backward.
+        block: The largest block's in its backward, with buffers for inputs that wait in main memory.
         gradients: Of the largest layer; of all where the update is made on the device.
         payload_buffers: Payloads and deltas that are there at one time.
     """
@@ -98,10 +98,12 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
     loss = float(loss_bytes(workload.targets, model.num_logits, model.hidden_size, element_bytes=element))
     if workload.gradient_checkpointing:  # blocks are computed again after the loss's own bytes are free
         num_blocks = sum(bytes_kept > 0 for bytes_kept in kept)
-        inputs = float(num_blocks * workload.tokens)
+        num_inputs, buffers = num_blocks, 0.0
         if workload.parks_inputs and parked_blocks(num_blocks):  # the first one's, and buffers for the longest there is
-            inputs = workload.tokens + INPUT_BUFFERS * workload.full.tokens
-        activations = element * model.hidden_size * inputs + workload.tokens * sum(held) + max(loss, block)
+            num_inputs, buffers = 1, float(element * model.hidden_size * INPUT_BUFFERS * workload.full.tokens)
+        inputs = element * model.hidden_size * num_inputs * workload.tokens + buffers
+        activations = inputs + workload.tokens * sum(held) + max(loss, block)
+        block += buffers
     else:  # as they are when the deepest block compresses
         activations = workload.tokens * (sum(kept) + sum(held)) + max(loss, max(compressing))
     streamed = [workload.streamed_bytes(layer) for layer in model.layers]
