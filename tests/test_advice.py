@@ -271,10 +271,13 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"gpu_memory_gb": 1, "load_in_4bit": None}, r"nothing fits 1 GB: the weights alone are 1\.\d GB in 4 bits"),
+        (
+            {"gpu_memory_gb": 0.5, "load_in_4bit": None},
+            r"nothing fits 0\.5 GB: the weights alone are 0\.\d GB in 4 bits",
+        ),
         (
             {"gpu_memory_gb": 1.4, "load_in_4bit": None},
-            r"nothing fits 1\.4 GB of GPU memory, .*: the least is 1\.4 GB, .* lsp in 4 bits, weights in main memory",
+            r"nothing fits 1\.4 GB of GPU memory, .*: the least is 0\.9 GB, .* lsp in 4 bits, weights in main memory",
         ),
         ({"gpu_memory_gb": 1.4, "runtime": RESIDENT}, r"nothing fits 1\.4 GB: the weights alone are 1\.5 GB"),
         (
@@ -282,8 +285,8 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
             r"nothing fits 1\.4 GB of GPU memory, .*: the least is 1\.\d GB, with method lsp, weights in main memory",
         ),
         (
-            {"gpu_memory_gb": 2.5},
-            r"nothing fits 2\.5 GB of GPU memory, 1 GB of it kept free: the least is 1\.\d GB, with .*",
+            {"gpu_memory_gb": 2},
+            r"nothing fits 2 GB of GPU memory, 1 GB of it kept free: the least is 1\.\d GB, with .*",
         ),
         (
             {"host_memory_gb": 3},

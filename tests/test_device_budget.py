@@ -38,12 +38,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def elsewhere_bytes() -> int:
+    """What this process holds besides, as other tests' models."""
+    gc.collect()
+    live = LiveStorage()
+    live.watch_all()
+    return live.live_bytes
+
+
 def step_of(job: Job) -> StepReport:
     """The first step of a job, without anyone who takes its gradients."""
     side = DeviceSide(job, lambda _news: None)
     try:
         side.setup()
-        gc.collect()  # what loading and earlier tests have left is not this step's
+        gc.collect()  # what loading has left is not this step's
         return side.run_step(0)
     finally:
         side.close()
@@ -65,7 +73,9 @@ def job_of(folder: Path, home: str, **runtime: Any) -> Job:
 def test_the_peak_of_a_step_is_forecast_within_a_twentieth(folder: Path, home: Any) -> None:
     job = job_of(folder, home)
     batch = job.micro_batches.step(0)[0]
+    besides = elsewhere_bytes()
     found = step_of(job).peak_device_bytes
+    assert found is not None
     skeleton = load_skeleton(job.model_folder, task=job.task)
     work = Workload(
         method="lsp",
@@ -81,20 +91,22 @@ def test_the_peak_of_a_step_is_forecast_within_a_twentieth(folder: Path, home: A
     shape = model_shape(skeleton, find_layers(skeleton))
     # nobody takes the payloads here, so all of them lie there at the end
     payloads = sum(map(work.payload_bytes, shape.layers))
-    assert found == pytest.approx(memory.device_memory(shape, work, payloads).peak_bytes, rel=0.05)
+    assert found - besides == pytest.approx(memory.device_memory(shape, work, payloads).peak_bytes, rel=0.05)
 
 
 def test_a_cpu_keeps_to_what_may_be_taken_of_its_memory(folder: Path) -> None:
     streamed, resident = (job_of(folder, home) for home in ("host", "device"))
+    besides = elsewhere_bytes()
     free = step_of(streamed)
     assert free.peak_device_bytes is not None
-    enough_gb = 1.05 * free.peak_device_bytes / 1e9
+    own_bytes = free.peak_device_bytes - besides
+    enough_gb = (besides + 1.05 * own_bytes) / 1e9
     kept = step_of(_within(streamed, enough_gb))
     assert kept.losses == free.losses
     with pytest.raises(torch.OutOfMemoryError, match=r"GB of tensors are alive, \d\.\d+ GB may be"):
         step_of(_within(resident, enough_gb))
     with pytest.raises(torch.OutOfMemoryError):
-        step_of(_within(streamed, 0.9 * free.peak_device_bytes / 1e9))
+        step_of(_within(streamed, (besides + 0.9 * own_bytes) / 1e9))
 
 
 def _within(job: Job, device_memory_gb: float) -> Job:

@@ -68,6 +68,7 @@ def test_the_operator_for_the_compiler_is_the_same_and_tells_its_size() -> None:
 
 
 def test_the_compiler_asks_once_and_outside_whether_there_is_a_kernel() -> None:
+    gpu_products.know_compiler()
     factors = [factor_of((3, 9, 0), 4, torch.float32)] * 2
     tables = [normal(17, factors[0].num_rows)] * 2
     asked = torch.compile(partial(gpu_products.has_kernel, factors), backend="eager", fullgraph=True)

@@ -157,7 +157,9 @@ def test_what_is_given_stays_and_a_line_says_what_would_hide_the_link(
 ) -> None:
     few = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"]
     assert main(options(llama(tmp_path, 12), *few, gpu_memory_gb=5)) == 0
-    command, line = capsys.readouterr().out.splitlines()[-2:]
+    said = capsys.readouterr().out.splitlines()
+    [command] = [line for line in said if line.startswith("python -m")]
+    [line] = [line for line in said if line.startswith("the link is hidden")]
     run = parse(shlex.split(command)[3:])
     assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == (1, 4)
     assert re.fullmatch(
@@ -172,7 +174,8 @@ def test_what_is_open_is_chosen_so_that_the_link_is_hidden(tmp_path: Path, capsy
     assert main([*small, "--max_seq_length", "128", "--lsp.subspace_dim", "1248"]) == 0
     said = capsys.readouterr().out
     assert "…" not in said
-    command, line = said.splitlines()[-2:]
+    [command] = [line for line in said.splitlines() if line.startswith("python -m")]
+    [line] = [line for line in said.splitlines() if line.startswith("the link is hidden")]
     run = parse(shlex.split(command)[3:])
     hidden = re.match(r"the link is hidden from (\d+) tokens of a micro-batch, .* here [0-5]% of a step waits", line)
     assert hidden is not None

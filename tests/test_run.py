@@ -88,6 +88,7 @@ def test_a_run_goes_from_options_to_a_checkpoint(
     assert config["runtime"]["num_shards"] == json.loads((out / "summary.json").read_text())["num_shards"]
     assert config["runtime"].pop("link_gbps") is None  # emulation decides it
     assert config["runtime"].pop("address") is config["runtime"].pop("network_gbps") is None  # one machine
+    assert config["runtime"].pop("device_memory_gb") is None  # all there is
     assert config.pop("report_port") is None
     assert config.pop("lr_scheduler_kwargs") is config.pop("early_stopping_patience") is None
     assert None not in (*config.values(), *config["runtime"].values())

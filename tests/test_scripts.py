@@ -203,7 +203,7 @@ def test_options_that_a_page_names_exist(page: Path) -> None:
     known = {name for name, _ in options(RunConfig)} | {"--config", "--help"}
     known |= {"--merge", "--export_rank"}  # of export
     known |= {"--output", "--dtype", "--help_all"} | {"--hardware", "--json", "--measure"}  # of report, export and plan
-    known |= {"--num_gpus", "--nodes", "--network_gbit"}  # of plan
+    known |= {"--num_gpus", "--nodes", "--network_gbit", "--host_memory_gb"}  # of plan
     known |= {"--base", "--raw", "--prompt", "--temperature", "--top_p"}  # of chat
     known |= {"--head", "--port", "--address", "--node-ip-address", "--object-store-memory", "--generate"}  # of Ray
     known |= {"--strict", "--shm-size", "--no-build-isolation"}  # of mypy, docker and pip

@@ -165,7 +165,7 @@ def test_the_devices_peak_is_forecast_within_a_twentieth(bf16: bool) -> None:
         activations="host",
     )
     parts = device_memory(shape, work, 0)
-    expected = replace(parts, weights=0, deltas=0, projectors=0, payload_buffers=0).peak_bytes
+    expected = replace(parts, weights=0, noise=0, deltas=0, projectors=0, payload_buffers=0).peak_bytes
     on_host = host_memory(shape, work, on_gpu=True).inputs
     gc.collect()  # what earlier tests have left would go meanwhile
     with peak_of(torch.device("cpu")) as live:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from lsp_ray.config import Weights
+from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.forecast import Forecast, forecast, needs_of
 from lsp_ray.sim.hardware_profile import HardwareProfile
 from lsp_ray.sim.memory import device_memory, host_memory, host_memory_elsewhere
@@ -54,4 +55,5 @@ def _longest(model: ModelShape, row: Forecast, hardware: HardwareProfile, home: 
 
 
 def _work(row: Forecast, home: Weights, length: int) -> Workload:
-    return replace(row.workload.full, seq_length=length, gradient_checkpointing=True, activations=home)
+    work = replace(row.workload.full, seq_length=length, gradient_checkpointing=True, activations=home)
+    return replace(work, weight_buffers=FEWEST_BUFFERS)  # what more of them take is what longer examples leave
