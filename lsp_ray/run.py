@@ -19,6 +19,8 @@ from lsp_ray.launch import run_config
 from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.runtime.stop_signal import StopSignal
 
+_AT_ONCE = "stopped at once; no checkpoint was written"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for what failed underway."""
@@ -33,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (LspRayError, OSError) as error:  # OSError: the disk is full where a log is written, or the like
             return _fail(f"failed: {error}", 1)
         except KeyboardInterrupt:
-            return _fail("stopped at once; no checkpoint was written", stop.exit_code)
+            return _fail(_AT_ONCE, stop.exit_code)
+        except ImportError:
+            if stop.number is None or stop.requested():
+                raise
+            return _fail(_AT_ONCE, stop.exit_code)  # while it loads, transformers makes this of an interrupt
     return 0
 
 

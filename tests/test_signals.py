@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from lsp_ray.run import parse
+from lsp_ray.run import main, parse
 from lsp_ray.runtime.checkpoints.checkpoint import checkpoints
 from lsp_ray.runtime.prepare.job import prepare_job
 from lsp_ray.runtime.stop_signal import ECHO_S, StopSignal
@@ -205,6 +206,25 @@ def test_ctrl_c_while_the_program_still_loads_shows_no_traceback(tmp_path: Path,
         assert not run.out.exists()
     finally:
         run.end_at_once()
+
+
+def test_ctrl_c_of_which_a_library_makes_an_error_of_imports_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_args: object, is_interrupted: bool, **_options: object) -> None:
+        try:
+            if is_interrupted:
+                os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("no such class") from error
+        raise ModuleNotFoundError("no such package")
+
+    monkeypatch.setattr("lsp_ray.run.run_config", partial(load, is_interrupted=True))
+    assert main([]) == 130
+    assert capsys.readouterr().err == "stopped at once; no checkpoint was written\n"
+    monkeypatch.setattr("lsp_ray.run.run_config", partial(load, is_interrupted=False))
+    with pytest.raises(ModuleNotFoundError, match="no such package"):
+        main([])
 
 
 def test_sigterm_while_ray_starts_is_answered_and_leaves_nothing(tmp_path: Path) -> None:
