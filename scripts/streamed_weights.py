@@ -7,7 +7,7 @@ blocks, updates and copies took in the run that it is compared with, so what dif
     PYTHONPATH=. python scripts/streamed_weights.py --emulate rtx4090-threadripper
 
 With --emulate it is a llama-7B scaled down, and the link as slow beside the compute as that machine's; both homes of
-the weights run in turn, with the same link.
+the weights run in turn, some steps each, with the same link.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import get_args
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -31,7 +32,7 @@ from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_skeleton
 from lsp_ray.output_folder import INTERNALS
 from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
-from lsp_ray.runtime.actors.throttle import emulating
+from lsp_ray.runtime.actors.throttle import Throttle, emulating
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
 from lsp_ray.runtime.prepare.job import Job, prepare_job
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
@@ -41,6 +42,7 @@ from lsp_ray.sim.simulation import SimulatedStep
 from lsp_ray.sim.simulator import Simulator
 from lsp_ray.trace import StepMetrics
 from lsp_ray.trace_file import Trace, TracedSpan, read_trace
+from scripts.live_session import LiveSession
 from tests.tiny import VOCAB_SIZE, tiny_tokenizer, write_tiny_jsonl
 
 _WITHOUT_RECOMPUTING = 3 / 4  # of a step whose blocks' forward runs twice
@@ -154,44 +156,47 @@ def write_scaled_llama_7b(folder: Path) -> RunConfig:
 
 def emulated(machine: EmulatedMachine, folder: Path, num_steps: int, rounds: int, bits: int) -> None:
     """Print a step with weights in main memory over one with weights on the device, at the machine's proportions."""
-    small = write_scaled_llama_7b(folder)
     config = replace(
-        small,
+        write_scaled_llama_7b(folder),
         output_dir="unused",
-        max_steps=num_steps,
+        max_steps=(rounds + 1) * (num_steps + 1),
         max_eval_samples=4,
         load_in_4bit=bits == 4,
         bf16=True,
         gradient_checkpointing=True,
         lsp=LspConfig(subspace_dim=128, delta="apart", check_every=0, fit="random"),  # as 1024 is to a llama-7B
-        runtime=RuntimeConfig(device="cpu", num_shards=1, device_threads=1, shard_threads=1, weights="device"),
+        runtime=RuntimeConfig(device="cpu", num_shards=1, device_threads=1, shard_threads=1),
     )
-    free = prepare_job(config, lambda _line: None)
-    layers = find_layers(load_skeleton(free.model_folder, task=free.task))
-    _, steps, _ = run(free, folder / "free")
-    # the paper's compute has no second forward
-    compute_s = _typical(steps, lambda metrics: metrics.gpu_busy_s) * _WITHOUT_RECOMPUTING
-    link_gbps = emulating(MACHINES[machine], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers))).link_gbps
-    found: dict[Weights, list[StepMetrics]] = {"device": [], "host": []}
-    for number in range(rounds):
-        for home, all_steps in found.items():
-            runtime = replace(config.runtime, weights=home, link_gbps=link_gbps)
-            job = prepare_job(replace(config, runtime=runtime), lambda _line: None)
-            summary, steps, _ = run(job, folder / f"{home}-{number}")
-            all_steps += steps[WARM_UP:]
-            line = {"weights": home, "step_s": round(_typical(steps, lambda metrics: metrics.step_time_s), 4)}
-            print(json.dumps(line | {"peak_device_MB": round((summary.peak_device_bytes or 0) / 1e6, 1)}), flush=True)
-    step_s = {home: median(step.step_time_s for step in steps) for home, steps in found.items()}
+    homes: tuple[Weights, ...] = get_args(Weights)
+    jobs = [prepare_job(replace(config, runtime=replace(config.runtime, weights=home)), _unheard) for home in homes]
+    layers = find_layers(load_skeleton(jobs[0].model_folder, task=jobs[0].task))
+    sessions = [LiveSession(job, ThreadWorkers) for job in jobs]
+    try:
+        free, _ = [session.run("layerwise", Throttle(), num_steps) for session in sessions]
+        # the paper's compute has no second forward
+        compute_s = (free.step_s - median(free.waits_s)) * _WITHOUT_RECOMPUTING
+        throttle = emulating(MACHINES[machine], compute_s=compute_s, full_numel=sum(full_payload_sizes(layers)))
+        slow = Throttle(link_gbps=throttle.link_gbps)
+        blocks = [[session.run("layerwise", slow, num_steps) for session in sessions] for _ in range(rounds)]
+    finally:
+        for session in sessions:
+            session.close()
+    ratios = [host.step_s / device.step_s for device, host in blocks]
+    waits = [median(host.waits_s) / host.step_s for _, host in blocks]
     figures = {
         "emulates": machine,
         "bits": bits,
-        "link_gbps": round(link_gbps or 0.0, 4),
-        "host_over_device": round(step_s["host"] / step_s["device"], 3),
-        "exposed_weights": round(median(step.exposed_weights_s for step in found["host"]) / step_s["host"], 3),
-        "up_link_busy": round(median(step.h2d_busy_s for step in found["host"]) / step_s["host"], 3),
-        "same_losses": [step.loss for step in found["host"]] == [step.loss for step in found["device"]],
+        "link_gbps": round(slow.link_gbps or 0.0, 4),
+        "step_s": [[round(block.step_s, 3) for block in pair] for pair in blocks],
+        "host_over_device": round(median(ratios), 3),
+        "of_rounds": [round(ratio, 3) for ratio in sorted(ratios)],
+        "exposed": round(median(waits), 4),
     }
     print(json.dumps(figures), flush=True)
+
+
+def _unheard(_line: str) -> None:
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -205,11 +210,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, choices=(4, 16), default=4)
     parser.add_argument("--link_gbps", type=float, nargs="+", default=[0.5, 0.1])
     parser.add_argument("--emulate", choices=tuple(MACHINES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     asked = parser.parse_args(argv)
     if asked.emulate is not None:
         with tempfile.TemporaryDirectory() as folder:
-            emulated(asked.emulate, Path(folder), asked.steps, asked.rounds, asked.bits)
+            emulated(asked.emulate, Path(folder), 2, asked.rounds, asked.bits)
         return
     config = RunConfig(
         model_name_or_path=asked.model,
