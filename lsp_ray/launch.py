@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,9 @@ def run_config(
                 progress.note(f"report: {server.url}")
             with _joined(config.runtime.address, progress) as machines:
                 progress.phase("preparing model and data")
+                with _loading(stop):
+                    import lsp_ray.plan.auto_dim
+                    import lsp_ray.runtime.prepare.job  # noqa: F401 - what follows takes from them
                 job = _prepared(config, rows, output_dir, progress.note, machines)
                 _show(job, progress)
                 summary = _trained(job, output_dir, progress, stop, follower)
@@ -128,15 +131,20 @@ def run_config(
     return RunResult(output_dir=output_dir, summary=summary)
 
 
+def _loading(stop: StopSignal | None) -> AbstractContextManager[None]:
+    return nullcontext() if stop is None else stop.held()
+
+
 def _trained(
     job: Job, output_dir: Path, progress: Progress, stop: StopSignal | None, follower: Follower | None
 ) -> Summary:
     """What came of the job, on a Ray of its own or on the cluster that was joined."""
-    from lsp_ray.runtime.actors.ray_workers import RayWorkers
-    from lsp_ray.runtime.cluster.nodes import check_nodes, nodes
-    from lsp_ray.runtime.cluster.private_cluster import ray_cluster
-    from lsp_ray.runtime.persistence import fine_tune_persistently
-    from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory
+    with _loading(stop):
+        from lsp_ray.runtime.actors.ray_workers import RayWorkers
+        from lsp_ray.runtime.cluster.nodes import check_nodes, nodes
+        from lsp_ray.runtime.cluster.private_cluster import ray_cluster
+        from lsp_ray.runtime.persistence import fine_tune_persistently
+        from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory
 
     check_memory(job, read_host_memory())
     runtime = job.config.runtime

@@ -208,6 +208,24 @@ def test_ctrl_c_while_the_program_still_loads_shows_no_traceback(tmp_path: Path,
         run.end_at_once()
 
 
+def test_a_signal_that_is_held_is_answered_at_the_end() -> None:
+    went_on: list[bool] = []
+
+    def load(stop: StopSignal) -> None:
+        with stop.held():
+            os.kill(os.getpid(), signal.SIGINT)
+            went_on.append(True)
+
+    with StopSignal() as stop:
+        with pytest.raises(KeyboardInterrupt):
+            load(stop)
+        assert went_on
+        assert stop.exit_code == 130
+        assert not stop.requested()
+    with StopSignal() as stop, stop.held():
+        pass
+
+
 def test_ctrl_c_of_which_a_library_makes_an_error_of_imports_is_no_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

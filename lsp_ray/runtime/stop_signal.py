@@ -31,6 +31,7 @@ class StopSignal:
         self.number: int | None = None
         self._on_request: Callable[[], None] | None = None
         self._requested_s: float | None = None
+        self._is_held = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -57,6 +58,20 @@ class StopSignal:
         finally:
             self._on_request = None
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the context a first signal waits for its end, to raise there; one more ends the process.
+
+        For imports, in which libraries make other errors of an interrupt, abort, or go on as if there were none.
+        """
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self.number is not None:
+            raise KeyboardInterrupt
+
     def requested(self) -> bool:
         """Whether a signal was noted."""
         return self._requested_s is not None
@@ -77,7 +92,8 @@ class StopSignal:
             threading.Thread(target=self._on_request, daemon=True).start()
             return
         self._set(signal.SIG_DFL)
-        raise KeyboardInterrupt
+        if not self._is_held:
+            raise KeyboardInterrupt
 
     def _set(self, handler: Any) -> None:
         for number in _SIGNALS:
