@@ -94,8 +94,11 @@ def test_a_folder_that_is_quantised_already_is_trained_and_loaded_as_it_is(tmp_p
     notes: list[str] = []
     already = prepare_job(config, notes.append)
     assert already.payload_sizes == job.payload_sizes
-    summaries = [run_on_threads(each, tmp_path / f"out {at}")[0] for at, each in enumerate((job, already))]
-    assert summaries[0].eval_loss_after == summaries[1].eval_loss_after
+    adapters = [prepare_job(replace(each.config, method="lora"), notes.append) for each in (job, already)]
+    losses = [run_on_threads(each, tmp_path / f"lora {at}")[0].eval_loss_after for at, each in enumerate(adapters)]
+    assert losses[0] == losses[1]
+    summary, _ = run_on_threads(already, tmp_path / "lsp")
+    assert summary.eval_loss_after < summary.eval_loss_before
     with pytest.raises(ConfigError, match="load_in_4bit must be left out, as the model is quantised already"):
         prepare_job(replace(config, load_in_4bit=True), notes.append)
     with pytest.raises(ConfigError, match="method must be lsp or lora, as the model's weights are quantised"):

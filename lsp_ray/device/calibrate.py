@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from lsp_ray.models.loss import Batch, num_targets, summed_loss
 from lsp_ray.projection.sparse_projector import SparseProjector
 
 _Named = tuple[str, InSubspace]
+_Linear = TypeVar("_Linear", bound=InSubspace)
 
 LESSON_BYTES = 1 << 30  # host memory for lessons: larger models calibrate in several passes over the batches
 
@@ -47,7 +49,7 @@ def fit_projectors(
     """
     unfitted: list[str] = []
     done = 0
-    for groups in _passes(_by_right_factor(linears), fit, len(batches)):
+    for groups in _passes(by_right_factor(linears), fit, len(batches)):
         for key, (_, module) in enumerate((linear for group in groups for linear in group), start=done):
             module.lesson = fit.lesson(module.projector.shape, torch.Generator().manual_seed(mixed(seed, key)))
         _backward_all(model, [module for _, module in linears], batches)
@@ -86,9 +88,9 @@ def _single_threaded() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _by_right_factor(linears: Sequence[_Named]) -> list[list[_Named]]:
+def by_right_factor(linears: Sequence[tuple[str, _Linear]]) -> list[list[tuple[str, _Linear]]]:
     """Linears that share Q, together."""
-    groups: dict[int, list[_Named]] = {}
+    groups: dict[int, list[tuple[str, _Linear]]] = {}
     for name, module in linears:
         groups.setdefault(id(module.projector.right), []).append((name, module))
     return list(groups.values())

@@ -271,6 +271,11 @@ def dense_weight(module: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     if not is_quantized_linear(module):
         assert isinstance(weight, torch.Tensor)
         return (weight.t() if isinstance(module, Conv1D) else weight).detach().to(dtype)
+    state = getattr(weight, "quant_state", None)
+    if isinstance(weight, torch.Tensor) and state is not None:  # a unit vector at a time gives the same
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, state).to(getattr(module, "compute_dtype", None) or dtype).to(dtype)
     device = _device(module)
     num_columns = int(module.in_features)  # type: ignore[arg-type]
     bias = getattr(module, "bias", None)

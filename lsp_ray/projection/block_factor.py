@@ -124,6 +124,14 @@ class BlockFactor:
             yield table_TGR.transpose(0, 1), block_GSR.to(table_TD.dtype).mT
             first += num_columns
 
+    def solve(self, table_FK: torch.Tensor) -> torch.Tensor:
+        """Return the (D, K) table that `spread` brings nearest to a (F, K) table: (Pᵀ P)⁻¹ Pᵀ of it, in its dtype."""
+        parts = []
+        for block_GSR, part_GSK in zip(self.blocks(), self.split(table_FK, 0), strict=True):
+            basis_GSR = block_GSR.to(table_FK.dtype)
+            parts.append(torch.linalg.solve(basis_GSR.mT @ basis_GSR, basis_GSR.mT @ part_GSK))
+        return torch.cat(parts).flatten(0, 1)
+
     def dense(self) -> torch.Tensor:
         """The (F, D) matrix with its zeros; for tests and measurements."""
         return self.spread(torch.eye(self.dim, dtype=self.value_FR.dtype, device=self.value_FR.device))

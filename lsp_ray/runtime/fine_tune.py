@@ -171,6 +171,12 @@ def _scores_line(scores: dict[str, float]) -> str:
     return ", ".join([f"{scores['loss']:.4f}", *others])
 
 
+def _note_linears(names: Sequence[str], what: str, job: Job, listener: Listener) -> None:
+    if names:
+        shown = f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        listener.note(f"{len(names)} of {len(job.subspace_dims)} {what}: {shown}")
+
+
 def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
     for place in setup.places:
         listener.note(place)
@@ -179,12 +185,12 @@ def _note_setup(job: Job, setup: SetupReport, listener: Listener) -> None:
             f"{setup.num_pageable} buffers could not be page-locked (ulimit -l, or WSL2): copies to and from the GPU "
             "run slower and overlap less"
         )
-    unfitted = setup.unfitted
-    if unfitted:
-        listener.note(
-            f"{len(unfitted)} of {len(job.subspace_dims)} projectors stay random, as calibration gave their layers "
-            f"no gradient: {', '.join(unfitted[:3])}{' …' if len(unfitted) > 3 else ''}"
-        )
+    if job.gives_back:
+        listener.note("updates begin with what they can give back of the rounding to 4 bits")
+    _note_linears(setup.unfitted, "projectors stay random, as calibration gave their layers no gradient", job, listener)
+    _note_linears(
+        setup.missing, "updates begin with zeros, as their weights before rounding are not found", job, listener
+    )
     if setup.gpu_of_part != job.layout.gpu_of_part:
         counts = [f"{job.layout.name_of(gpu)} {setup.gpu_of_part.count(gpu)}" for gpu in range(job.layout.num_gpus)]
         listener.note(f"parts of a step that each GPU computes, by its pace: {', '.join(counts)}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.projected_linear import InSubspace
+from lsp_ray.methods.lsp import take_projectors
 from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.actors.throttle import Throttle
@@ -20,13 +22,22 @@ _CPU = torch.device("cpu")
 class Decided:
     """What one GPU gives to another: how much it is slowed down, and the projectors that were learned.
 
-    `weights` is a file of what is trained, as it is before `step`; None: all begin alike.
+    `deltas` are updates kept apart that the first step begins with, by linear; empty: with none. `weights` is a file of
+    what is trained, as it is before `step`; None: all begin alike.
     """
 
     throttle: Throttle
     projectors: Mapping[str, SparseProjector]
+    deltas: Mapping[str, torch.Tensor] = field(default_factory=dict)
     step: int = 0
     weights: Path | None = None
+
+    def put(self, linears: Sequence[tuple[str, InSubspace]]) -> None:
+        """Let linears, by name, have what was decided for them."""
+        take_projectors(linears, self.projectors)
+        for name, linear in linears:
+            if name in self.deltas:
+                linear.get_buffer("delta_DE").copy_(self.deltas[name])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +45,15 @@ class SetupReport:
     """Linears whose projectors could not be learned and stay random; host buffers that could not be page-locked.
 
     `throttle` is decided here for the whole run: the shards must keep to it as well. `gpu_of_part` is how the parts of
-    a step are divided. `places` has a line for each GPU actor that keeps to the cores of a NUMA node.
+    a step are divided. `missing` are linears whose updates begin with zeros, as their weights before rounding are not
+    in the model's folder. `places` has a line for each GPU actor that keeps to the cores of a NUMA node.
     """
 
     unfitted: list[str]
     num_pageable: int
     throttle: Throttle
     gpu_of_part: tuple[int, ...]
+    missing: Sequence[str] = ()
     places: tuple[str, ...] = ()
 
 
@@ -53,3 +66,8 @@ def on_cpu(linears: Sequence[tuple[str, InSubspace]]) -> dict[str, SparseProject
             rights[id(own.right)] = own.right.to(_CPU, own.dtype)
         copies[name] = SparseProjector(own.left.to(_CPU, own.dtype), rights[id(own.right)])
     return copies
+
+
+def deltas_on_cpu(linears: Sequence[tuple[str, InSubspace]]) -> dict[str, torch.Tensor]:
+    """Copies of the updates that are kept apart, by name."""
+    return {name: linear.delta_DE.to(_CPU, copy=True) for name, linear in linears if isinstance(linear, DeltaLinear)}

@@ -35,7 +35,7 @@ from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
-from lsp_ray.runtime.actors.decided import Decided, SetupReport, on_cpu
+from lsp_ray.runtime.actors.decided import Decided, SetupReport, deltas_on_cpu, on_cpu
 from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.actors.throttle import Throttle
@@ -101,9 +101,7 @@ class DeviceSide:
         if not self._is_loaded:
             self._load(decided)
         layers = find_layers(self._model, job.unreached)
-        throttle = (
-            throttle_of(job, self._model, layers, self.backend, self._say) if decided is None else decided.throttle
-        )
+        throttle = decided.throttle if decided else throttle_of(job, self._model, layers, self.backend, self._say)
         trained = build(job, self._model, layers, decided, self.backend.device, self._say)
         units, self._linears, self._adapters = trained.units, trained.linears, trained.adapters
         sent = [unit.numel for unit in units] if config.offloads else []
@@ -146,11 +144,13 @@ class DeviceSide:
             num_pageable=len(pageable) + sum(moved.num_pageable for moved in self._moved),
             throttle=throttle,
             gpu_of_part=job.layout.gpu_of_part,
+            missing=trained.missing,
         )
 
     def decided(self) -> Decided:
         """After `setup`: what other GPUs are to be given; its tensors are on the CPU."""
-        return Decided(throttle=self._kept_to, projectors=on_cpu(self._linears))
+        deltas = deltas_on_cpu(self._linears) if self._job.gives_back else {}
+        return Decided(throttle=self._kept_to, projectors=on_cpu(self._linears), deltas=deltas)
 
     def hand_over(self, step: int, weights: Path) -> Decided:
         """While the next forward waits for the first delta of `step`: leave all that it begins with in a file.
@@ -161,7 +161,7 @@ class DeviceSide:
         assert self.worker.is_before(step), f"deltas of step {step} have been added"
         with writing(weights.parent):
             save_trained(self.worker.units, weights)
-        return replace(self.decided(), step=step, weights=weights)
+        return replace(self.decided(), deltas={}, step=step, weights=weights)
 
     def digest(self) -> int:
         """Between two steps: a number that tells whether what is trained is the same on other GPUs."""

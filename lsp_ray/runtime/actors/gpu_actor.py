@@ -52,7 +52,7 @@ class GpuActor:
             run_on(self._node.cores)
         self._side = DeviceSide(job, self._tell, gpu)
         self._slots = [own.open() for own in slots]
-        self._begun = slots if job.begins_with is not None and gpu == 0 else ()
+        self._begun = slots if job.begins_with_updates and gpu == 0 else ()
         payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
         self._host_payloads = [payload for payload in payloads if payload.numel()]
 

@@ -83,7 +83,7 @@ class ThreadWorkers:
             with reading(self._job.saved.folder):
                 for shard in self._shards:
                     load_moments(self._job.saved.moments, shard.states, num_updates=self._job.saved.step)
-        if self._job.begins_with is not None:
+        if self._job.begins_with_updates:
             for unit, state in ((unit, state) for shard in self._shards for unit, state in shard.states.items()):
                 assert state.total is not None
                 self.side.copy_totals(unit, state.total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from lsp_ray.device.host_activations import HostActivations
 from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_follower import RefitFollower
+from lsp_ray.device.rounding_error import give_back_
 from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.device.switch import Takeover
 from lsp_ray.device.unit import Unit
@@ -31,6 +32,7 @@ from lsp_ray.models.layers import Layer, find_layers
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
+from lsp_ray.projection.sparse_projector import ProjectorSizes
 from lsp_ray.runtime.actors.decided import Decided
 from lsp_ray.runtime.actors.throttle import Throttle, emulating
 from lsp_ray.runtime.checkpoints.saved_run import FIELD
@@ -50,13 +52,15 @@ News = GradientReady | DeltaDue | Takeover
 class TrainedParts:
     """Units, shallowest first; linears with projectors, by name; LoRA's adapters.
 
-    `unfitted` are the names of linears whose projectors could not be learned.
+    `unfitted` are the names of linears whose projectors could not be learned, `missing` of those whose weights before
+    rounding are not in the model's folder.
     """
 
     units: list[Unit]
     linears: Sequence[tuple[str, InSubspace]] = ()
     adapters: PeftModel | None = None
     unfitted: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 def build(
@@ -83,20 +87,41 @@ def build(
         return TrainedParts(units=units, adapters=adapters)
     if config.method != "lsp":
         return TrainedParts(units=full_units(layers))
-    sizes, shared = projector_sizes(layers, config.lsp), shared_inputs(model)
     units, linears = lsp_units(
-        layers, config.lsp, seed=config.seed, shared=shared, dtype=job.dtype, quantized=job.quantized, device=device
+        layers,
+        config.lsp,
+        seed=config.seed,
+        shared=shared_inputs(model),
+        dtype=job.dtype,
+        quantized=job.quantized,
+        device=device,
     )
-    unfitted: list[str] = []
     if decided is not None:
-        take_projectors(linears, decided.projectors)
-    elif job.saved is not None:
+        decided.put(linears)
+        return TrainedParts(units=units, linears=linears)
+    unfitted = _with_projectors(job, model, linears, projector_sizes(layers, config.lsp), say)
+    missing: list[str] = []
+    if job.gives_back:
+        missing = _give_back(job, model, linears, say)
+    return TrainedParts(units=units, linears=linears, unfitted=unfitted, missing=missing)
+
+
+def _with_projectors(
+    job: Job,
+    model: PreTrainedModel,
+    linears: list[tuple[str, InSubspace]],
+    sizes: Mapping[str, ProjectorSizes],
+    say: Callable[[str], None],
+) -> list[str]:
+    """Give all linears the run's projectors; returns the names of those that could not be learned."""
+    lsp = job.config.lsp
+    if job.saved is not None:
         take_projectors(linears, load_projectors(job.saved.state / FILE_NAME, sizes, field=FIELD))
-    elif config.lsp.init_from is not None:
-        take_projectors(linears, load_projectors(Path(config.lsp.init_from), sizes))
-    elif config.lsp.fit != "random":
-        unfitted = _fit(job, model, linears, say)
-    return TrainedParts(units=units, linears=linears, unfitted=unfitted)
+    elif lsp.init_from is not None:
+        take_projectors(linears, load_projectors(Path(lsp.init_from), sizes))
+    elif lsp.fit != "random":
+        return _fit(job, model, linears, say)
+    return []
 
 
 def _fit(
@@ -111,6 +136,19 @@ def _fit(
         seed=job.config.seed,
         num_threads=job.layout.total_threads,
         on_fitted=lambda done, total: say(f"fitting projectors: {done} of {total}"),
+    )
+
+
+def _give_back(
+    job: Job, model: PreTrainedModel, linears: list[tuple[str, InSubspace]], say: Callable[[str], None]
+) -> list[str]:
+    say("comparing weights with those before rounding")
+    return give_back_(
+        model,
+        linears,
+        job.micro_batches.calibration(job.config.lsp.calibration_batches),
+        job.model_folder,
+        lambda done, total: say(f"comparing weights with those before rounding: {done} of {total}"),
     )
 
 

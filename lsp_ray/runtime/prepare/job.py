@@ -144,6 +144,17 @@ class Job:
         return POLICIES[self.config.policy].staleness if self.payload_sizes else 0
 
     @property
+    def gives_back(self) -> bool:
+        """Whether updates begin with what they can give back of the base's rounding; to 8 bits that is too little."""
+        config = self.config
+        return config.method == "lsp" and config.load_in_4bit and self.begins_with is None and self.saved is None
+
+    @property
+    def begins_with_updates(self) -> bool:
+        """Whether the sums of updates are not zero before the first one."""
+        return self.begins_with is not None or self.gives_back
+
+    @property
     def measured_step(self) -> int:
         """The step over which device memory is measured: the second, which has deltas to add, if there is one."""
         return min(1, self.num_steps - 1)
