@@ -75,8 +75,9 @@ class GpuActor:
     def setup(self, decided: Decided | None = None) -> SetupReport:
         """See `DeviceSide.setup`."""
         report = self._side.setup(self._host_payloads, decided)
-        for own in self._begun:  # before the shards' first update
-            self._side.copy_totals(own.unit, own.open_total())
+        if decided is None:  # else the shards have them, and more exactly
+            for own in self._begun:
+                self._side.copy_totals(own.unit, own.open_total())
         return replace(report, places=() if self._node is None else (f"{self._name} runs on {self._node}",))
 
     def pace(self) -> float:

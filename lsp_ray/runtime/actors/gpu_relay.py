@@ -136,8 +136,9 @@ class GpuRelay:
     def _setup(self, lane: Lane, decided: Decided | None = None) -> SetupReport:
         report: SetupReport = self.call(lane, "setup", decided)
         self._buckets = report.throttle.network(self._num_away)
-        for unit, total in self.call(lane, "totals").items():
-            as_bytes(self._units[unit].open_total())[:] = total
+        if decided is None:  # else the shards have them, and more exactly
+            for unit, total in self.call(lane, "totals").items():
+                as_bytes(self._units[unit].open_total())[:] = total
         return report
 
     def _keep_to(self, lane: Lane, throttle: Throttle) -> None:
