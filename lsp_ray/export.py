@@ -270,11 +270,13 @@ def _usage(is_classifier: bool) -> list[str]:
 def _adapter_usage(base: str | None, config: Mapping[str, str]) -> list[str]:
     quantiser = next((text for name, text in _QUANTISERS.items() if config.get(name, "").lower() == "true"), None)
     asked = "" if quantiser is None else f"quantization_config=BitsAndBytesConfig({quantiser}), "
+    is_bound = config.get("method") == "lsp" and config.get("load_in_4bit", "").lower() == "true"
     return [
         "from peft import PeftModel",
         f"from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if asked else ''}",
         "",
         f'base = "{base or "the model that it was trained from"}"',
+        *(["# to be loaded in 4 bits: the adapter gives back some of that rounding as well"] if is_bound else []),
         f'model = AutoModelForCausalLM.from_pretrained(base, {asked}dtype="auto")',
         'model = PeftModel.from_pretrained(model, ".")  # or where this adapter is',
     ]

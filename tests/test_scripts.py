@@ -118,7 +118,7 @@ def test_the_tests_run_in_the_root_with_the_arguments_given(checkout: Checkout, 
     assert done.returncode == 0, done.stderr
     assert checkout.calls[-1] == f"{checkout.root}|-m pytest -k a b"
     checkout.run("scripts/test")
-    assert checkout.calls[-1] == f"{checkout.root}|-m pytest --numprocesses 2 --dist loadfile"
+    assert checkout.calls[-1] == f"{checkout.root}|-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder"
 
 
 def test_a_script_called_through_a_link_finds_its_root(checkout: Checkout, tmp_path: Path) -> None:
