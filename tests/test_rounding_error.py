@@ -41,7 +41,7 @@ def deltas(side: DeviceSide) -> dict[str, DeltaLinear]:
     seed=st.integers(0, 99),
     scaled=st.booleans(),
 )
-def test_the_nearest_is_the_least_squares_solution(rows: int, columns: int, dim: int, seed: int, scaled: bool) -> None:
+def test_both_factors_solve_for_the_least_squares(rows: int, columns: int, dim: int, seed: int, scaled: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     projector = SparseProjector.random(ProjectorSizes.of((rows, columns), dim, 2), generator)
     if scaled:

@@ -97,12 +97,13 @@ class _Moment:
         self._squares += float(input_TN.square().sum())
 
     def nearest(self, error_MN: torch.Tensor, linear: DeltaLinear) -> torch.Tensor:
-        """The D for an error of this linear, float64."""
-        right, left = (factor.to(_CPU, torch.float64) for factor in (linear.projector.right, linear.projector.left))
+        """The D for a float32 error of this linear, float64."""
+        right = self._right.to(_CPU, torch.float64)
+        left_DN = linear.projector.left.to(_CPU, torch.float32).solve(error_MN).double()
         damping = DAMPING * self._squares / right.num_rows or 1.0
         damped_NE = self._sum_NE.double() + damping * right.dense()
         gram_EE = right.project(damped_NE.t())
-        nearest_DE: torch.Tensor = torch.linalg.solve(gram_EE, (left.solve(error_MN.double()) @ damped_NE).t()).t()
+        nearest_DE: torch.Tensor = torch.linalg.solve(gram_EE, (left_DN @ damped_NE).t()).t()
         return nearest_DE
 
 

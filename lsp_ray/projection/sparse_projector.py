@@ -151,10 +151,6 @@ class SparseProjector:
         """Return P δ Qᵀ (M, N), in δ's dtype. Training never calls this: `device.deltas` adds it tile by tile."""
         return self.left.spread(self.right.spread(delta_DE.t()).t())
 
-    def nearest(self, matrix_MN: torch.Tensor) -> torch.Tensor:
-        """Return the δ (D, E) whose P δ Qᵀ is nearest to a matrix in the Frobenius norm, in the matrix's dtype."""
-        return self.right.solve(self.left.solve(matrix_MN).t()).t()
-
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> SparseProjector:
         """The same projector on `device`, values in `dtype`."""
         return SparseProjector(self.left.to(device, dtype), self.right.to(device, dtype))
