@@ -17,7 +17,8 @@ import torch
 
 from lsp_ray.errors import ConfigError, DeadlineError, OutOfDeviceMemoryError, WorkerLostError
 from lsp_ray.runtime.drive.ledger import OpReport
-from lsp_ray.runtime.transport.lanes import Lane, Order, Watch, bounded, connect, open_lanes, serve, tell
+from lsp_ray.runtime.transport.lanes import Lane, Order, Watch, bounded, connect, open_lanes, serve
+from lsp_ray.runtime.transport.messages import tell
 from lsp_ray.trace import Span, WorkStream
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -23,7 +23,8 @@ from lsp_ray.runtime.cluster.nodes import Node, check_nodes
 from lsp_ray.runtime.cluster.own_raylet import check_raylet, listens
 from lsp_ray.runtime.prepare.job import laid_out
 from lsp_ray.runtime.prepare.machines import Machine, place
-from lsp_ray.runtime.transport.lanes import connect, heard, tell
+from lsp_ray.runtime.transport.lanes import connect
+from lsp_ray.runtime.transport.messages import Ear, tell
 from lsp_ray.runtime.transport.network import Clock, Door, dial
 from tests.tiny_jobs import tiny_job
 
@@ -127,7 +128,7 @@ def test_only_who_knows_the_key_gets_in_and_who_says_nothing_keeps_nobody_out() 
 
         def accept() -> None:
             connection = door.accept()
-            came.append(heard(connection))
+            came.append(Ear(connection).heard())
             tell(connection, "welcome")
 
         waiting = threading.Thread(target=accept)
@@ -136,7 +137,7 @@ def test_only_who_knows_the_key_gets_in_and_who_says_nothing_keeps_nobody_out() 
             with pytest.raises(WorkerLostError, match=r"does not reach the driver's machine at 127\.0\.0\.1:"):
                 dial(replace(door.address, key=b"another run's"))
             connection = connect(door.address, "compute")
-        assert heard(connection) == "welcome"
+        assert Ear(connection).heard() == "welcome"
         waiting.join()
     assert came[0][0] == "compute"
     assert "key" not in repr(door.address)
@@ -151,7 +152,7 @@ def test_arrays_cross_whole_beside_what_they_come_with() -> None:
             np.array([[1.5], [2.5]], np.float32),
         ]
         ours.start()
-        what, theirs = heard(dial(door.address))
+        what, theirs = Ear(dial(door.address)).heard()
         ours.join()
     assert what == "payload"
     assert all(np.array_equal(one, other) for one, other in zip(arrays, theirs, strict=True))

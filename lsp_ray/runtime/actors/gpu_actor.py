@@ -21,7 +21,8 @@ from lsp_ray.runtime.actors.trained_parts import News
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.lanes import COMPUTE, D2H, GPU_LANES, H2D, NEWS, connect, serve, tell
+from lsp_ray.runtime.transport.lanes import COMPUTE, D2H, GPU_LANES, H2D, NEWS, connect, serve
+from lsp_ray.runtime.transport.messages import tell
 from lsp_ray.runtime.transport.network import Address
 from lsp_ray.runtime.transport.slots import Bytes, as_bytes
 from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots

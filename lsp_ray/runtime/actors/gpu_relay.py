@@ -37,8 +37,8 @@ from lsp_ray.runtime.transport.lanes import (
     connect,
     open_lanes_to,
     serve,
-    tell,
 )
+from lsp_ray.runtime.transport.messages import tell
 from lsp_ray.runtime.transport.network import Clock
 from lsp_ray.runtime.transport.slots import Bytes, as_bytes
 from lsp_ray.runtime.transport.unit_slots import UnitSlots

@@ -183,6 +183,8 @@ class RayWorkers:
         for lane in lanes:
             try:
                 completions += self._told(lane)
+                while lane.holds_more:
+                    completions += self._told(lane)
             except WorkerLostError as error:
                 if completions:  # what has come is not lost with it: the next time it is told again
                     return completions

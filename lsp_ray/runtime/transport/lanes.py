@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import pickle
 import select
-import selectors
 import socket
 import struct
 import time
@@ -31,6 +30,7 @@ from lsp_ray.errors import DeadlineError, LspRayError, OutOfDeviceMemoryError, W
 from lsp_ray.runtime.cluster.leftovers import own_folder
 from lsp_ray.runtime.cluster.own_raylet import check_raylet
 from lsp_ray.runtime.transport.answers import answer
+from lsp_ray.runtime.transport.messages import Ear, tell
 from lsp_ray.runtime.transport.network import Address, Door, dial
 
 COMPUTE, D2H, H2D, NEWS = GPU_LANES = ("compute", "d2h", "h2d", "news")  # of a GPU's actor; news are no answers
@@ -59,24 +59,10 @@ def connect(address: str | Address, name: str) -> Connection:
 def serve(connection: Connection, target: object) -> None:
     """Carry out orders to `target`'s methods until the driver is gone; what they raise is an answer as well."""
     with suppress(EOFError, OSError):
+        ear = Ear(connection)
         while True:
-            method, args = heard(connection)
+            method, args = ear.heard()
             tell(connection, _carried_out(getattr(target, method), args))
-
-
-def tell(connection: Connection, message: object) -> None:
-    """Send a message: its pickle, and arrays of NumPy each by itself, without a copy before the socket's."""
-    buffers: list[pickle.PickleBuffer] = []
-    text = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
-    connection.send_bytes(bytes([len(buffers)]) + text)  # few messages have any, none as many as a byte counts
-    for buffer in buffers:
-        connection.send_bytes(buffer.raw())
-
-
-def heard(connection: Connection) -> Any:
-    """Receive what `tell` sent."""
-    text = memoryview(connection.recv_bytes())
-    return pickle.loads(text[1:], buffers=[connection.recv_bytes() for _ in range(text[0])])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,16 +112,19 @@ class Lane:
 
     Attributes:
         owed: Orders without an answer, oldest first.
+        has_come: Whether it is known that there is something to read.
     """
 
     def __init__(
         self, connection: Connection, who: str, process: psutil.Process | None, life: ray.ObjectRef[Any]
     ) -> None:
         self._connection, self._who, self._life = connection, who, life
+        self._ear = Ear(connection)
         self._poll = select.poll()  # kept: the connection's own prepares one for every message
         self._poll.register(connection, select.POLLIN)
         self.process = process
         self.owed: deque[Order] = deque()
+        self.has_come = False
 
     def fileno(self) -> int:
         """For `Watch`."""
@@ -181,18 +170,24 @@ class Lane:
         Raises:
             WorkerLostError: It died.
         """
-        while not self._poll.poll(1e3 * POLL_S):
+        while not (self.has_come or self._ear.holds_more or self._poll.poll(1e3 * POLL_S)):
             if self.has_ended():  # and a process that it has forked holds its end
                 raise self._lost()
             meanwhile()
+        self.has_come = False
         try:
-            return heard(self._connection)
+            return self._ear.heard()
         except (EOFError, OSError) as error:
             raise self._lost() from error
 
+    @property
+    def holds_more(self) -> bool:
+        """Whether there is a message that came with the one before: no `Watch` tells of it."""
+        return self._ear.holds_more
+
     def has_message(self) -> bool:
         """Whether `message` would return at once, or raise."""
-        return bool(self._poll.poll(0))
+        return self._ear.holds_more or bool(self._poll.poll(0))
 
     def has_ended(self) -> bool:
         """Whether the actor's process has, as far as is known."""
@@ -224,20 +219,28 @@ class Watch:
 
     def __init__(self) -> None:
         self._lanes: list[Lane] = []
-        self._selector = selectors.DefaultSelector()
+        self._by_fileno: dict[int, Lane] = {}
+        self._epoll = select.epoll()
 
     def wait(self, lanes: list[Lane], timeout_s: float) -> list[Lane]:
-        """Wait until `message` of some of them would return or raise; returns those, none where time is over."""
+        """Wait until `message` of some of them would return or raise; returns those, none where time is over.
+
+        What has come on them before must have been heard, see `Lane.holds_more`.
+        """
         if lanes != self._lanes:
             self.close()
-            self._lanes, self._selector = lanes, selectors.DefaultSelector()
-            for lane in lanes:
-                self._selector.register(lane, selectors.EVENT_READ, lane)
-        return [key.data for key, _ in self._selector.select(timeout_s)]
+            self._lanes, self._epoll = lanes, select.epoll()
+            self._by_fileno = {lane.fileno(): lane for lane in lanes}
+            for number in self._by_fileno:
+                self._epoll.register(number, select.EPOLLIN)
+        ready = [self._by_fileno[number] for number, _ in self._epoll.poll(timeout_s, len(lanes))]
+        for lane in ready:
+            lane.has_come = True
+        return ready
 
     def close(self) -> None:
         """Give the system back what it was told."""
-        self._selector.close()
+        self._epoll.close()
 
 
 @cache
@@ -280,7 +283,7 @@ def _opened(
     while len(lanes) < len(names):
         try:
             connection = accept()
-            name, pid = heard(connection)
+            name, pid = Ear(connection).heard()  # nothing else comes before the first order
             lanes[name] = Lane(connection, who, process(pid), life)
         except (TimeoutError, EOFError, psutil.NoSuchProcess):
             if ray.wait([life], timeout=0)[0]:
