@@ -87,19 +87,19 @@ def lane() -> Iterator[Lane]:
 def test_answers_come_in_order_and_errors_as_what_they_are(lane: Lane) -> None:
     for number in range(3):
         lane.order(Order(what=f"order {number}", method="doubled", args=(torch.full((2,), number),)))
-    assert [order.what for order in lane.owed] == ["order 0", "order 1", "order 2"]
+    assert lane.owes() == ["servant: order 0", "servant: order 1", "servant: order 2"]
     assert torch.equal(lane.answer(), torch.zeros(2))
     assert torch.equal(lane.call("order 3", "doubled", torch.tensor([3])), torch.tensor([6]))  # 1 and 2 are let go
     assert not lane.owed
     with pytest.raises(ConfigError, match=r"^seed must be at least 0, got -1; no$"):
         lane.call("failing", "fail", "ours")
-    with pytest.raises(OutOfDeviceMemoryError, match=r"^the device's memory is full \(step 3\); a smaller "):
+    with pytest.raises(OutOfDeviceMemoryError, match=r"^the device's memory is full \(servant: step 3\); a smaller "):
         lane.call("step 3", "fail", "torch's")
     with pytest.raises(RuntimeError, match=r"^Unsendable: has a lambda"):
         lane.call("failing", "fail", "unsendable")
     with pytest.raises(KeyError, match="gone") as caught:
         lane.call("failing", "fail", "another's")
-    assert "failing, in another process" in caught.value.__notes__[0]
+    assert "servant: failing, in another process" in caught.value.__notes__[0]
     assert "in fail" in caught.value.__notes__[0]
     assert lane.call("order 4", "doubled", torch.tensor([4])) == 8
 
@@ -109,8 +109,8 @@ def test_a_wait_for_a_dead_actor_ends_even_where_its_child_holds_the_socket(lane
     assert lane.process is not None
     lane.process.kill()
     try:
-        with pytest.raises(WorkerLostError, match=r"^servant died \(update\)$"):
-            lane.call("update", "doubled", torch.ones(1))
+        with pytest.raises(WorkerLostError, match=r"^servant died \(servant: update of 1\)$"):
+            lane.call("update of {0}", "doubled", 1)
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -125,27 +125,29 @@ def test_an_actor_that_dies_before_it_serves_is_told_of(connects: bool) -> None:
 def test_an_order_that_nobody_takes_ends_in_time() -> None:
     ours, theirs = socket.socketpair()
     nobody: Any = None
-    lane = Lane(bounded(ours, 1.0), "hanging", psutil.Process(), nobody)
-    with theirs, pytest.raises(DeadlineError, match=r"^an order was not taken in time \(large\)$"):
+    lane = Lane(bounded(ours, 1.0), "hanging", psutil.Process(), nobody, "lane")
+    with theirs, pytest.raises(DeadlineError, match=r"^an order was not taken in time \(hanging: large\)$"):
         lane.order(Order(what="large", method="doubled", args=(torch.zeros(1 << 20),)))
 
 
 def test_a_watch_tells_which_lanes_have_something_to_say_whoever_they_are_by_now() -> None:
     nobody: Any = None
     pairs = [socket.socketpair() for _ in range(3)]
-    lanes = [Lane(bounded(ours, 1.0), "told of", psutil.Process(), nobody) for ours, _ in pairs]
+    lanes = [Lane(bounded(ours, 1.0), "told of", psutil.Process(), nobody, "lane") for ours, _ in pairs]
     theirs = [bounded(its, 1.0) for _, its in pairs]
     watch = Watch()
-    assert watch.wait(lanes[:2], 0.0) == []
+    watch.turn_to(lanes[:2])
+    assert watch.wait(0.0) == []
     tell(theirs[1], "news")
     tell(theirs[2], "of a lane that is not waited for")
-    assert watch.wait(lanes[:2], 1.0) == [lanes[1]]
+    assert watch.wait(1.0) == [lanes[1]]
     assert lanes[1].message() == "news"
-    assert watch.wait(lanes[:2], 0.0) == []
+    assert watch.wait(0.0) == []
     lanes[1].close()
-    assert watch.wait([lanes[0], lanes[2]], 1.0) == [lanes[2]]
+    watch.turn_to([lanes[0], lanes[2]])
+    assert watch.wait(1.0) == [lanes[2]]
     theirs[0].close()  # an end is something to be told as well
-    assert set(watch.wait([lanes[0], lanes[2]], 1.0)) == {lanes[0], lanes[2]}
+    assert set(watch.wait(1.0)) == {lanes[0], lanes[2]}
     watch.close()
 
 

@@ -169,25 +169,32 @@ class _Pool:
         return self.lanes.index(lane)
 
 
-def test_what_others_have_said_before_a_gpu_is_lost_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = GradientReady(step=0, layer=0)
+class _Watch:
+    def __init__(self) -> None:
+        self.ready: list[Any] = []
+
+    def wait(self, _timeout_s: float) -> list[Any]:
+        return self.ready
+
+
+def test_what_has_come_before_a_gpu_is_lost_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [GradientReady(step=0, layer=layer) for layer in range(3)]
+    alive, lost = SimpleNamespace(said=deque(said[:1])), SimpleNamespace(said=deque(said[1:]))
     workers = RayWorkers.__new__(RayWorkers)
     workers._job = SimpleNamespace(layout=SimpleNamespace(num_gpus=2))  # type: ignore[assignment]
-    workers._gpus, workers._shards, workers._completion_timeout_s = _Pool(["alive", "lost"]), None, 1.0  # type: ignore[assignment]
+    workers._gpus, workers._shards, workers._completion_timeout_s = _Pool([alive, lost]), None, 1.0  # type: ignore[assignment]
 
     def told(lane: Any) -> list[Completion]:
-        if lane == "lost":
+        if not lane.said:
             raise WorkerLostError("lost")
-        return [said]
+        completion = lane.said.popleft()
+        lane.holds_more = lane is lost  # as if the beginning of a message had come as well
+        return [completion]
 
-    class Watch:
-        def wait(self, lanes: list[Any], _timeout_s: float) -> list[Any]:
-            return [lane for lane in lanes if lane != silent]
-
-    silent = ""
-    workers._watch = Watch()  # type: ignore[assignment]
+    workers._watch = watch = _Watch()  # type: ignore[assignment]
     monkeypatch.setattr(workers, "_told", told, raising=False)
-    assert workers.next_completions() == [said]
-    silent = "alive"
+    watch.ready = [alive, lost]
+    assert workers.next_completions() == said
+    watch.ready = [lost]
     with pytest.raises(GpuLostError):
         workers.next_completions()

@@ -27,7 +27,6 @@ from lsp_ray.runtime.transport.lanes import (
     GPU_GROUPS,
     GPU_LANES,
     H2D,
-    NEWS,
     START_TIMEOUT_S,
     Lane,
     Order,
@@ -82,10 +81,6 @@ class GpuPool:
         """Whose lane it is; None: no GPU's."""
         return next((gpu for gpu, lanes in enumerate(self._lanes) if lane in lanes.values()), None)
 
-    def news(self, lane: Lane) -> bool:
-        """Whether it is one on which news come, and no answers."""
-        return not lane.owed and any(lanes.get(NEWS) is lane for lanes in self._lanes)
-
     def forget(self, gpu: int) -> list[Lane]:
         """Take the lanes of one that is lost away; orders to it are for nobody until it is replaced."""
         lanes, self._lanes[gpu] = self._lanes[gpu], {}
@@ -116,15 +111,15 @@ class GpuPool:
         with own_folder(self._shared) as folder:
             weights = str(folder / "weights.safetensors")
             donor = next(own for own in range(self._num_gpus) if own != gpu)
-            what = f"{self._name(donor)}: weights for {self._name(gpu)}"
+            what = f"weights for {self._name(gpu)}"
             decided = self._lanes[donor][H2D].call(what, "hand_over", step, weights)
             self._lanes[gpu] = open_lanes(self._actors[gpu][0], self._name(gpu), GPU_LANES)
-            self._lanes[gpu][COMPUTE].call(f"{self._name(gpu)}: setup", "setup", decided)
+            self._lanes[gpu][COMPUTE].call("setup", "setup", decided)
 
     def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
         """Let one run steps that the others have begun; returns at once."""
         for step in steps:
-            self._order(gpu, COMPUTE, f"step {step}", "run_step", step)
+            self._order(gpu, COMPUTE, "step {0}", "run_step", step)
         if drains:
             self._order(gpu, COMPUTE, "the last deltas", "drain")
 
@@ -164,7 +159,7 @@ class GpuPool:
 
     def first(self, what: str, method: str, *args: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """Call a method of the first one and return what it does."""
-        return self._lanes[0][COMPUTE].call(f"{self._name(0)}: {what}", method, *args, meanwhile=meanwhile)
+        return self._lanes[0][COMPUTE].call(what, method, *args, meanwhile=meanwhile)
 
     def wait(self) -> list[Any]:
         """Wait for the long calls under way; returns each one's last answer. Of a drain nobody needs the answer."""
@@ -203,7 +198,7 @@ class GpuPool:
     def start_step(self, step: int) -> None:
         """Let all run it after those started before; returns at once."""
         for gpu in range(self._num_gpus):
-            self._order(gpu, COMPUTE, f"step {step}", "run_step", step)
+            self._order(gpu, COMPUTE, "step {0}", "run_step", step)
 
     def drain(self) -> None:
         """See `DeviceWorker.drain`; returns at once."""
@@ -212,11 +207,11 @@ class GpuPool:
 
     def send(self, gpu: int, step: int, unit: int, part: int) -> None:
         """See `GpuActor.send`; returns at once."""
-        self._order(gpu, D2H, f"send of unit {unit}, step {step}", "send", step, unit, part)
+        self._order(gpu, D2H, "send of unit {1}, step {0}", "send", step, unit, part)
 
     def prefetch(self, gpu: int, step: int, unit: int, *, is_void: bool) -> None:
         """See `GpuActor.prefetch`; returns at once."""
-        self._order(gpu, H2D, f"prefetch of unit {unit}, step {step}", "prefetch", step, unit, is_void)
+        self._order(gpu, H2D, "prefetch of unit {1}, step {0}", "prefetch", step, unit, is_void)
 
     def close(self) -> None:
         """End the actors; what they held is lost."""
@@ -227,7 +222,7 @@ class GpuPool:
 
     def _order(self, gpu: int, lane: str, what: str, method: str, *args: Any) -> None:
         if self._lanes[gpu]:
-            self._lanes[gpu][lane].order(Order(what=f"{self._name(gpu)}: {what}", method=method, args=args))
+            self._lanes[gpu][lane].order(Order(what=what, method=method, args=args))
 
     def _new(self, gpu: int) -> list[Any]:
         """Start an actor, and where that is on another machine, what stands for it here; that one first."""

@@ -105,7 +105,7 @@ class GpuRelay:
     def call(self, lane: Lane, method: str, *args: Any) -> Any:
         """Hand an order on and wait; a loss ends this actor as well."""
         try:
-            return lane.call(f"{self._name}: {method}", method, *args)
+            return lane.call(method, method, *args)
         except WorkerLostError as error:
             self._lose(error)
             raise

@@ -20,7 +20,7 @@ from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.driver import Completion
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.lanes import POLL_S, Lane, Watch
+from lsp_ray.runtime.transport.lanes import NEWS, POLL_S, UPDATES, Lane, Watch
 from lsp_ray.runtime.transport.unit_slots import new_unit_slots
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import WorkStream
@@ -66,6 +66,7 @@ class RayWorkers:
         try:
             self._shards = ShardPool(job, slots, note) if slots else None
             self._gpus.open()
+            self._look_around()
         except BaseException:
             self.close()
             raise
@@ -142,7 +143,9 @@ class RayWorkers:
 
     def forget(self, gpu: int) -> list[Completion]:
         """See `Workers`."""
-        return [completion for lane in self._gpus.forget(gpu) for completion in self._left_in(lane)]
+        lanes = self._gpus.forget(gpu)
+        self._look_around()
+        return [completion for lane in lanes for completion in self._left_in(lane)]
 
     def can_replace(self, gpu: int, step: int) -> bool:
         """See `Workers`. What is learned of projectors is on the first GPU alone; who takes over is told once."""
@@ -159,6 +162,7 @@ class RayWorkers:
     def replace(self, gpu: int, step: int) -> None:
         """See `Workers`."""
         self._gpus.replace(gpu, step)
+        self._look_around()
         self._note(f"{self._job.layout.name_of(gpu)} is replaced in step {step + 1}, and no step is lost")
 
     def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
@@ -169,14 +173,17 @@ class RayWorkers:
         """See `Workers`."""
         deadline_s = time.monotonic() + self._completion_timeout_s
         while True:
-            lanes = [*self._gpus.lanes, *(self._shards.lanes if self._shards is not None else ())]
-            ready = self._watch.wait(lanes, min(POLL_S, max(0.0, deadline_s - time.monotonic())))
-            completions = self._received(ready or [lane for lane in lanes if lane.has_ended()])
+            ready = self._watch.wait(min(POLL_S, self._completion_timeout_s))
+            completions = self._received(ready or [lane for lane in self._watch.lanes if lane.has_ended()])
             if completions:
                 return completions
             if time.monotonic() >= deadline_s:
-                pending = ", ".join(sorted(order.what for lane in lanes for order in lane.owed))
+                pending = ", ".join(sorted(owed for lane in self._watch.lanes for owed in lane.owes()))
                 raise DeadlineError(f"nothing happened for {self._completion_timeout_s:.0f} s; waiting for {pending}")
+
+    def _look_around(self) -> None:
+        """Wait for the lanes that there are now."""
+        self._watch.turn_to([*self._gpus.lanes, *(self._shards.lanes if self._shards is not None else ())])
 
     def _received(self, lanes: Sequence[Lane]) -> list[Completion]:
         completions: list[Completion] = []
@@ -195,17 +202,18 @@ class RayWorkers:
         return completions
 
     def _told(self, lane: Lane) -> list[Completion]:
-        if self._gpus.news(lane):
+        if lane.name == NEWS:
             news = lane.message()
             if isinstance(news, Takeover):
                 self._gpus.take(news)
                 return []
             return [news]
-        if self._shards is not None and lane in self._shards.lanes:
+        if lane.name == UPDATES:
             try:
-                return [self._shards.updated(lane)]
+                return [self._shard_pool.updated(lane)]
             except WorkerLostError as error:
-                self._shards.revive(lane, error)
+                self._shard_pool.revive(lane, error)
+                self._look_around()
                 return []
         return self._answered(lane)
 

@@ -27,11 +27,9 @@ from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing
 from lsp_ray.runtime.checkpoints.saved_run import SavedRun, reading
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.ledger import OpReport
-from lsp_ray.runtime.transport.lanes import connect, serve
+from lsp_ray.runtime.transport.lanes import UPDATES, connect, serve
 from lsp_ray.runtime.transport.unit_slots import UnitSlots, state_in
 from lsp_ray.trace import Span, WorkStream
-
-LANE = "updates"
 
 
 class ShardActor:
@@ -84,7 +82,7 @@ class ShardActor:
 
     def serve(self, address: str) -> None:
         """Carry out the driver's orders for as long as it lives."""
-        serve(connect(address, LANE), self)
+        serve(connect(address, UPDATES), self)
 
     def keep_to(self, throttle: Throttle, num_shards: int) -> None:
         """Between two steps: keep to this shard's part of the throttle from now on."""

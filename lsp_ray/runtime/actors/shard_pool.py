@@ -11,12 +11,12 @@ import ray
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.runtime.actors.numa_nodes import NumaNode, nodes_of_shards, numa_nodes, threads_near
-from lsp_ray.runtime.actors.shard_actor import LANE, ShardActor
+from lsp_ray.runtime.actors.shard_actor import ShardActor
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.cluster.nodes import on_node
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, Order, actor_class, open_lanes
+from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, UPDATES, Lane, Order, actor_class, open_lanes
 from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo, own_node
 from lsp_ray.schedule.ops import Op
 
@@ -49,8 +49,8 @@ class ShardPool:
     def set_up(self, throttle: Throttle) -> None:
         """Let every shard take the checkpoint's moments, if there is one, and keep to the throttle."""
         if self._job.saved is not None:
-            for index, lane in enumerate(self.lanes):
-                lane.order(Order(what=f"shard {index}: loading its state", method="load", args=(self._job.saved,)))
+            for lane in self.lanes:
+                lane.order(Order(what="loading its state", method="load", args=(self._job.saved,)))
             self.wait()
         self.keep_to(throttle)
 
@@ -63,10 +63,9 @@ class ShardPool:
 
     def update(self, op: Op, reprojections: Sequence[Reprojection], grad_scale: float) -> None:
         """Let the unit's shard make its update, with gradients times `grad_scale`."""
-        index = self._job.layout.shard_of_unit[op.layer]
-        what = f"shard {index}: update of unit {op.layer}, step {op.step}"
         args = (op.step, op.layer, self._job.learning_rates[op.step], reprojections, grad_scale)
-        self.lanes[index].order(Order(what=what, method="update", args=args))
+        lane = self.lanes[self._job.layout.shard_of_unit[op.layer]]
+        lane.order(Order(what="update of unit {1}, step {0}", method="update", args=args))
 
     def updated(self, lane: Lane) -> Any:
         """The answer to an update that is there.
@@ -103,7 +102,7 @@ class ShardPool:
     def save(self, folder: str) -> None:
         """Let every shard write its part of a checkpoint; to be waited for."""
         for index, lane in enumerate(self.lanes):
-            lane.order(Order(what=f"shard {index}: save", method="save", args=(folder, index)))
+            lane.order(Order(what="save", method="save", args=(folder, index)))
 
     def wait(self) -> None:
         """Wait for all that is owed."""
@@ -138,11 +137,11 @@ class ShardPool:
         return chosen
 
     def _opened(self, index: int) -> Lane:
-        return open_lanes(self._shards[index], f"shard {index}", [LANE])[LANE]
+        return open_lanes(self._shards[index], f"shard {index}", [UPDATES])[UPDATES]
 
     def _slow_down(self, index: int) -> None:
         args = (self._throttle, len(self.lanes))
-        self.lanes[index].order(Order(what=f"shard {index}: throttle", method="keep_to", args=args))
+        self.lanes[index].order(Order(what="throttle", method="keep_to", args=args))
 
 
 def _wait_for_end(process: psutil.Process | None) -> None:

@@ -34,6 +34,7 @@ from lsp_ray.runtime.transport.messages import Ear, tell
 from lsp_ray.runtime.transport.network import Address, Door, dial
 
 COMPUTE, D2H, H2D, NEWS = GPU_LANES = ("compute", "d2h", "h2d", "news")  # of a GPU's actor; news are no answers
+UPDATES = "updates"  # of a shard
 GPU_GROUPS = {"progress": 1}  # its concurrency groups beside the default one of one thread, which computes
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 DEATH_TIMEOUT_S = 5.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at
@@ -94,11 +95,17 @@ def _crossing(error: Exception) -> Exception:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """A call of an actor's method, and what to say of it when it is waited for in vain."""
+    """A call of an actor's method, and what to say of it when it is waited for in vain.
+
+    `what` has places for the arguments, as `str.format` has them: of hundreds of orders a step nobody asks.
+    """
 
     what: str
     method: str
     args: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return self.what.format(*self.args)
 
 
 class Lane:
@@ -109,6 +116,7 @@ class Lane:
         who: The actor, for messages.
         process: The actor's; None: it is on another machine.
         life: Answered by Ray when the actor ends.
+        name: Which of the actor's lanes it is.
 
     Attributes:
         owed: Orders without an answer, oldest first.
@@ -116,13 +124,13 @@ class Lane:
     """
 
     def __init__(
-        self, connection: Connection, who: str, process: psutil.Process | None, life: ray.ObjectRef[Any]
+        self, connection: Connection, who: str, process: psutil.Process | None, life: ray.ObjectRef[Any], name: str
     ) -> None:
         self._connection, self._who, self._life = connection, who, life
         self._ear = Ear(connection)
         self._poll = select.poll()  # kept: the connection's own prepares one for every message
         self._poll.register(connection, select.POLLIN)
-        self.process = process
+        self.process, self.name = process, name
         self.owed: deque[Order] = deque()
         self.has_come = False
 
@@ -140,7 +148,7 @@ class Lane:
         try:
             tell(self._connection, (order.method, order.args))
         except BlockingIOError as error:
-            raise DeadlineError(f"an order was not taken in time ({order.what})") from error
+            raise DeadlineError(f"an order was not taken in time ({self._who}: {order})") from error
         except OSError:  # it is gone: whoever waits for the answer will hear why
             return
 
@@ -154,8 +162,12 @@ class Lane:
         result = self.message(meanwhile)
         order = self.owed.popleft()
         if isinstance(result, Failure):
-            _fail(result, order.what)
+            _fail(result, f"{self._who}: {order}")
         return result
+
+    def owes(self) -> list[str]:
+        """What is waited for, for messages."""
+        return [f"{self._who}: {order}" for order in self.owed]
 
     def call(self, what: str, method: str, *args: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
         """Send an order and wait for its answer, see `answer`; nobody gets those that are owed before."""
@@ -204,7 +216,7 @@ class Lane:
 
     def _lost(self) -> WorkerLostError:
         check_raylet()
-        what = self.owed[0].what if self.owed else self._who
+        what = self.owes()[0] if self.owed else self._who
         try:
             answer(self._life, what, DEATH_TIMEOUT_S)
         except WorkerLostError as error:
@@ -215,25 +227,27 @@ class Lane:
 
 
 class Watch:
-    """Waits for what comes on any of several lanes; the system is told which they are only when that changes."""
+    """Waits for what comes on any of several lanes; the system is told once which they are."""
 
     def __init__(self) -> None:
-        self._lanes: list[Lane] = []
+        self.lanes: Sequence[Lane] = ()
         self._by_fileno: dict[int, Lane] = {}
         self._epoll = select.epoll()
 
-    def wait(self, lanes: list[Lane], timeout_s: float) -> list[Lane]:
+    def turn_to(self, lanes: Sequence[Lane]) -> None:
+        """Wait for these from now on."""
+        self.close()
+        self.lanes, self._epoll = lanes, select.epoll()
+        self._by_fileno = {lane.fileno(): lane for lane in lanes}
+        for number in self._by_fileno:
+            self._epoll.register(number, select.EPOLLIN)
+
+    def wait(self, timeout_s: float) -> list[Lane]:
         """Wait until `message` of some of them would return or raise; returns those, none where time is over.
 
         What has come on them before must have been heard, see `Lane.holds_more`.
         """
-        if lanes != self._lanes:
-            self.close()
-            self._lanes, self._epoll = lanes, select.epoll()
-            self._by_fileno = {lane.fileno(): lane for lane in lanes}
-            for number in self._by_fileno:
-                self._epoll.register(number, select.EPOLLIN)
-        ready = [self._by_fileno[number] for number, _ in self._epoll.poll(timeout_s, len(lanes))]
+        ready = [self._by_fileno[number] for number, _ in self._epoll.poll(timeout_s)]
         for lane in ready:
             lane.has_come = True
         return ready
@@ -284,7 +298,7 @@ def _opened(
         try:
             connection = accept()
             name, pid = Ear(connection).heard()  # nothing else comes before the first order
-            lanes[name] = Lane(connection, who, process(pid), life)
+            lanes[name] = Lane(connection, who, process(pid), life, name)
         except (TimeoutError, EOFError, psutil.NoSuchProcess):
             if ray.wait([life], timeout=0)[0]:
                 answer(life, f"{who}: start")
