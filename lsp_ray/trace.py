@@ -24,6 +24,8 @@ class WorkStream(StrEnum):
     CPU = "cpu"
     H2D = "h2d"
 
+    __hash__ = str.__hash__  # an enum's own is a call of Python, and a step looks up thousands
+
 
 class Cause(StrEnum):
     """What a delta passes through, in order; peers: other GPUs whose payloads of the same layer are not down yet.

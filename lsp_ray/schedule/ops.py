@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lsp_ray.trace import WorkStream
@@ -28,6 +29,14 @@ class GradientReady:
     step: int
     layer: int
     part: int = 0
+
+    def __reduce__(self) -> tuple[Callable[..., GradientReady], tuple[int, ...]]:
+        """For pickling: as dataclasses do it, the driver takes twice as long to read one, and a step has hundreds."""
+        return _gradient_ready, (self.step, self.layer, self.part)
+
+
+def _gradient_ready(step: int, layer: int, part: int) -> GradientReady:
+    return GradientReady(step=step, layer=layer, part=part)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

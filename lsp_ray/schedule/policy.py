@@ -137,10 +137,10 @@ class Policy(ABC):
 
     def _complete(self, op: Op) -> None:
         self._in_flight[self._lane(op)] -= 1
-        if op in self._void:
+        if self._void and op in self._void:
             self._void.remove(op)
             self._enqueue(op)
-        elif op in self._early:
+        elif self._early and op in self._early:
             self._early[op] = True
         else:
             self._finish(op)
@@ -173,7 +173,9 @@ class Policy(ABC):
 
     def _take(self, lane: Lane) -> list[Op]:
         queue = self._ready[lane]
-        in_order = sorted(range(len(queue)), key=lambda position: self.urgency(queue[position], position))
+        in_order: Sequence[int] = range(len(queue))
+        if len(queue) > 1:
+            in_order = sorted(in_order, key=lambda position: self.urgency(queue[position], position))
         startable = (position for position in in_order if self._may_start(queue[position]))
         taken = list(islice(startable, self._depth - self._in_flight[lane]))
         if not taken:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
@@ -196,15 +195,15 @@ class Driver:
             self._decide(CostsMeasured(step=self.ledger.num_closed - 1, layers=self.times.medians()))
 
     def _decide(self, event: Event) -> None:
-        events, absent = deque([event]), list[Op]()
-        while events:
-            event = events.popleft()
+        events, absent = [event], list[Op]()
+        for event in events:
             actions = self._policy.handle(event)
             if self._event_log is not None:
                 self._event_log.write(event, actions)
-            for op in (action.op for action in actions):
+            for action in actions:
+                op = action.op
                 self._open.launch(op)
-                if op in self._made:
+                if self._made and op in self._made:
                     self._made.remove(op)
                     events.append(OpDone(op=op))
                 elif op.stream is WorkStream.H2D and op.part == self._absent:

@@ -15,6 +15,7 @@ from lsp_ray.device.step_report import StepReport
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.trace import Cause, Span, StepMetrics, Timeline, Wait, WaitPart, WorkStream, busy_s, exposed, wait_parts
 
+_STREAMS = {stream.value: stream for stream in WorkStream}
 STEPS_KEPT = 2  # so many steps before, operations still reach into a step: one, and one more under a stale policy
 
 
@@ -49,7 +50,7 @@ def _read(
     reprojections: tuple[Reprojection, ...],
     square_sum: float | None,
 ) -> OpReport:
-    span = Span(stream=WorkStream(stream), step=step, layer=layer, start_s=start_s, end_s=end_s, part=part)
+    span = Span(stream=_STREAMS[stream], step=step, layer=layer, start_s=start_s, end_s=end_s, part=part)
     return OpReport(span=span, size_bytes=size_bytes, reprojections=reprojections, square_sum=square_sum)
 
 
