@@ -93,12 +93,12 @@ class Policy(ABC):
     def handle(self, event: Event) -> list[Action]:
         """Return the operations to launch now that `event` happened."""
         match event:
+            case OpDone():
+                self._complete(event.op)
             case GradientReady():
                 self._announce(event)
             case DeltaDue(step=step, layer=layer, gpu=gpu):
                 self._due[gpu] = max(self._due.get(gpu, (step, layer)), (step, layer))
-            case OpDone(op=op):
-                self._complete(op)
             case CostsMeasured():
                 self.learn(event)
             case StepJudged():

@@ -136,7 +136,7 @@ class Driver:
         while self.ledger.num_closed < self._num_started:
             for completion in self._next_completions():
                 self._handle(completion)
-                self._start_steps(end, should_stop)
+            self._start_steps(end, should_stop)
             while (closed := self.ledger.close_next()) is not None:
                 del self._grad_scales[closed.timeline.step]
                 self._open.close(closed.timeline.step)

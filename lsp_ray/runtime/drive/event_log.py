@@ -130,7 +130,7 @@ def _event_text(event: Event) -> str:
 
 
 def _op_text(op: Op) -> str:
-    return _text(op.stream.value, op.step, op.layer, op.part)
+    return _text(op.stream, op.step, op.layer, op.part)
 
 
 def _text(kind: str, step: int, subject: int, part: int = 0) -> str:

@@ -112,7 +112,10 @@ class Ledger:
         # the way up is a unit's last operation; updates may have been made twice
         if report is None or self._ups[step] < self._num_up:
             return None
-        closed = ClosedStep(metrics=self._metrics(report), timeline=self._timeline(report), notes=report.notes)
+        spans = self._spans(report)
+        closed = ClosedStep(
+            metrics=self._metrics(report, spans), timeline=self._timeline(report, spans), notes=report.notes
+        )
         self.num_closed += 1
         self._steps.pop(step - 1, None)
         self._ops.pop(step - STEPS_KEPT, None)
@@ -146,7 +149,7 @@ class Ledger:
         wait = Wait(step=last.step, layer=last.layer, start_s=before.end_s, end_s=last.end_s)
         return [wait, *report.waits]
 
-    def _timeline(self, report: StepReport) -> Timeline:
+    def _timeline(self, report: StepReport, spans: Sequence[Span]) -> Timeline:
         return Timeline(
             step=report.step,
             start_s=self._counted(report)[-1][0],
@@ -154,7 +157,7 @@ class Ledger:
             compute=report.compute,
             ops=tuple(op.span for op in self._ops.get(report.step, [])),
             waits=(
-                *wait_parts(report.waits, self._spans(report), report.waiting_parts),
+                *wait_parts(report.waits, spans, report.waiting_parts),
                 *(
                     WaitPart(cause=cause, step=wait.step, layer=wait.layer, start_s=wait.start_s, end_s=wait.end_s)
                     for cause, moved in (
@@ -168,9 +171,8 @@ class Ledger:
             activations=report.activations.copies,
         )
 
-    def _metrics(self, report: StepReport) -> StepMetrics:
+    def _metrics(self, report: StepReport, spans: Sequence[Span]) -> StepMetrics:
         own = self._ops.get(report.step, [])
-        spans = self._spans(report)
         counted = self._counted(report)
         step_time_s = sum(end_s - start_s for start_s, end_s in counted)
         # of several GPUs one may have begun the step, and waited, while others were still at the one before

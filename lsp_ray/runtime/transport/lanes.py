@@ -182,7 +182,7 @@ class Lane:
         Raises:
             WorkerLostError: It died.
         """
-        while not (self.has_come or self._ear.holds_more or self._poll.poll(1e3 * POLL_S)):
+        while not (self.has_come or self._ear.rest or self._poll.poll(1e3 * POLL_S)):
             if self.has_ended():  # and a process that it has forked holds its end
                 raise self._lost()
             meanwhile()
@@ -195,11 +195,11 @@ class Lane:
     @property
     def holds_more(self) -> bool:
         """Whether there is a message that came with the one before: no `Watch` tells of it."""
-        return self._ear.holds_more
+        return bool(self._ear.rest)
 
     def has_message(self) -> bool:
         """Whether `message` would return at once, or raise."""
-        return self._ear.holds_more or bool(self._poll.poll(0))
+        return self.holds_more or bool(self._poll.poll(0))
 
     def has_ended(self) -> bool:
         """Whether the actor's process has, as far as is known."""

@@ -16,31 +16,33 @@ def tell(connection: Connection, message: object) -> None:
     """Send a message."""
     buffers: list[pickle.PickleBuffer] = []
     text = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
+    if not buffers:
+        _write(connection, _HEAD.pack(len(text), 0) + text)
+        return
     arrays = [buffer.raw() for buffer in buffers]
-    sizes = struct.pack(f"!{len(arrays)}Q", *(array.nbytes for array in arrays)) if arrays else b""
+    sizes = struct.pack(f"!{len(arrays)}Q", *(array.nbytes for array in arrays))
     _write(connection, _HEAD.pack(len(text), len(arrays)) + sizes + text)
     for array in arrays:
         _write(connection, array)
 
 
 def _write(connection: Connection, content: bytes | memoryview) -> None:
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(connection.fileno(), rest) :]
+    number = connection.fileno()
+    num_written = os.write(number, content)
+    while num_written < len(content):
+        num_written += os.write(number, memoryview(content)[num_written:])
 
 
 class Ear:
-    """Hears what `tell` sent. It reads whatever has come, which may be several messages and a part of one."""
+    """Hears what `tell` sent. It reads whatever has come, which may be several messages and a part of one.
+
+    Attributes:
+        rest: What is read and not heard: messages, or the beginning of one.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._come: bytes = b""
-        self._num_heard = 0  # bytes of these
-
-    @property
-    def holds_more(self) -> bool:
-        """Whether a message, or the beginning of one, is read and not heard."""
-        return self._num_heard < len(self._come)
+        self.rest = b""
 
     def heard(self) -> Any:
         """Wait for the next message.
@@ -58,29 +60,27 @@ class Ear:
 
     def _next(self, size: int) -> bytes | bytearray:
         """The next bytes."""
-        start, end = self._num_heard, self._num_heard + size
-        if end <= len(self._come):
-            self._num_heard = end
-            return self._come[start:end]
-        held, self._come, self._num_heard = self._come[start:], b"", 0
-        if size > AT_ONCE:
-            return self._filled(bytearray(size), held)
-        while len(held) < size:
+        rest = self.rest
+        if len(rest) < size > AT_ONCE:
+            return self._large(size)
+        self.rest = b""  # of one whose other half never comes nothing is left
+        while len(rest) < size:
             come = os.read(self._connection.fileno(), AT_ONCE)
             if not come:
                 raise EOFError
-            held += come
-        self._come, self._num_heard = held, size
-        return held[:size]
+            rest += come
+        self.rest = rest[size:]
+        return rest[:size]
 
-    def _filled(self, whole: bytearray, held: bytes) -> bytearray:
-        """Read what is missing of it to its place."""
-        rest = memoryview(whole)
-        rest[: len(held)] = held
-        rest = rest[len(held) :]
-        while rest:
-            num_read = os.readv(self._connection.fileno(), [rest])
+    def _large(self, size: int) -> bytearray:
+        """What is missing of it is read to its place."""
+        whole = bytearray(size)
+        whole[: len(self.rest)] = self.rest
+        missing = memoryview(whole)[len(self.rest) :]
+        self.rest = b""
+        while missing:
+            num_read = os.readv(self._connection.fileno(), [missing])
             if not num_read:
                 raise EOFError
-            rest = rest[num_read:]
+            missing = missing[num_read:]
         return whole
