@@ -19,6 +19,7 @@ from lsp_ray.errors import ConfigError, DeadlineError, OutOfDeviceMemoryError, W
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.transport.lanes import Lane, Order, Watch, bounded, connect, open_lanes, serve
 from lsp_ray.runtime.transport.messages import tell
+from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.trace import Span, WorkStream
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -47,6 +48,9 @@ class Servant:
         if how == "unsendable":
             raise Unsendable
         raise KeyError("gone")
+
+    def end(self) -> None:
+        os._exit(1)
 
     def fork(self) -> int:
         """A child that holds everything open, as a compiler's helper process does."""
@@ -104,6 +108,27 @@ def test_answers_come_in_order_and_errors_as_what_they_are(lane: Lane) -> None:
     assert lane.call("order 4", "doubled", torch.tensor([4])) == 8
 
 
+def test_answers_that_came_before_a_death_are_heard_and_then_the_death(lane: Lane) -> None:
+    for number in (1, 2):
+        lane.order(Order(what="doubling {0}", method="doubled", args=(number,)))
+    lane.order(Order(what="the end", method="end", args=()))
+    assert lane.process is not None
+    lane.process.wait(30.0)
+    watch = Watch()
+    watch.turn_to([lane])
+    assert watch.wait(1.0) == [lane]
+    assert lane.answer() == 2
+    assert lane.holds_more  # both have come with one read
+    assert lane.has_message()
+    assert lane.answer() == 4
+    assert not lane.holds_more
+    assert watch.wait(1.0) == [lane]
+    with pytest.raises(WorkerLostError, match=r"^the Servant of process \d+ died \(servant: the end\)"):
+        lane.answer()
+    assert not lane.holds_more
+    watch.close()
+
+
 def test_a_wait_for_a_dead_actor_ends_even_where_its_child_holds_the_socket(lane: Lane) -> None:
     child = lane.call("forking", "fork")
     assert lane.process is not None
@@ -151,7 +176,9 @@ def test_a_watch_tells_which_lanes_have_something_to_say_whoever_they_are_by_now
     watch.close()
 
 
-def test_an_operations_report_arrives_as_it_was_sent() -> None:
+def test_what_a_step_has_hundreds_of_arrives_as_it_was_sent() -> None:
     span = Span(stream=WorkStream.H2D, step=1, layer=2, start_s=3.0, end_s=4.0, part=5)
     report = OpReport(span=span, size_bytes=6, reprojections=(), square_sum=7.0)
-    assert pickle.loads(pickle.dumps(report)) == report
+    for message in (report, GradientReady(step=1, layer=2, part=3)):
+        assert pickle.loads(text := pickle.dumps(message)) == message
+        assert b"dataclass" not in text  # their own way takes twice as long
