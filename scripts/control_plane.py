@@ -6,7 +6,8 @@
 
 For each policy, medians over the steps after the first: the step, how long it waited for deltas, how much of that while
 no copy and no update was under way (which is what control costs the step), processor time of the driver, of the GPU
-actors and of the shards (of actors the mean); and, of an operation, from when it could begin until it began. With
+actors and of the shards (of actors the mean); and, of an operation, from when it could begin until it began. The driver
+writes its event log as a run does, of a run's first 100 steps: the first line says how many of these. With
 --threads everybody is a thread of this process, with --paced the GPU actors only sleep as long as a GPU would compute.
 """
 
@@ -34,7 +35,7 @@ from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.cluster.private_cluster import ray_cluster
 from lsp_ray.runtime.drive.driver import Driver
-from lsp_ray.runtime.drive.event_log import EventLog
+from lsp_ray.runtime.drive.event_log import MAX_STEPS, EventLog
 from lsp_ray.runtime.drive.ledger import ClosedStep
 from lsp_ray.runtime.drive.step_judge import StepJudge
 from lsp_ray.runtime.prepare.job import Job, prepare_job
@@ -189,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         random_model(folder, torch.float32, torch.device("cpu")).save_pretrained(folder)
         jobs = [_job(folder, size, policy, options.steps, options.gpus) for policy in options.policies.split(",")]
         num_units = len(jobs[0].payload_sizes)
-        print(f"{num_units} units, {(1 + 2 * options.gpus) * num_units} operations a step\n{HEADER}")
+        logged = f"event log of {min(options.steps, MAX_STEPS)} of {options.steps} steps"
+        print(f"{num_units} units, {(1 + 2 * options.gpus) * num_units} operations a step, {logged}\n{HEADER}")
         with _cluster(jobs[0], on_ray=not options.threads):
             for job in jobs:
                 print(measure(job, options.steps, kind(job)), flush=True)

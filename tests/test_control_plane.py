@@ -34,7 +34,7 @@ def test_an_operation_is_late_from_when_its_input_is_there_and_its_lane_free() -
 def test_it_prints_a_line_for_each_policy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--threads", "--layers", "2", "--steps", "8", "--policies", "layerwise,delayed"]) == 0
     units, _, *lines = capsys.readouterr().out.splitlines()
-    assert units == "3 units, 9 operations a step"  # the last norm is one
+    assert units == "3 units, 9 operations a step, event log of 8 of 8 steps"  # the last norm is one
     assert [line.split()[0] for line in lines] == ["layerwise", "delayed"]
     assert all(float(line.split()[1]) > 0 for line in lines)
 
@@ -43,7 +43,7 @@ def test_it_prints_a_line_for_each_policy(capsys: pytest.CaptureFixture[str]) ->
 def test_several_gpus_are_paced_and_the_drivers_time_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--gpus", "2", "--layers", "2", "--steps", "8", "--policies", "layerwise"]) == 0
     units, _, line = capsys.readouterr().out.splitlines()
-    assert units == "3 units, 15 operations a step"
+    assert units.startswith("3 units, 15 operations a step, ")
     _, step_ms, _, _, driver_ms, *_ = line.split()
     assert float(step_ms) >= 2 * 3 * 2.0  # three units, forward and backward
     assert 0.0 < float(driver_ms) < float(step_ms)

@@ -126,17 +126,17 @@ class Policy(ABC):
         return self._num_done[stream, step] == self.num_layers
 
     def _announce(self, ready: GradientReady) -> None:
-        for gpu in self._parts[WorkStream.H2D]:
-            self._due.setdefault(gpu, (ready.step, 0))
+        if len(self._due) < self.num_gpus:
+            self._due = dict.fromkeys(self._parts[WorkStream.H2D], (ready.step, 0)) | self._due
         if (WorkStream.D2H, ready.step, ready.layer) not in self._to_do:  # by the first of its parts
             self._to_do.update(((stream, ready.step, ready.layer), len(parts)) for stream, parts in self._parts.items())
         self._enqueue(Op(stream=WorkStream.D2H, step=ready.step, layer=ready.layer, part=ready.part))
 
     def _enqueue(self, op: Op) -> None:
-        self._ready.setdefault(self._lane(op), []).append(op)
+        self._ready.setdefault(lane_of(op, self._shard_of_layer, self.gpu_of_part), []).append(op)
 
     def _complete(self, op: Op) -> None:
-        self._in_flight[self._lane(op)] -= 1
+        self._in_flight[lane_of(op, self._shard_of_layer, self.gpu_of_part)] -= 1
         if self._void and op in self._void:
             self._void.remove(op)
             self._enqueue(op)
@@ -211,9 +211,6 @@ class Policy(ABC):
         """Whether the slot that `op` writes has been read by all its readers: it is the same in every step."""
         reader = _NEXT_STREAM.get(op.stream)
         return reader is None or (reader, op.step - 1, op.layer) not in self._to_do
-
-    def _lane(self, op: Op) -> Lane:
-        return lane_of(op, self._shard_of_layer, self.gpu_of_part)
 
 
 def lane_of(op: Op, shard_of_layer: Sequence[int], gpu_of_part: Sequence[int]) -> Lane:

@@ -160,13 +160,6 @@ class Driver:
 
     def _handle(self, completion: Completion) -> None:
         match completion:
-            case StepReport():
-                self.times.add_step(completion)
-                before = self._judge.num_run
-                report = self._judge.add_step(completion)
-                if self._judge.num_run > before and self._policy.num_gpus > 1:
-                    self._decide(StepRun(step=completion.step))
-                self._add_judged(report)
             case OpReport():
                 op = op_of(completion)
                 self.ledger.add_op(completion)
@@ -179,6 +172,13 @@ class Driver:
                 self._decide(completion)
             case DeltaDue():
                 self._decide(completion)
+            case StepReport():
+                self.times.add_step(completion)
+                before = self._judge.num_run
+                report = self._judge.add_step(completion)
+                if self._judge.num_run > before and self._policy.num_gpus > 1:
+                    self._decide(StepRun(step=completion.step))
+                self._add_judged(report)
 
     def _add_judged(self, report: StepReport | None) -> None:
         if report is None:

@@ -127,8 +127,7 @@ class Ledger:
         """Of the operations that reach into the step, or come after it began."""
         begins_s = min(report.start_s, self._counted(report)[0][0])  # a GPU may begin before the slowest has ended
         reaching = range(report.step - STEPS_KEPT, report.step + 1)
-        spans = (op.span for number in reaching for op in self._ops.get(number, ()))
-        return [span for span in spans if span.end_s > begins_s]
+        return [op.span for number in reaching for op in self._ops.get(number, ()) if op.span.end_s > begins_s]
 
     def _counted(self, report: StepReport) -> list[tuple[float, float]]:
         """When the step's clock runs."""
