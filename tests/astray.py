@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from lsp_ray.device.shared_weights import WeightsPlace
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.unit import AddedTarget
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
@@ -18,6 +19,19 @@ class Astray(GpuActor):
             weight = cast("AddedTarget", self._side.worker.units[0].targets[0]).addition.weight
             weight.data[(0,) * weight.ndim] += 1.0
         return report
+
+
+class WithoutBase(GpuActor):
+    """What takes the weights of another one of its machine finds none in the folder."""
+
+    def share(self, place: WeightsPlace | None) -> None:
+        path = self._side._job.model_folder / "model.safetensors"
+        away = path.with_name("away")
+        if place is not None:
+            path.rename(away)
+        super().share(place)
+        if place is not None:
+            away.rename(path)
 
 
 class SlowFirst(GpuActor):

@@ -19,7 +19,7 @@ from lsp_ray.runtime.prepare.job import Job, resumed
 from lsp_ray.runtime.training import NeverStop
 from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.trace import StepMetrics
-from tests.astray import Astray, SlowFirst
+from tests.astray import Astray, SlowFirst, WithoutBase
 from tests.killers import Killer
 from tests.tiny_jobs import Recorder, assert_same_bits, deepen, run_job, run_on_threads, saved_weights, tiny_job
 
@@ -99,6 +99,10 @@ def test_a_checkpoint_of_one_gpu_goes_on_on_two_and_one_that_is_lost_does_not_ne
     assert_same_bits(saved_weights(together, out), saved_weights(alone, tmp_path / "alone"))
 
 
+class WithoutBaseWorkers(RayWorkers):
+    gpu_actor = WithoutBase
+
+
 def test_lost_gpus_are_replaced_and_no_step_is_lost(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_steps": 30, "save_steps": 0, "load_in_4bit": True}
     deepen(tmp_path, "llama", 5)
@@ -107,11 +111,11 @@ def test_lost_gpus_are_replaced_and_no_step_is_lost(tmp_path: Path) -> None:
         for num_gpus, home in ((1, "device"), (2, "host"))
     )
     _, expected = run_on_threads(alone, tmp_path / "alone")
-    killer = Killer(dict.fromkeys((2, 9, 15), "GpuActor"))
+    killer = Killer(dict.fromkeys((2, 9, 15), "WithoutBase"))
     (tmp_path / "killed").mkdir()
-    workers = partial(RayWorkers, note=killer.note)
+    workers = partial(WithoutBaseWorkers, note=killer.note)
     fine_tune_persistently(together, workers, tmp_path / "killed", killer, str, NeverStop())
-    assert killer.killed == ["GpuActor"] * 3
+    assert killer.killed == ["WithoutBase"] * 3
     assert len([note for note in killer.notes if "no step is lost" in note]) == 3
     assert [step.loss for step in killer.steps] == [step.loss for step in expected.steps]
     assert_same_bits(*(load_file(tmp_path / name / ADAPTER) for name in ("killed", "alone")))

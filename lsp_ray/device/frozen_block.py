@@ -12,6 +12,8 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from lsp_ray.device.shared_weights import SharedWeights
+
 _ALIGNED = 256  # bytes: what kernels ask of a tensor's place
 
 
@@ -22,19 +24,23 @@ class FrozenBlock:
         module: The block.
         unit: Its number among what is trained.
         tensors: Its weights, on the host; each of them in this block alone.
+        shared: Where to put them, or where they are already; None: into memory of this process.
 
     Attributes:
         host_bytes: A flat uint8 tensor.
     """
 
-    def __init__(self, module: nn.Module, unit: int, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, unit: int, tensors: Sequence[torch.Tensor], shared: SharedWeights | None = None
+    ) -> None:
         self.module, self.unit = module, unit
         self._tensors = tensors
         sizes = [-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors]
         self._starts = [0, *accumulate(sizes)][:-1]
-        self.host_bytes = torch.empty(sum(sizes), dtype=torch.uint8)
+        self.host_bytes = host_bytes(sum(sizes), shared)
         for tensor, view in zip(tensors, self._views(self.host_bytes), strict=True):
-            view.copy_(tensor)
+            if shared is None or not shared.is_filled:
+                view.copy_(tensor)
             tensor.data = view
 
     def point_to(self, buffer: torch.Tensor) -> None:
@@ -49,6 +55,11 @@ class FrozenBlock:
     def _views(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         for tensor, start in zip(self._tensors, self._starts, strict=True):
             yield flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
+def host_bytes(size: int, shared: SharedWeights | None) -> torch.Tensor:
+    """Main memory of so many bytes, flat uint8: the next piece of what is shared, or this process's."""
+    return torch.empty(size, dtype=torch.uint8) if shared is None else shared.take(size)
 
 
 def move_rest(model: nn.Module, stays: Collection[int], device: torch.device) -> None:

@@ -6,12 +6,14 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from lsp_ray.config import LspConfig
 from lsp_ray.device.backend import Backend
-from lsp_ray.device.frozen_block import FrozenBlock, move_rest
+from lsp_ray.device.frozen_block import FrozenBlock, host_bytes, move_rest
 from lsp_ray.device.host_embedding import HostEmbedding
+from lsp_ray.device.shared_weights import SharedWeights
 from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.methods.lsp import frozen_linears
 from lsp_ray.models.layers import Layer, own_embedding
@@ -28,6 +30,7 @@ def stream_weights(
     quantized: bool,
     num_buffers: int = FEWEST_BUFFERS,
     changed: threading.Condition | None = None,
+    shared: SharedWeights | None = None,
 ) -> StreamedWeights:
     """Bring all of a model to the device but what `lsp_units` will leave as it is; returns what brings that up.
 
@@ -41,24 +44,42 @@ def stream_weights(
         quantized: Whether the blocks' linears are.
         num_buffers: See `StreamedWeights`.
         changed: See `StreamedWeights`.
+        shared: Where those that stay are to be, with the model left for others, or are already; None: in this process.
     """
     linears = frozen_linears(layers, lsp, quantized=quantized)
     parts = [{id(tensor): tensor for site in sites for tensor in frozen_tensors(site.module)} for _, sites in linears]
     num_blocks = Counter(key for tensors in parts for key in tensors)
     own: list[FrozenBlock] = []
-    for (unit, sites), tensors in zip(linears, parts, strict=True):
+    for (unit, _), tensors in zip(linears, parts, strict=True):
         block, alone = layers[unit].block, [tensor for key, tensor in tensors.items() if num_blocks[key] == 1]
         if block is not None and alone:
-            own.append(FrozenBlock(block, unit, alone))
+            own.append(FrozenBlock(block, unit, alone, shared))
+    module = own_embedding(model)
+    if shared is not None:
+        if module is not None:
+            _share_table(module, shared)
+        if not shared.is_filled:
+            shared.leave(model)  # before there are hooks in it
+    for _, sites in linears:
         for site in sites:
             read_late(site.module)
-    shared = {key: tensor for tensors in parts for key, tensor in tensors.items() if num_blocks[key] > 1}
-    for tensor in shared.values():  # tables that all blocks read
+    common = {key: tensor for tensors in parts for key, tensor in tensors.items() if num_blocks[key] > 1}
+    for tensor in common.values():  # tables that all blocks read
         tensor.data = tensor.data.to(backend.device)
     stay = {key for tensors in parts for key in tensors}
-    module = own_embedding(model)
     if module is not None:
         stay.add(id(module.weight))
     move_rest(model, stay, backend.device)
     embedding = None if module is None else HostEmbedding(module, backend.device)
-    return StreamedWeights(own, backend, num_buffers=num_buffers, changed=changed, embedding=embedding)
+    weights = StreamedWeights(own, backend, num_buffers=num_buffers, changed=changed, embedding=embedding)
+    if shared is not None and backend.device.type == "cpu":  # a GPU asks for pages that can be written, and only reads
+        shared.protect()
+    return weights
+
+
+def _share_table(module: nn.Embedding, shared: SharedWeights) -> None:
+    table_VH = module.weight.data
+    view_VH = host_bytes(table_VH.nbytes, shared).view(table_VH.dtype).view(table_VH.shape)
+    if not shared.is_filled:
+        view_VH.copy_(table_VH)
+    module.weight.data = view_VH

@@ -21,6 +21,7 @@ from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_file import load_refits, save_refits
 from lsp_ray.device.refit_follower import RefitFollower
+from lsp_ray.device.shared_weights import SharedWeights, WeightsPlace
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.device.switch import Takeover
@@ -84,11 +85,26 @@ class DeviceSide:
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
         self._weights: StreamedWeights | None = None
+        self._shared: SharedWeights | None = None
         self._activations: HostActivations | None = None
+
+    def share(self, place: WeightsPlace | None) -> None:
+        """Before all else: load the model for others of this machine as well, or take it from one of them.
+
+        Raises:
+            WorkerLostError: That one is gone.
+        """
+        self._shared = SharedWeights(place)
+        self._load(None)
+
+    def weights_place(self) -> WeightsPlace | None:
+        """Where others of this machine find what `share` has; None: it was not called."""
+        return None if self._shared is None else self._shared.place
 
     def pace(self) -> float:
         """Before `setup`: seconds that a micro-batch takes here, forward and backward."""
-        self._load(None)
+        if not self._is_loaded:
+            self._load(None)
         return part_seconds(self._job, self._model, self.backend, self._say)
 
     def divide(self, gpu_of_part: tuple[int, ...]) -> None:
@@ -297,8 +313,9 @@ class DeviceSide:
         torch.set_num_threads(job.layout.device_threads)
         self._say("loading the model")
         self._tokenizer = load_tokenizer(job.model_folder)
-        self._model = self._files.load(self._base(decided))
-        self._weights = brought(job, self._model, self.backend)
+        is_there = self._shared is not None and self._shared.is_filled
+        self._model = self._shared.model() if is_there else self._files.load(self._base(decided))
+        self._weights = brought(job, self._model, self.backend, self._shared)
         self._model.train()
         fuse_norms(self._model)
         self._tokens = tokens_of(self._model, self._tokenizer)

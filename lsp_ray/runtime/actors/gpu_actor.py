@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from lsp_ray.device.shared_weights import WeightsPlace
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.switch import Takeover
 from lsp_ray.runtime.actors.decided import Decided, SetupReport
@@ -80,6 +81,14 @@ class GpuActor:
             for own in self._begun:
                 self._side.copy_totals(own.unit, own.open_total())
         return replace(report, places=() if self._node is None else (f"{self._name} runs on {self._node}",))
+
+    def share(self, place: WeightsPlace | None) -> None:
+        """See `DeviceSide.share`."""
+        self._side.share(place)
+
+    def weights_place(self) -> WeightsPlace | None:
+        """See `DeviceSide.weights_place`."""
+        return self._side.weights_place()
 
     def pace(self) -> float:
         """See `DeviceSide.pace`."""

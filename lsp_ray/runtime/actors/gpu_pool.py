@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from lsp_ray.device.shared_weights import CAN_SHARE, WeightsPlace
 from lsp_ray.device.switch import Takeover
 from lsp_ray.errors import DivergedError, WorkerLostError
 from lsp_ray.runtime.actors.decided import SetupReport
@@ -114,6 +115,8 @@ class GpuPool:
             what = f"weights for {self._name(gpu)}"
             decided = self._lanes[donor][H2D].call(what, "hand_over", step, weights)
             self._lanes[gpu] = open_lanes(self._actors[gpu][0], self._name(gpu), GPU_LANES)
+            if self._shares_weights:
+                self._lanes[gpu][COMPUTE].call("loading", "share", self._weights_place(gpu))
             self._lanes[gpu][COMPUTE].call("setup", "setup", decided)
 
     def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
@@ -134,6 +137,8 @@ class GpuPool:
                 on_progress(now)
                 said = now
 
+        if self._shares_weights:
+            self._share(tell_progress)
         if self._job.has_parts_to_divide:
             self._divide(tell_progress)
         report: SetupReport = self.first("setup", "setup", meanwhile=tell_progress)
@@ -145,6 +150,34 @@ class GpuPool:
             report = replace(report, places=tuple(place for own in reports for place in own.places))
             self.check_alike()
         return report
+
+    @property
+    def _shares_weights(self) -> bool:
+        return CAN_SHARE and self._num_gpus > 1 and self._job.config.streams
+
+    def _share(self, meanwhile: Callable[[], None]) -> None:
+        """Let one GPU of each machine load the model, and the others of it take that one's."""
+        first_of = {node.id: gpu for gpu, node in reversed(list(enumerate(self._places)))}
+        for gpu in first_of.values():
+            if gpu != 0:
+                self._order(gpu, COMPUTE, "loading", "share", None)
+        self.first("loading", "share", None, meanwhile=meanwhile)
+        self.wait()
+        for gpu in range(self._num_gpus):
+            if gpu not in first_of.values():
+                self._order(gpu, COMPUTE, "loading", "share", self._weights_place(gpu))
+        self.wait()
+
+    def _weights_place(self, gpu: int) -> WeightsPlace | None:
+        """Where one that begins finds the machine's frozen weights; None: it is the only one there."""
+        for own, node in enumerate(self._places):
+            if own != gpu and node.id == self._places[gpu].id and self._lanes[own]:
+                place: WeightsPlace | None = self._lanes[own][H2D].call(
+                    f"frozen weights for {self._name(gpu)}", "weights_place"
+                )
+                if place is not None:
+                    return place
+        return None
 
     def _divide(self, meanwhile: Callable[[], None]) -> None:
         """Let a fast GPU compute more parts than a slow one; all measure at the same time, as they will compute."""

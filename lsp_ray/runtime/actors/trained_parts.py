@@ -19,6 +19,7 @@ from lsp_ray.device.projected_linear import InSubspace
 from lsp_ray.device.refit import Refitter
 from lsp_ray.device.refit_follower import RefitFollower
 from lsp_ray.device.rounding_error import give_back_
+from lsp_ray.device.shared_weights import SharedWeights
 from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.device.switch import Takeover
 from lsp_ray.device.unit import Unit
@@ -181,8 +182,11 @@ def local_shard_of(job: Job, units: Sequence[Unit], device: torch.device) -> Opt
     return OptimizerShard({unit.index: unit.numel for unit in units}, device=device)
 
 
-def brought(job: Job, model: PreTrainedModel, backend: Backend) -> StreamedWeights | None:
-    """Bring the model to the device; returns what brings up the weights that are to stay in main memory."""
+def brought(job: Job, model: PreTrainedModel, backend: Backend, shared: SharedWeights | None) -> StreamedWeights | None:
+    """Bring the model to the device; returns what brings up the weights that are to stay in main memory.
+
+    Those are put into `shared`, where others of this machine find them, or are there already.
+    """
     if job.config.streams:
         return stream_weights(
             model,
@@ -191,6 +195,7 @@ def brought(job: Job, model: PreTrainedModel, backend: Backend) -> StreamedWeigh
             backend,
             quantized=job.quantized,
             num_buffers=job.weight_buffers,
+            shared=shared,
         )
     if not job.quantized:  # else it is there
         model.to(backend.device)  # type: ignore[arg-type]
