@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,38 +49,45 @@ def stream_weights(
     """
     linears = frozen_linears(layers, lsp, quantized=quantized)
     parts = [{id(tensor): tensor for site in sites for tensor in frozen_tensors(site.module)} for _, sites in linears]
-    num_blocks = Counter(key for tensors in parts for key in tensors)
-    own: list[FrozenBlock] = []
-    for (unit, _), tensors in zip(linears, parts, strict=True):
-        block, alone = layers[unit].block, [tensor for key, tensor in tensors.items() if num_blocks[key] == 1]
-        if block is not None and alone:
-            own.append(FrozenBlock(block, unit, alone, shared))
-    module = own_embedding(model)
+    table = own_embedding(model)
+    own = _packed(layers, [(unit, tensors) for (unit, _), tensors in zip(linears, parts, strict=True)], shared)
     if shared is not None:
-        if module is not None:
-            _share_table(module, shared)
-        if not shared.is_filled:
-            shared.leave(model)  # before there are hooks in it
-    for _, sites in linears:
-        for site in sites:
-            read_late(site.module)
+        _share_rest(model, table, shared)
+    for site in (site for _, sites in linears for site in sites):
+        read_late(site.module)
+    num_blocks = Counter(key for tensors in parts for key in tensors)
     common = {key: tensor for tensors in parts for key, tensor in tensors.items() if num_blocks[key] > 1}
     for tensor in common.values():  # tables that all blocks read
         tensor.data = tensor.data.to(backend.device)
-    stay = {key for tensors in parts for key in tensors}
-    if module is not None:
-        stay.add(id(module.weight))
+    stay = {key for tensors in parts for key in tensors} | ({id(table.weight)} if table is not None else set())
     move_rest(model, stay, backend.device)
-    embedding = None if module is None else HostEmbedding(module, backend.device)
+    embedding = None if table is None else HostEmbedding(table, backend.device)
     weights = StreamedWeights(own, backend, num_buffers=num_buffers, changed=changed, embedding=embedding)
     if shared is not None and backend.device.type == "cpu":  # a GPU asks for pages that can be written, and only reads
         shared.protect()
     return weights
 
 
-def _share_table(module: nn.Embedding, shared: SharedWeights) -> None:
-    table_VH = module.weight.data
-    view_VH = host_bytes(table_VH.nbytes, shared).view(table_VH.dtype).view(table_VH.shape)
+def _packed(
+    layers: Sequence[Layer], parts: Sequence[tuple[int, dict[int, torch.Tensor]]], shared: SharedWeights | None
+) -> list[FrozenBlock]:
+    """Of each block, by its unit, the tensors that no other one has."""
+    num_blocks = Counter(key for _, tensors in parts for key in tensors)
+    own = []
+    for unit, tensors in parts:
+        block, alone = layers[unit].block, [tensor for key, tensor in tensors.items() if num_blocks[key] == 1]
+        if block is not None and alone:
+            own.append(FrozenBlock(block, unit, alone, shared))
+    return own
+
+
+def _share_rest(model: PreTrainedModel, table: nn.Embedding | None, shared: SharedWeights) -> None:
+    """Share the table that stays, and leave the model, before there are hooks in it."""
+    if table is not None:
+        table_VH = table.weight.data
+        view_VH = host_bytes(table_VH.nbytes, shared).view(table_VH.dtype).view(table_VH.shape)
+        if not shared.is_filled:
+            view_VH.copy_(table_VH)
+        table.weight.data = view_VH
     if not shared.is_filled:
-        view_VH.copy_(table_VH)
-    module.weight.data = view_VH
+        shared.leave(model)

@@ -196,12 +196,16 @@ def _parked_bytes(model: ModelShape, workload: Workload) -> float:
 
 
 def _brought_bytes(model: ModelShape, workload: Workload, *, on_gpu: bool) -> float:
+    """What stays here is there once for all GPUs of a machine, the first of which loads all for the others."""
     is_brought = on_gpu and workload.bits is None
     brought = float(workload.element_bytes * model.num_parameters) if is_brought else 0.0
     kept = sum(map(workload.streamed_bytes, model.layers))
-    if workload.streams:
-        kept += workload.element_bytes * model.num_own_embeddings
-    return workload.cluster.gpus_per_node * max(brought, kept)
+    if not workload.streams:
+        return workload.cluster.gpus_per_node * brought
+    if workload.cluster.gpus_per_node > 1:  # and what else there is lies beside it
+        linears = [linear for layer in model.layers for linear in layer.linears if workload.streamed_bytes(layer)]
+        return max(brought, kept + workload.element_bytes * (model.num_parameters - sum(own.numel for own in linears)))
+    return max(brought, kept + workload.element_bytes * model.num_own_embeddings)
 
 
 def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:

@@ -73,6 +73,7 @@ class DeviceSide:
     """
 
     worker: DeviceWorker
+    shared: SharedWeights | None = None  # with others of this machine
 
     def __init__(self, job: Job, tell: Callable[[News], None], gpu: int = 0) -> None:
         self._gpu, self._job, self._tell = gpu, job, tell
@@ -85,21 +86,12 @@ class DeviceSide:
         self._adapters: PeftModel | None = None
         self._compiled: CompiledBlocks | None = None
         self._weights: StreamedWeights | None = None
-        self._shared: SharedWeights | None = None
         self._activations: HostActivations | None = None
 
     def share(self, place: WeightsPlace | None) -> None:
-        """Before all else: load the model for others of this machine as well, or take it from one of them.
-
-        Raises:
-            WorkerLostError: That one is gone.
-        """
-        self._shared = SharedWeights(place)
+        """Before all else: load the model for others of this machine too, or take it from one; see `SharedWeights`."""
+        self.shared = SharedWeights(place)
         self._load(None)
-
-    def weights_place(self) -> WeightsPlace | None:
-        """Where others of this machine find what `share` has; None: it was not called."""
-        return None if self._shared is None else self._shared.place
 
     def pace(self) -> float:
         """Before `setup`: seconds that a micro-batch takes here, forward and backward."""
@@ -244,15 +236,14 @@ class DeviceSide:
         Raises:
             ConfigError: It is damaged.
         """
-        job = self._job
         self.worker.flush()
         with reading(checkpoint), torch.no_grad():
             merged = {name: linear for name, linear in apart(self._linears) if linear.is_merged}
-            if not job.config.keeps_base:
+            if not self._job.config.keeps_base:
                 self._model.load_state_dict(self._files.load(checkpoint).state_dict())
             else:
                 if merged:
-                    base = self._files.load(job.model_folder)
+                    base = self._files.load(self._job.model_folder)
                     for name, linear in merged.items():
                         linear.weight.copy_(base.get_parameter(f"{name}.weight"))
                 load_trained(self.worker.units, checkpoint / TRAINED)
@@ -309,19 +300,17 @@ class DeviceSide:
             save_kept_back(state, kept_back)
 
     def _load(self, decided: Decided | None) -> None:
-        job = self._job
-        torch.set_num_threads(job.layout.device_threads)
+        torch.set_num_threads(self._job.layout.device_threads)
         self._say("loading the model")
-        self._tokenizer = load_tokenizer(job.model_folder)
-        is_there = self._shared is not None and self._shared.is_filled
-        self._model = self._shared.model() if is_there else self._files.load(self._base(decided))
-        self._weights = brought(job, self._model, self.backend, self._shared)
+        self._tokenizer = load_tokenizer(self._job.model_folder)
+        self._model = self._files.load_base(decided, self.shared)
+        self._weights = brought(self._job, self._model, self.backend, self.shared)
         self._model.train()
         fuse_norms(self._model)
         self._tokens = tokens_of(self._model, self._tokenizer)
-        if job.config.recomputes:
+        if self._job.config.recomputes:
             self._model.activation_checkpointing_enable({"use_reentrant": False})
-        self._activations = activations_of(job, self._model, self.backend, self._weights)
+        self._activations = activations_of(self._job, self._model, self.backend, self._weights)
         for moved in self._moved:
             moved.start()
         self._is_loaded = True
@@ -351,11 +340,6 @@ class DeviceSide:
                 load_trained(self.worker.units, saved.folder / TRAINED)
             kept_back = load_kept_back(saved.state, self._job, saved.step)
         self.worker.resume(saved.step, kept_back)
-
-    def _base(self, decided: Decided | None) -> Path:
-        """Where the weights are read: what another GPU has trained replaces a checkpoint, which may be gone by then."""
-        saved, is_given = self._job.saved, decided is not None and decided.weights is not None
-        return self._job.model_folder if saved is None or self._job.config.keeps_base or is_given else saved.folder
 
     @property
     def _moved(self) -> Sequence[StreamedWeights | HostActivations]:

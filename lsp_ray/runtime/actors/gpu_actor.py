@@ -87,8 +87,8 @@ class GpuActor:
         self._side.share(place)
 
     def weights_place(self) -> WeightsPlace | None:
-        """See `DeviceSide.weights_place`."""
-        return self._side.weights_place()
+        """Where others of this machine find its frozen weights; None: they are not shared."""
+        return None if self._side.shared is None else self._side.shared.place
 
     def pace(self) -> float:
         """See `DeviceSide.pace`."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.projected_linear import InSubspace
+from lsp_ray.device.shared_weights import SharedWeights
 from lsp_ray.device.trained_file import save_trained
 from lsp_ray.device.unit import Unit
 from lsp_ray.methods import lora, lsp
@@ -21,6 +22,7 @@ from lsp_ray.models.load import load_model
 from lsp_ray.models.save import save_description, save_model
 from lsp_ray.output_folder import INTERNALS
 from lsp_ray.projection.projector_file import FILE_NAME, save_projectors
+from lsp_ray.runtime.actors.decided import Decided
 from lsp_ray.runtime.prepare.beginning import UPDATES
 from lsp_ray.runtime.prepare.job import Job
 
@@ -52,6 +54,19 @@ class ModelFiles:
             bits=job.config.bits,
             device=self._device,
         )
+
+    def load_base(self, decided: Decided | None, shared: SharedWeights | None) -> PreTrainedModel:
+        """The model that a run begins with, or goes on with.
+
+        Where others of this machine have it, that one; else the folder's. What another GPU has trained replaces a
+        checkpoint, which may be gone by then.
+        """
+        if shared is not None and shared.is_filled:
+            return shared.model()
+        saved, is_given = self._job.saved, decided is not None and decided.weights is not None
+        if saved is None or self._job.config.keeps_base or is_given:
+            return self.load(self._job.model_folder)
+        return self.load(saved.folder)
 
     def save(
         self,

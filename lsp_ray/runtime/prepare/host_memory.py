@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from lsp_ray.device.shared_weights import CAN_SHARE
 from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.prepare.job import Job
 
@@ -36,8 +37,8 @@ def check_memory(job: Job, host: HostMemory) -> None:
     """Raise ConfigError where the job cannot fit: Ray would go to the disk without a word, and Linux kill an actor.
 
     Counted are the object store and, for main memory, the weights and blocks' inputs that wait there: a bound from
-    below, as other activations are not. What is to be quantised is loaded one by one; what stays in main memory each
-    GPU's actor has for itself.
+    below, as other activations are not. What is to be quantised is loaded one by one; frozen weights that stay in main
+    memory are there once for all GPU actors, where the system can share them.
     """
     smaller = "a smaller lsp.subspace_dim" if job.config.method == "lsp" else "method lsp"
     in_own_store = job.config.runtime.address is None  # else the cluster has one, which is looked at there
@@ -50,10 +51,11 @@ def check_memory(job: Job, host: HostMemory) -> None:
             hint=f"{smaller} needs less; in Docker, --shm-size sets how much there is",
         )
     beside = job.layout.nodes.count(job.layout.nodes[0]) if job.layout.nodes else job.layout.num_gpus
-    is_brought = job.device == "cuda" and not job.streamed_bytes  # it is in main memory for a while alone
-    model_bytes = job.streamed_bytes if job.quantized else job.num_weights * job.dtype.itemsize
+    frozen_bytes = (1 if CAN_SHARE else beside) * job.streamed_bytes
+    other_bytes = 0 if job.quantized else max(0, job.num_weights * job.dtype.itemsize - job.streamed_bytes)
+    is_brought = job.device == "cuda"  # the others are in main memory for a while alone
     parked_bytes = beside * job.inputs.parked_bytes if job.inputs is not None else 0
-    needed_bytes = job.store_bytes + (1 if is_brought else beside) * model_bytes + parked_bytes
+    needed_bytes = job.store_bytes + frozen_bytes + (1 if is_brought else beside) * other_bytes + parked_bytes
     if needed_bytes - parked_bytes <= host.main_bytes < needed_bytes:
         raise ConfigError(
             "runtime.activations",
