@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from lsp_ray.config import GaloreConfig, Method, PayloadDtype
+from lsp_ray.device.shared_weights import CAN_SHARE
 from lsp_ray.errors import ConfigError
 from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
 from lsp_ray.plan.plan import workload_of
@@ -54,6 +55,18 @@ def test_weights_that_stay_in_main_memory_count_and_are_counted(tmp_path: Path) 
         check_memory(held, HostMemory(main_bytes=needed, shared_bytes=PLENTY))
         with pytest.raises(ConfigError, match=r"^model_name_or_path must fit"):
             check_memory(held, HostMemory(main_bytes=needed - 1, shared_bytes=PLENTY))
+
+
+def test_frozen_weights_that_stay_are_counted_once_for_all_gpus(tmp_path: Path) -> None:
+    alone, together = (
+        tiny_job(tmp_path, load_in_4bit=True, bf16=True, num_replicas=3, runtime={"weights": "host", "num_gpus": num})
+        for num in (1, 3)
+    )
+    assert together.streamed_bytes == alone.streamed_bytes > 0
+    needed = together.store_bytes + (1 if CAN_SHARE else 3) * together.streamed_bytes
+    check_memory(together, HostMemory(main_bytes=needed, shared_bytes=PLENTY))
+    with pytest.raises(ConfigError, match=r"^model_name_or_path must fit"):
+        check_memory(together, HostMemory(main_bytes=needed - 1, shared_bytes=PLENTY))
 
 
 def test_both_figures_are_in_the_line(job: Job) -> None:
