@@ -121,6 +121,14 @@ def test_the_drivers_machine_has_all_slots_and_states_and_others_have_slots_of_t
     assert host_memory_elsewhere(LLAMA_7B, on(WORK, 1, 4), on_gpu=True) is None
 
 
+def test_frozen_weights_that_stay_are_there_once_for_all_gpus_and_what_is_not_streamed_beside_them() -> None:
+    work = replace(WORK, weights="host", apart=True, gradient_checkpointing=True, bits=4)
+    one, two, four = (host_memory(LLAMA_7B, on(work, 1, num), on_gpu=True).weights for num in (1, 2, 4))
+    head = 2 * LLAMA_7B.num_logits * LLAMA_7B.hidden_size
+    assert two == four
+    assert two - one == pytest.approx(head, rel=0.01), "and norms"
+
+
 def test_a_gpu_that_computes_several_parts_sends_each_and_gets_one_delta() -> None:
     both = replace(WORK, cluster=Cluster(parts_per_gpu=2))
     assert both.tokens_per_step == 2 * WORK.tokens_per_step
