@@ -15,12 +15,11 @@ from lsp_ray.runtime.cluster.private_cluster import ray_cluster
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-# files that take minutes: begun last, one of them would keep the other process waiting
-_FIRST = ("test_machines.py", "test_signals.py", "test_several_gpus.py", "test_survival.py", "test_clipping.py")
+_LONGEST = "test_machines.py"  # begun last, it would keep the other process waiting for minutes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
+    items.sort(key=lambda item: item.path.name != _LONGEST)
 
 
 def _shared_memory() -> set[str]:

@@ -12,13 +12,15 @@ import mmap
 import os
 import pickle
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lsp_ray.errors import WorkerLostError
+
+if TYPE_CHECKING:  # a relay has no need of models and what they import
+    from transformers import PreTrainedModel
 
 CAN_SHARE = hasattr(os, "memfd_create")  # Linux
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.projected_linear import InSubspace
-from lsp_ray.methods.lsp import take_projectors
 from lsp_ray.projection.block_factor import BlockFactor
 from lsp_ray.projection.sparse_projector import SparseProjector
 from lsp_ray.runtime.actors.throttle import Throttle
@@ -31,13 +29,6 @@ class Decided:
     deltas: Mapping[str, torch.Tensor] = field(default_factory=dict)
     step: int = 0
     weights: Path | None = None
-
-    def put(self, linears: Sequence[tuple[str, InSubspace]]) -> None:
-        """Let linears, by name, have what was decided for them."""
-        take_projectors(linears, self.projectors)
-        for name, linear in linears:
-            if name in self.deltas:
-                linear.get_buffer("delta_DE").copy_(self.deltas[name])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +57,3 @@ def on_cpu(linears: Sequence[tuple[str, InSubspace]]) -> dict[str, SparseProject
             rights[id(own.right)] = own.right.to(_CPU, own.dtype)
         copies[name] = SparseProjector(own.left.to(_CPU, own.dtype), rights[id(own.right)])
     return copies
-
-
-def deltas_on_cpu(linears: Sequence[tuple[str, InSubspace]]) -> dict[str, torch.Tensor]:
-    """Copies of the updates that are kept apart, by name."""
-    return {name: linear.delta_DE.to(_CPU, copy=True) for name, linear in linears if isinstance(linear, DeltaLinear)}

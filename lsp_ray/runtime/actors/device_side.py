@@ -36,7 +36,7 @@ from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_tokenizer, tokens_of
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.projection.projector_file import FILE_NAME, load_projectors
-from lsp_ray.runtime.actors.decided import Decided, SetupReport, deltas_on_cpu, on_cpu
+from lsp_ray.runtime.actors.decided import Decided, SetupReport, on_cpu
 from lsp_ray.runtime.actors.kept_back import load_kept_back, save_kept_back
 from lsp_ray.runtime.actors.model_files import ModelFiles, apart, save_linears
 from lsp_ray.runtime.actors.throttle import Throttle
@@ -157,8 +157,8 @@ class DeviceSide:
 
     def decided(self) -> Decided:
         """After `setup`: what other GPUs are to be given; its tensors are on the CPU."""
-        deltas = deltas_on_cpu(self._linears) if self._job.gives_back else {}
-        return Decided(throttle=self._kept_to, projectors=on_cpu(self._linears), deltas=deltas)
+        begun = {name: own.delta_DE.cpu() for name, own in apart(self._linears)} if self._job.gives_back else {}
+        return Decided(throttle=self._kept_to, projectors=on_cpu(self._linears), deltas=begun)
 
     def hand_over(self, step: int, weights: Path) -> Decided:
         """While the next forward waits for the first delta of `step`: leave all that it begins with in a file.

@@ -98,13 +98,20 @@ def build(
         device=device,
     )
     if decided is not None:
-        decided.put(linears)
+        _take(decided, linears)
         return TrainedParts(units=units, linears=linears)
     unfitted = _with_projectors(job, model, linears, projector_sizes(layers, config.lsp), say)
     missing: list[str] = []
     if job.gives_back:
         missing = _give_back(job, model, linears, say)
     return TrainedParts(units=units, linears=linears, unfitted=unfitted, missing=missing)
+
+
+def _take(decided: Decided, linears: Sequence[tuple[str, InSubspace]]) -> None:
+    take_projectors(linears, decided.projectors)
+    for name, linear in linears:
+        if name in decided.deltas:
+            linear.get_buffer("delta_DE").copy_(decided.deltas[name])
 
 
 def _with_projectors(
