@@ -49,7 +49,11 @@ def fit_projectors(
     """
     unfitted: list[str] = []
     done = 0
-    for groups in _passes(by_right_factor(linears), fit, len(batches)):
+
+    def host_bytes(group: list[_Named]) -> int:
+        return sum(fit.host_bytes(module.projector.shape, len(batches)) for _, module in group)
+
+    for groups in passes(by_right_factor(linears), host_bytes):
         for key, (_, module) in enumerate((linear for group in groups for linear in group), start=done):
             module.lesson = fit.lesson(module.projector.shape, torch.Generator().manual_seed(mixed(seed, key)))
         _backward_all(model, [module for _, module in linears], batches)
@@ -96,12 +100,14 @@ def by_right_factor(linears: Sequence[tuple[str, _Linear]]) -> list[list[tuple[s
     return list(groups.values())
 
 
-def _passes(groups: Sequence[list[_Named]], fit: Fit, num_batches: int) -> Iterator[list[list[_Named]]]:
-    """Split into runs whose lessons fit in LESSON_BYTES, one group at least."""
-    run: list[list[_Named]] = []
+def passes(
+    groups: Sequence[list[tuple[str, _Linear]]], host_bytes: Callable[[list[tuple[str, _Linear]]], int]
+) -> Iterator[list[list[tuple[str, _Linear]]]]:
+    """Split into runs of groups that together remember LESSON_BYTES at most, one group at least."""
+    run: list[list[tuple[str, _Linear]]] = []
     total_bytes = 0
     for group in groups:
-        size_bytes = sum(fit.host_bytes(module.projector.shape, num_batches) for _, module in group)
+        size_bytes = host_bytes(group)
         if run and total_bytes + size_bytes > LESSON_BYTES:
             yield run
             run, total_bytes = [], 0

@@ -23,10 +23,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lsp_ray.device.calibrate import LESSON_BYTES, by_right_factor
+from lsp_ray.device.calibrate import by_right_factor, passes
 from lsp_ray.device.delta_linear import DeltaLinear
 from lsp_ray.device.projected_linear import InSubspace
-from lsp_ray.models.loss import Batch, summed_loss
+from lsp_ray.models.loss import Batch, is_token, summed_loss
 from lsp_ray.models.quantized import dense_weight, is_quantized_linear
 
 DAMPING = 0.1  # λ, of the mean of XᵀX's diagonal: some thousand tokens do not tell all directions apart
@@ -59,7 +59,7 @@ def give_back_(
     """
     rounded = [(name, own) for name, own in linears if isinstance(own, DeltaLinear) and is_quantized_linear(own.base)]
     weights, missing, done = _Weights(folder), list[str](), 0
-    for groups in _passes(by_right_factor(rounded)):
+    for groups in passes(by_right_factor(rounded), _moment_bytes):
         with _seen([group[0][1] for group in groups]) as moments:
             _forward_all(model, batches, moments)
         for group, moment in zip(groups, moments, strict=True):
@@ -156,20 +156,9 @@ def _seen(linears: Sequence[DeltaLinear]) -> Iterator[list[_Moment]]:
             hook.remove()
 
 
-def _passes(groups: Sequence[list[_Named]]) -> Iterator[list[list[_Named]]]:
-    """Split into runs whose moments fit in LESSON_BYTES, one group at least."""
-    run: list[list[_Named]] = []
-    total_bytes = 0
-    for group in groups:
-        (_, columns), (_, width) = group[0][1].projector.shape, group[0][1].projector.dims
-        size_bytes = columns * width * torch.float32.itemsize
-        if run and total_bytes + size_bytes > LESSON_BYTES:
-            yield run
-            run, total_bytes = [], 0
-        run.append(group)
-        total_bytes += size_bytes
-    if run:
-        yield run
+def _moment_bytes(group: list[_Named]) -> int:
+    projector = group[0][1].projector
+    return projector.right.num_rows * projector.right.dim * torch.float32.itemsize
 
 
 def _forward_all(model: PreTrainedModel, batches: Sequence[Batch], moments: Sequence[_Moment]) -> None:
@@ -178,7 +167,6 @@ def _forward_all(model: PreTrainedModel, batches: Sequence[Batch], moments: Sequ
         for position, batch in enumerate(batches):
             torch.manual_seed(position)
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-            is_token = on_device["examples" if "examples" in batch else "attention_mask"].flatten() != 0
             for moment in moments:
-                moment.is_token = is_token
+                moment.is_token = is_token(on_device).flatten()
             summed_loss(model, on_device)

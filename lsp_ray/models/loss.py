@@ -33,7 +33,12 @@ def num_targets(batch: Batch) -> int:
 
 def num_tokens(batch: Batch) -> int:
     """Tokens that are no padding."""
-    return int((batch["examples" if "examples" in batch else "attention_mask"] != 0).sum())
+    return int(is_token(batch).sum())
+
+
+def is_token(batch: Batch) -> torch.Tensor:
+    """Which places of a batch hold no padding, of its shape."""
+    return batch["examples" if "examples" in batch else "attention_mask"] != 0
 
 
 def summed_loss(model: PreTrainedModel, batch: Batch, *, chunk_logits: int = CHUNK_LOGITS) -> torch.Tensor:

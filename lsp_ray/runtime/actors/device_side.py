@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -95,8 +94,7 @@ class DeviceSide:
 
     def pace(self) -> float:
         """Before `setup`: seconds that a micro-batch takes here, forward and backward."""
-        if not self._is_loaded:
-            self._load(None)
+        self._load(None)
         return part_seconds(self._job, self._model, self.backend, self._say)
 
     def divide(self, gpu_of_part: tuple[int, ...]) -> None:
@@ -106,8 +104,7 @@ class DeviceSide:
     def setup(self, host_slots: Sequence[torch.Tensor] = (), decided: Decided | None = None) -> SetupReport:
         """Load, wrap and fit, or take what the first GPU decided; lock the pages of the slots if a GPU copies there."""
         job, config = self._job, self._job.config
-        if not self._is_loaded:
-            self._load(decided)
+        self._load(decided)
         layers = find_layers(self._model, job.unreached)
         throttle = decided.throttle if decided else throttle_of(job, self._model, layers, self.backend, self._say)
         trained = build(job, self._model, layers, decided, self.backend.device, self._say)
@@ -169,7 +166,7 @@ class DeviceSide:
         assert self.worker.is_before(step), f"deltas of step {step} have been added"
         with writing(weights.parent):
             save_trained(self.worker.units, weights)
-        return replace(self.decided(), deltas={}, step=step, weights=weights)
+        return Decided(throttle=self._kept_to, projectors=on_cpu(self._linears), step=step, weights=weights)
 
     def digest(self) -> int:
         """Between two steps: a number that tells whether what is trained is the same on other GPUs."""
@@ -300,6 +297,8 @@ class DeviceSide:
             save_kept_back(state, kept_back)
 
     def _load(self, decided: Decided | None) -> None:
+        if self._is_loaded:
+            return
         torch.set_num_threads(self._job.layout.device_threads)
         self._say("loading the model")
         self._tokenizer = load_tokenizer(self._job.model_folder)
