@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lsp_ray.device.delta_linear import DeltaLinear
-from lsp_ray.device.rounding_error import DAMPING
+from lsp_ray.device.rounding_error import DAMPING, give_back_
 from lsp_ray.models.load import load_model
 from lsp_ray.models.quantized import dense_weight
 from lsp_ray.projection.sparse_projector import ProjectorSizes, SparseProjector
@@ -102,7 +102,7 @@ def test_a_run_begins_nearer_to_the_model_before_rounding(tmp_path: Path) -> Non
     assert sum("give back of the rounding" in line for line in lines.notes) == 1
 
 
-def test_shards_and_resumes_go_on_from_there(tmp_path: Path) -> None:
+def test_shards_go_on_from_there(tmp_path: Path) -> None:
     """After a step of rate 0 what the shards answer is what the updates began with."""
     job = tiny_job(tmp_path, max_steps=2, learning_rate=0.0, save_steps=1, **QUANTISED)
     side = set_up(job)
@@ -122,11 +122,20 @@ def test_shards_and_resumes_go_on_from_there(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_names_its_weights_otherwise(tmp_path: Path) -> None:
-    """Without the prefix of a head they are found; of another model's they are not, which is said."""
+    """Without the prefix of a head they are found; another model's are not taken, and named."""
     job = tiny_job(tmp_path, max_steps=1, **QUANTISED)
-    begun = {name: linear.delta_DE.clone() for name, linear in deltas(set_up(job)).items()}
+    sides = [set_up(job)]
     path = job.model_folder / "model.safetensors"
     tensors = load_file(path)
     save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
-    again = {name: linear.delta_DE for name, linear in deltas(set_up(job)).items()}
-    assert all(torch.equal(begun[name], again[name]) for name in begun)
+    sides.append(set_up(job))
+    begun, again = map(deltas, sides)
+    assert all(torch.equal(begun[name].delta_DE, again[name].delta_DE) for name in begun)
+    save_file({name: -tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
+    for linear in again.values():
+        linear.delta_DE.zero_()
+    batches = job.micro_batches.calibration(1)
+    assert give_back_(sides[1]._model, list(again.items()), batches, job.model_folder) == list(again)
+    assert not any(linear.delta_DE.any() for linear in again.values())
+    for side in sides:
+        side.close()

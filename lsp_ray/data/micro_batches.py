@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -114,6 +115,16 @@ class MicroBatches:
     def num_steps(self) -> int:
         """Optimizer updates of the run."""
         return self._num_steps
+
+    def digest(self) -> str:
+        """A hash that differs where data, tokenizer or order differ: of the first and the last step's batches."""
+        digest = hashlib.sha256()
+        for step in (0, self._num_steps - 1):
+            for batch in self.step(step):
+                for name in sorted(batch):
+                    digest.update(f"{name}{tuple(batch[name].shape)}".encode())
+                    digest.update(batch[name].numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def num_train_examples(self) -> int:
