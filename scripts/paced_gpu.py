@@ -12,13 +12,15 @@ from collections.abc import Sequence
 
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.hardware import BACKWARD_SHARE
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.runtime.actors.decided import Decided, SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.actors.throttle import Throttle
-from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
+from lsp_ray.runtime.transport.line import Way
+from lsp_ray.runtime.transport.slots import Slot
+from lsp_ray.runtime.transport.unit_slots import UnitSlots
 from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.trace import Span, Wait, WorkStream
 
@@ -29,8 +31,8 @@ STEP_S = 1.3  # of all units' forward and backward, of `LongPacedGpu`
 class PacedGpu(GpuActor):
     """It has no model: payloads are what the slots hold, and deltas are added to nothing."""
 
-    def __init__(self, job: Job, slots: Sequence[UnitSlots | OwnSlots], gpu: int = 0) -> None:
-        super().__init__(job, slots, gpu)
+    def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0, way: Way | None = None) -> None:
+        super().__init__(job, slots, gpu, way)
         self._forward_s = self._backward_s = UNIT_S
         self._gpu_of_part = job.layout.gpu_of_part
         self._parts, self._num_parts = job.layout.parts_of(gpu), len(self._gpu_of_part)
@@ -57,7 +59,7 @@ class PacedGpu(GpuActor):
     def keep_to(self, throttle: Throttle) -> None:
         """Nothing is copied that could be slowed down."""
 
-    def run_step(self, step: int) -> StepReport:
+    def _run(self, step: int) -> StepReport:
         """Sleep through a forward and a backward of every own part, and wait for deltas as they are needed."""
         start_s = time.monotonic()
         waits = []
@@ -83,22 +85,18 @@ class PacedGpu(GpuActor):
             bias=None,
         )
 
-    def send(self, step: int, unit: int, part: int) -> OpReport:
-        """Leave the slot as it is, with the step's number."""
-        start_s = time.monotonic()
-        slot = self._slots[unit].down[part]
+    def _copy_down(self, step: int, unit: int, part: int, slot: Slot) -> tuple[Span, tuple[Reprojection, ...]]:
+        """Leave the slot as it is."""
         slot.to_write()
-        slot.publish(step)
-        return self._report(WorkStream.D2H, step, unit, start_s, part, slot.payload.nbytes)
+        return self._span(WorkStream.D2H, step, unit, part), ()
 
-    def prefetch(self, step: int, unit: int, is_void: bool) -> OpReport:
+    def _copy_up(self, step: int, unit: int, slot: Slot, is_void: bool) -> Span:
         """Let the forward go on that waits for the delta."""
-        start_s = time.monotonic()
-        payload = self._slots[unit].up.to_read(step)
+        slot.to_read(step)
         with self._came_up:
             self._last_up[unit] = step
             self._came_up.notify()
-        return self._report(WorkStream.H2D, step, unit, start_s, self._gpu, payload.nbytes)
+        return self._span(WorkStream.H2D, step, unit, self._gpu)
 
     def _waits(self, unit: int, step: int) -> list[Wait]:
         """Wait until the delta of `step` is up; returns the wait, if there was one."""
@@ -109,16 +107,16 @@ class PacedGpu(GpuActor):
             self._came_up.wait_for(lambda: self._last_up[unit] >= step)
         return [Wait(step=step, layer=unit, start_s=start_s, end_s=time.monotonic())]
 
-    def _report(self, stream: WorkStream, step: int, unit: int, start_s: float, part: int, size_bytes: int) -> OpReport:
-        span = Span(stream=stream, step=step, layer=unit, start_s=start_s, end_s=time.monotonic(), part=part)
-        return OpReport(span=span, size_bytes=size_bytes)
+    def _span(self, stream: WorkStream, step: int, unit: int, part: int) -> Span:
+        now_s = time.monotonic()
+        return Span(stream=stream, step=step, layer=unit, start_s=now_s, end_s=now_s, part=part)
 
 
 class LongPacedGpu(PacedGpu):
     """One whose step takes as long as a large model's, forward and backward as the paper's."""
 
-    def __init__(self, job: Job, slots: Sequence[UnitSlots | OwnSlots], gpu: int = 0) -> None:
-        super().__init__(job, slots, gpu)
+    def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0, way: Way | None = None) -> None:
+        super().__init__(job, slots, gpu, way)
         self._backward_s = BACKWARD_SHARE * STEP_S / len(slots)
         self._forward_s = STEP_S / len(slots) - self._backward_s
 

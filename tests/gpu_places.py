@@ -22,15 +22,16 @@ from lsp_ray.runtime.cluster.nodes import machines
 from lsp_ray.runtime.persistence import fine_tune_persistently
 from lsp_ray.runtime.prepare.job import Job, laid_out, prepare_job
 from lsp_ray.runtime.training import NeverStop
-from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
+from lsp_ray.runtime.transport.line import Way
+from lsp_ray.runtime.transport.unit_slots import UnitSlots
 from tests.tiny_jobs import Recorder
 
 
 class InPlaceOfGpu(GpuActor):
     """What a GPU would do, on a CPU; of a machine with several NUMA nodes, as it says."""
 
-    def __init__(self, job: Job, slots: Sequence[UnitSlots | OwnSlots], gpu: int = 0) -> None:
-        super().__init__(replace(job, device="cpu"), slots, gpu)
+    def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0, way: Way | None = None) -> None:
+        super().__init__(replace(job, device="cpu"), slots, gpu, way)
 
     def setup(self, decided: Decided | None = None) -> SetupReport:
         return replace(super().setup(decided), places=(f"{self._name} runs on the 8 cores of NUMA node {self._gpu}",))

@@ -114,7 +114,7 @@ def test_the_shared_memory_forecast_is_what_a_run_allocates(
         new_unit_slots(unit, numel, other.codec, parts)
         for unit, (numel, parts) in enumerate(zip(other.payload_sizes, sums, strict=True))
     ]
-    slots = {ref for pair in pairs for ref in (*pair.down, pair.up, pair.state)}
+    slots = {ref for pair in pairs for ref in (*pair.down, pair.up, pair.state) if ref is not None}
     for index in range(other.layout.num_shards):
         owned = [pairs[unit] for unit in other.layout.units_of(index)]
         slots |= set(new_undo(owned, is_shared=not other.speculates).values())

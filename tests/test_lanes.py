@@ -150,7 +150,7 @@ def test_an_actor_that_dies_before_it_serves_is_told_of(connects: bool) -> None:
 def test_an_order_that_nobody_takes_ends_in_time() -> None:
     ours, theirs = socket.socketpair()
     nobody: Any = None
-    lane = Lane(bounded(ours, 1.0), "hanging", psutil.Process(), nobody, "lane")
+    lane = Lane(bounded(ours, 1.0), "hanging", psutil.Process(), nobody, "lane", os.getpid())
     with theirs, pytest.raises(DeadlineError, match=r"^an order was not taken in time \(hanging: large\)$"):
         lane.order(Order(what="large", method="doubled", args=(torch.zeros(1 << 20),)))
 
@@ -158,7 +158,7 @@ def test_an_order_that_nobody_takes_ends_in_time() -> None:
 def test_a_watch_tells_which_lanes_have_something_to_say_whoever_they_are_by_now() -> None:
     nobody: Any = None
     pairs = [socket.socketpair() for _ in range(3)]
-    lanes = [Lane(bounded(ours, 1.0), "told of", psutil.Process(), nobody, "lane") for ours, _ in pairs]
+    lanes = [Lane(bounded(ours, 1.0), "told of", psutil.Process(), nobody, "lane", os.getpid()) for ours, _ in pairs]
     theirs = [bounded(its, 1.0) for _, its in pairs]
     watch = Watch()
     watch.turn_to(lanes[:2])

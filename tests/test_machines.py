@@ -133,7 +133,7 @@ def test_whoever_is_lost_no_step_is_and_without_a_place_for_a_gpu_the_others_go_
     job = alone(tmp_path, **changes)
     losses: dict[int, Callable[[], list[psutil.Process]]] = {  # after so many steps
         3: lambda: [actor_of(raylets[1], "InPlaceOfGpu")],
-        8: lambda: [actor_of(raylets[0], "GpuRelay")],
+        8: lambda: [actor_of(raylets[0], "NodeKeeper")],
         13: lambda: [actor_of(raylets[0], "ShardActor")],
         42: lambda: [raylets[1], *raylets[1].children(recursive=True)],  # the machine, with all that ran on it
     }

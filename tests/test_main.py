@@ -111,7 +111,7 @@ def test_a_wrong_option_is_answered_in_one_line(
     ("actor", "absent"),
     [
         ("shard_actor", ["transformers", "torch._dynamo", "datasets", "peft"]),
-        ("gpu_relay", ["transformers", "torch._dynamo", "datasets", "peft"]),
+        ("node_keeper", ["transformers", "torch._dynamo", "datasets", "peft"]),
         ("gpu_actor", ["peft", "bitsandbytes", "datasets"]),
     ],
 )

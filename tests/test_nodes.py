@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from lsp_ray.config import RunConfig, RuntimeConfig
 from lsp_ray.errors import ConfigError, WorkerLostError
-from lsp_ray.runtime.actors import gpu_pool
-from lsp_ray.runtime.actors.gpu_pool import GpuPool
+from lsp_ray.runtime.actors.places import place_for
 from lsp_ray.runtime.cluster import joined_cluster, nodes
 from lsp_ray.runtime.cluster.joined_cluster import _check_token, _found
 from lsp_ray.runtime.cluster.nodes import Node, check_nodes
@@ -199,18 +198,15 @@ def test_a_cluster_that_does_not_answer_is_refused_at_once() -> None:
     ],
 )
 def test_a_lost_gpu_comes_back_where_one_is_free_or_the_run_is_laid_out_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: list[Node], expected: str | None
+    tmp_path: Path, there: list[Node], expected: str | None
 ) -> None:
     job = replace(tiny_job(tmp_path, num_replicas=2, runtime={"num_gpus": 2}), device="cuda")
     machines = [Machine(name=node.name, num_gpus=node.num_gpus, cores=2, has_bf16=True) for node in (OWN, OTHER)]
-    pool = GpuPool.__new__(GpuPool)
-    pool._job, pool._own, pool._places = laid_out(job, machines), OWN, [OWN, OTHER]
-    monkeypatch.setattr(gpu_pool, "nodes", list)
-    monkeypatch.setattr(gpu_pool, "answering", lambda _known: there)
+    job = laid_out(job, machines)
     if expected is not None:
-        assert pool._place_for(1).name == expected
+        assert place_for(job, 1, [OWN, OTHER], there).name == expected
         return
     with pytest.raises(WorkerLostError, match="no machine is left that has a GPU for gpu-1@b"):
-        pool._place_for(1)
+        place_for(job, 1, [OWN, OTHER], there)
     left = [machine for machine in machines if machine.name == "a"]
-    assert laid_out(pool._job, left).layout.gpu_of_part == (0, 0)
+    assert laid_out(job, left).layout.gpu_of_part == (0, 0)

@@ -120,7 +120,7 @@ def test_an_update_of_parts_is_adams_of_their_sum() -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(numel, generator=generator) for _ in range(4)]
     ours, delta = torch.nn.Parameter(torch.zeros(numel)), torch.empty(numel)
-    shard = OptimizerShard({0: numel}, num_parts=4)
+    shard = OptimizerShard({0: numel}, parts=[range(part, part + 1) for part in range(4)])
     optimizer = torch.optim.AdamW([ours], lr=1.0, weight_decay=0.0, eps=AdamWHyper().eps)
     for step in range(3):
         ours.grad = (parts[0] + parts[1]) + (parts[2] + parts[3])

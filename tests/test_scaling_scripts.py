@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lsp_ray.hardware import BACKWARD_SHARE
-from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
+from lsp_ray.runtime.transport.slots import OpenSlots, new_slot
 from lsp_ray.schedule.ops import LayerSeconds
 from lsp_ray.trace_file import Trace, TracedSpan
 from scripts import bench_scaling, streamed_weights
@@ -19,7 +20,6 @@ from scripts.paced_gpu import STEP_S, LongPacedGpu
 from tests.tiny_jobs import deepen, tiny_config, tiny_job
 
 NUM_LAYERS = 32
-NOWHERE: Any = None  # no slot of Ray's store
 
 
 def test_the_benchmark_has_help_and_at_least_eight_settings_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,8 +31,9 @@ def test_the_benchmark_has_help_and_at_least_eight_settings_that_differ(capsys: 
 
 def test_a_paced_step_is_as_long_as_asked_and_its_backward_as_the_papers(tmp_path: Path) -> None:
     job = tiny_job(tmp_path)
-    like = UnitSlots(unit=0, numel=1, codec=job.codec, sums=None, down=[NOWHERE], up=NOWHERE, state=NOWHERE)
-    gpu = LongPacedGpu(job, [OwnSlots(like, [0])] * NUM_LAYERS)
+    opened = OpenSlots(down={0: new_slot(1, "down")}, up=new_slot(1, "up"))
+    unit: Any = SimpleNamespace(state=None, open=lambda: opened)
+    gpu = LongPacedGpu(job, [unit] * NUM_LAYERS)
     assert NUM_LAYERS * (gpu._forward_s + gpu._backward_s) == pytest.approx(STEP_S)
     assert NUM_LAYERS * gpu._backward_s == pytest.approx(BACKWARD_SHARE * STEP_S)
 

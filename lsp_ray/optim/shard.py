@@ -29,7 +29,8 @@ class OptimizerShard:
         codec: Of the gradients and deltas.
         sums: Each layer's parts, where the answer to a gradient is the sum of all steps; default: it is the step.
         weight_decay: Of these sums.
-        num_parts: In which a layer's gradient comes; they are added up here.
+        parts: Of a step, those of each gradient that comes: one, encoded, or the sum of several, float32. All are added
+            up here.
 
     Attributes:
         hyper: AdamW's constants.
@@ -47,7 +48,7 @@ class OptimizerShard:
         codec: Codec | None = None,
         sums: Mapping[int, Sequence[SummedPart]] | None = None,
         weight_decay: float = 0.0,
-        num_parts: int = 1,
+        parts: Sequence[range] = (range(1),),
     ) -> None:
         self.hyper = hyper or AdamWHyper()
         self._codec = codec or Codec()
@@ -58,9 +59,12 @@ class OptimizerShard:
             for layer, numel in numel_of_layer.items()
         }
         self._sums, self._weight_decay = sums, weight_decay
-        is_whole = sums is None and self._codec.dtype == torch.float32 and num_parts == 1
+        self._firsts = [own.start for own in parts]
+        self._codecs = [self._codec if len(own) == 1 else Codec() for own in parts]
+        self._has_parts = sum(map(len, parts)) > 1
+        is_whole = sums is None and self._codec.dtype == torch.float32 and not self._has_parts
         self._scratch_2P = torch.empty(2, 0 if is_whole else _SLICE, device=device)
-        self._sum = torch.empty(max(numel_of_layer.values()) if num_parts > 1 else 0, device=device)
+        self._sum = torch.empty(max(numel_of_layer.values()) if self._has_parts else 0, device=device)
 
     def update(
         self,
@@ -73,9 +77,9 @@ class OptimizerShard:
     ) -> float | None:
         """Write the step for the sum of `grads` times `grad_scale`, or the sum of all steps, into `delta`.
 
-        All are flat, encoded, of the layer's payload length, and stay the caller's. Where the scale is 0, or the sum
-        holds NaN or infinity, the step is none at all: the state stays as it is and the step is zero. Whoever made the
-        gradient says that it is not finite; here it may be there before that is known.
+        All are flat, of the layer's payload length, encoded as `parts` says, and stay the caller's. Where the scale is
+        0, or the sum holds NaN or infinity, the step is none at all: the state stays as it is and the step is zero.
+        Whoever made the gradient says that it is not finite; here it may be there before that is known.
 
         Returns:
             See `square_sum`.
@@ -100,12 +104,13 @@ class OptimizerShard:
 
     def square_sum(self, layer: int, grads: Sequence[torch.Tensor]) -> float | None:
         """The square sum of the sum of `grads`, before any scale; None for a single one, whose maker knows it."""
-        if len(grads) == 1:
+        if not self._has_parts:
             return None
         squares = 0.0
         for first, part in self.states[layer].parts(_SLICE):
             numel = part.exp_avg.numel()
-            total = tree_sum([self._codec.decode(grad, numel, first).float() for grad in grads])
+            decoded = [codec.decode(grad, numel, first) for codec, grad in zip(self._codecs, grads, strict=True)]
+            total = tree_sum([values.float() for values in decoded], self._firsts)
             self._sum[first : first + numel] = total  # what follows need not add it up again
             squares += square_sum(total)
         return squares
@@ -159,8 +164,8 @@ class OptimizerShard:
 
     def _decoded(self, grads: Sequence[torch.Tensor], first: int, part: AdamWState) -> torch.Tensor:
         numel = part.exp_avg.numel()
-        is_sum = len(grads) > 1  # see `square_sum`
-        values = self._sum[first : first + numel] if is_sum else self._codec.decode(grads[0], numel, first)
+        # see `square_sum`
+        values = self._sum[first : first + numel] if self._has_parts else self._codec.decode(grads[0], numel, first)
         return self._scratch_2P[0, :numel].copy_(values)
 
     def _encode(self, step: torch.Tensor, delta: torch.Tensor, first: int, part: AdamWState) -> None:

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import ray
+import torch
 
 from lsp_ray.device.shared_weights import WeightsPlace
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.switch import Takeover
+from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.runtime.actors.decided import Decided, SetupReport
 from lsp_ray.runtime.actors.device_side import DeviceSide
 from lsp_ray.runtime.actors.numa_nodes import node_of_actor, numa_nodes, run_on
@@ -23,30 +26,37 @@ from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.lanes import COMPUTE, D2H, GPU_LANES, H2D, NEWS, connect, serve
+from lsp_ray.runtime.transport.line import Lines, Way
 from lsp_ray.runtime.transport.messages import tell
 from lsp_ray.runtime.transport.network import Address
-from lsp_ray.runtime.transport.slots import Bytes, as_bytes
-from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
+from lsp_ray.runtime.transport.slots import Slot, as_bytes
+from lsp_ray.runtime.transport.unit_slots import UnitSlots
+from lsp_ray.trace import ComputeSpan, Span, Wait
+
+Timed = TypeVar("Timed", Span, Wait, ComputeSpan, StepReport)
 
 
 class GpuActor:
     """Compute runs on the thread of Ray's that calls `serve`, each direction of the link on one of its own.
 
-    Gradients that are complete and deltas that are due are told on the lane NEWS, which takes no orders.
-
-    On another machine than the driver's, the slots are its own, and payloads cross as bytes: see `GpuRelay`.
+    Gradients that are complete and deltas that are due are told on the lane NEWS, which takes no orders. All times that
+    it tells are by the clock of the driver's machine.
 
     Args:
         job: The run.
-        slots: Of every unit, by index; none where nothing leaves the device.
+        slots: Of every unit, by index, on this machine; none where nothing leaves the device.
         gpu: Its number.
+        way: To units whose shards are on other machines; None: there are none.
     """
 
-    def __init__(self, job: Job, slots: Sequence[UnitSlots | OwnSlots], gpu: int = 0) -> None:
+    def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0, way: Way | None = None) -> None:
         self._news: Connection | None = None
         self._telling = threading.Lock()
         self._name = job.layout.name_of(gpu)
         self._gpu = gpu
+        self._way, self._lines, self._offset_s = way, Lines(), 0.0
+        self._crosses = [own.state is None for own in slots]
+        self._down_turn, self._up_turn = threading.Lock(), threading.Lock()
         self._node = None
         if job.device == "cuda":
             self._node = node_of_actor(numa_nodes(), job.layout.num_beside(gpu) * job.layout.device_threads)
@@ -55,7 +65,7 @@ class GpuActor:
         self._side = DeviceSide(job, self._tell, gpu)
         self._slots = [own.open() for own in slots]
         self._begun = slots if job.begins_with_updates and gpu == 0 else ()
-        payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
+        payloads = [slot.payload for own in self._slots for slot in (*own.down.values(), own.up)]
         self._host_payloads = [payload for payload in payloads if payload.numel()]
 
     def __repr__(self) -> str:
@@ -65,6 +75,7 @@ class GpuActor:
         """Carry out the driver's orders for as long as it lives."""
         lanes = {name: connect(address, name) for name in GPU_LANES}
         self._news = lanes[NEWS]
+        self._look_at_clock()
         for name in (D2H, H2D):
             threading.Thread(target=serve, args=(lanes[name], self), name=name, daemon=True).start()
         serve(lanes[COMPUTE], self)
@@ -79,7 +90,7 @@ class GpuActor:
         report = self._side.setup(self._host_payloads, decided)
         if decided is None:  # else the shards have them, and more exactly
             for own in self._begun:
-                self._side.copy_totals(own.unit, own.open_total())
+                self._begin_with(own)
         return replace(report, places=() if self._node is None else (f"{self._name} runs on {self._node}",))
 
     def share(self, place: WeightsPlace | None) -> None:
@@ -97,10 +108,6 @@ class GpuActor:
     def divide(self, gpu_of_part: tuple[int, ...]) -> None:
         """See `DeviceSide.divide`."""
         self._side.divide(gpu_of_part)
-
-    def totals(self) -> dict[int, Bytes]:
-        """After `setup`: by unit, what the shards' sums are to begin with; float32."""
-        return {own.unit: as_bytes(own.open_total()) for own in self._begun}
 
     def decided(self) -> Decided:
         """See `DeviceSide.decided`."""
@@ -124,6 +131,13 @@ class GpuActor:
 
     def run_step(self, step: int) -> StepReport:
         """See `DeviceSide.run_step`."""
+        self._look_at_clock()
+        report = self._moved(self._run(step))
+        return replace(
+            report, waits=tuple(map(self._moved, report.waits)), compute=tuple(map(self._moved, report.compute))
+        )
+
+    def _run(self, step: int) -> StepReport:
         return self._side.run_step(step, self._host_payloads)
 
     def drain(self) -> None:
@@ -156,33 +170,56 @@ class GpuActor:
         self._side.take_weights(Path(checkpoint))
 
     def send(self, step: int, unit: int, part: int) -> OpReport:
-        """Copy a unit's payload into the part's down-slot."""
+        """Copy a unit's payload into the part's down-slot, and let it be brought to the unit's shard."""
         slot = self._slots[unit].down[part]
-        span, reprojections = self._side.worker.send(step, unit, slot.to_write(), part)
-        slot.publish(step)
-        return OpReport(span=span, size_bytes=slot.payload.nbytes, reprojections=reprojections)
+        with self._down_turn:
+            span, reprojections = self._copy_down(step, unit, part, slot)
+            slot.publish(step)
+        if self._crosses[unit]:
+            self._ask("forward", step, unit, part)
+            span = replace(span, end_s=time.monotonic())
+        return OpReport(span=self._moved(span), size_bytes=slot.payload.nbytes, reprojections=reprojections)
 
     def prefetch(self, step: int, unit: int, is_void: bool) -> OpReport:
-        """Copy a unit's delta out of its up-slot."""
-        payload = self._slots[unit].up.to_read(step)
-        span = self._side.worker.prefetch(step, unit, payload, is_void=is_void)
-        return OpReport(span=replace(span, part=self._gpu), size_bytes=payload.nbytes)
+        """Let a unit's delta be brought from its shard, and copy it out of its up-slot."""
+        slot, start_s = self._slots[unit].up, time.monotonic()
+        if self._crosses[unit]:
+            self._ask("bring", step, unit)
+        with self._up_turn:
+            span = self._copy_up(step, unit, slot, is_void)
+        if self._crosses[unit]:
+            span = replace(span, start_s=start_s)
+        return OpReport(span=self._moved(replace(span, part=self._gpu)), size_bytes=slot.payload.nbytes)
 
-    def send_bytes(self, step: int, unit: int, part: int) -> tuple[OpReport, Bytes]:
-        """The same, into a slot of its own; returns what is in it."""
-        report = self.send(step, unit, part)
-        return report, as_bytes(self._slots[unit].down[part].to_read(step))
+    def _copy_down(self, step: int, unit: int, part: int, slot: Slot) -> tuple[Span, tuple[Reprojection, ...]]:
+        return self._side.worker.send(step, unit, slot.to_write(), part)
 
-    def prefetch_bytes(self, step: int, unit: int, is_void: bool, delta: Bytes) -> OpReport:
-        """`prefetch` of a delta that has come as bytes."""
-        slot = self._slots[unit].up
-        as_bytes(slot.to_write())[:] = delta
-        slot.publish(step)
-        return self.prefetch(step, unit, is_void)
+    def _copy_up(self, step: int, unit: int, slot: Slot, is_void: bool) -> Span:
+        return self._side.worker.prefetch(step, unit, slot.to_read(step), is_void=is_void)
 
-    def clock(self) -> float:
-        """This machine's monotonic clock, seconds."""
-        return time.monotonic()
+    def _begin_with(self, own: UnitSlots) -> None:
+        """Let the shard's sum of a unit's updates begin with what the device has of them."""
+        if not self._crosses[own.unit]:
+            self._side.copy_totals(own.unit, own.open_total())
+            return
+        assert self._way is not None, "whose units cross has a way"
+        total = torch.zeros(own.numel)
+        self._side.copy_totals(own.unit, total)
+        self._lines.to(self._way.keeper).ask("begin_with", own.unit, as_bytes(total))
+
+    def _ask(self, method: str, *args: int) -> None:
+        assert self._way is not None, "whose units cross has a way"
+        self._lines.to(self._way.keeper).ask(method, self._way.index, *args)
+
+    def _look_at_clock(self) -> None:
+        if self._way is not None:
+            self._offset_s = self._lines.to(self._way.keeper).ask("offset_s")
+
+    def _moved(self, what: Timed) -> Timed:
+        """The same by the clock of the driver's machine."""
+        if not self._offset_s:
+            return what
+        return replace(what, start_s=what.start_s + self._offset_s, end_s=what.end_s + self._offset_s)
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from lsp_ray.device.switch import Takeover
 from lsp_ray.errors import DivergedError, WorkerLostError
 from lsp_ray.runtime.actors.decided import SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
-from lsp_ray.runtime.actors.gpu_relay import GpuRelay
+from lsp_ray.runtime.actors.keepers import Keepers
+from lsp_ray.runtime.actors.places import Places
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.leftovers import own_folder
-from lsp_ray.runtime.cluster.nodes import Node, answering, nodes, on_node
+from lsp_ray.runtime.cluster.nodes import on_node
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.prepare.layout import parts_by_pace
-from lsp_ray.runtime.prepare.machines import place
 from lsp_ray.runtime.transport.answers import answer
 from lsp_ray.runtime.transport.lanes import (
     COMPUTE,
@@ -32,9 +32,7 @@ from lsp_ray.runtime.transport.lanes import (
     Lane,
     Order,
     actor_class,
-    open_lanes,
 )
-from lsp_ray.runtime.transport.unit_slots import OwnSlots, UnitSlots
 
 MAX_TRIES = 2  # of putting an actor into a lost one's place
 
@@ -45,28 +43,22 @@ class GpuPool:
     Args:
         job: The run.
         kind: Of whose kind they are.
-        slots: Of every unit, by index.
+        places: Where they are.
+        keepers: Of the slots there.
         shared: A folder that all machines see; None: there is one.
     """
 
-    def __init__(self, job: Job, kind: type[GpuActor], slots: Sequence[UnitSlots], shared: Path | None) -> None:
-        self._job, self._kind, self._slots, self._shared = job, kind, slots, shared
+    def __init__(self, job: Job, kind: type[GpuActor], places: Places, keepers: Keepers, shared: Path | None) -> None:
+        self._job, self._kind, self._shared = job, kind, shared
+        self._places, self._keepers = places, keepers
         self._num_gpus = job.layout.num_gpus
-        there = nodes()
-        self._own = there[0]
-        if not job.layout.nodes:
-            there = [self._own]
-        places = place(self._num_gpus, there, on_gpu=job.device == "cuda")
-        if len(places) < self._num_gpus and job.layout.nodes:
-            raise WorkerLostError(f"{len(places)} GPUs of the cluster are left of {self._num_gpus}")
-        self._places = [*places, *[self._own] * (self._num_gpus - len(places))]
-        self._actors: list[list[Any]] = [self._new(gpu) for gpu in range(self._num_gpus)]
+        self._actors = [self._new(gpu) for gpu in range(self._num_gpus)]
         self._lanes: list[dict[str, Lane]] = []  # none of a GPU that is lost
 
     def open(self) -> None:
         """Wait until all have started."""
-        for gpu, actors in enumerate(self._actors):
-            self._lanes.append(open_lanes(actors[0], self._name(gpu), GPU_LANES))
+        for gpu in range(self._num_gpus):
+            self._lanes.append(self._opened(gpu))
 
     @property
     def lanes(self) -> list[Lane]:
@@ -85,7 +77,7 @@ class GpuPool:
     def forget(self, gpu: int) -> list[Lane]:
         """Take the lanes of one that is lost away; orders to it are for nobody until it is replaced."""
         lanes, self._lanes[gpu] = self._lanes[gpu], {}
-        _kill(self._actors[gpu])
+        ray.kill(self._actors[gpu])
         return list(lanes.values())
 
     def replace(self, gpu: int, step: int) -> None:
@@ -107,14 +99,14 @@ class GpuPool:
                 return
 
     def _replace(self, gpu: int, step: int) -> None:
-        self._places[gpu] = self._place_for(gpu)
+        self._keepers.find_place(gpu)
         self._actors[gpu] = self._new(gpu)
         with own_folder(self._shared) as folder:
             weights = str(folder / "weights.safetensors")
             donor = next(own for own in range(self._num_gpus) if own != gpu)
             what = f"weights for {self._name(gpu)}"
             decided = self._lanes[donor][H2D].call(what, "hand_over", step, weights)
-            self._lanes[gpu] = open_lanes(self._actors[gpu][0], self._name(gpu), GPU_LANES)
+            self._lanes[gpu] = self._opened(gpu)
             if self._shares_weights:
                 self._lanes[gpu][COMPUTE].call("loading", "share", self._weights_place(gpu))
             self._lanes[gpu][COMPUTE].call("setup", "setup", decided)
@@ -132,7 +124,7 @@ class GpuPool:
 
         def tell_progress() -> None:
             nonlocal said
-            now = answer(self._actors[0][0].progress.remote(), "gpu: progress", START_TIMEOUT_S)
+            now = answer(self._actors[0].progress.remote(), "gpu: progress", START_TIMEOUT_S)
             if now and now != said:
                 on_progress(now)
                 said = now
@@ -157,7 +149,7 @@ class GpuPool:
 
     def _share(self, meanwhile: Callable[[], None]) -> None:
         """Let one GPU of each machine load the model, and the others of it take that one's."""
-        first_of = {node.id: gpu for gpu, node in reversed(list(enumerate(self._places)))}
+        first_of = {node.id: gpu for gpu, node in reversed(list(enumerate(self._places.gpus)))}
         for gpu in first_of.values():
             if gpu != 0:
                 self._order(gpu, COMPUTE, "loading", "share", None)
@@ -170,8 +162,9 @@ class GpuPool:
 
     def _weights_place(self, gpu: int) -> WeightsPlace | None:
         """Where one that begins finds the machine's frozen weights; None: it is the only one there."""
-        for own, node in enumerate(self._places):
-            if own != gpu and node.id == self._places[gpu].id and self._lanes[own]:
+        places = self._places.gpus
+        for own, node in enumerate(places):
+            if own != gpu and node.id == places[gpu].id and self._lanes[own]:
                 place: WeightsPlace | None = self._lanes[own][H2D].call(
                     f"frozen weights for {self._name(gpu)}", "weights_place"
                 )
@@ -248,8 +241,8 @@ class GpuPool:
 
     def close(self) -> None:
         """End the actors; what they held is lost."""
-        for actors in self._actors:
-            _kill(actors)
+        for actor in self._actors:
+            ray.kill(actor)
         for lane in self.lanes:
             lane.close()
 
@@ -257,35 +250,18 @@ class GpuPool:
         if self._lanes[gpu]:
             self._lanes[gpu][lane].order(Order(what=what, method=method, args=args))
 
-    def _new(self, gpu: int) -> list[Any]:
-        """Start an actor, and where that is on another machine, what stands for it here; that one first."""
-        node, job = self._places[gpu], self._job
+    def _new(self, gpu: int) -> Any:
         start = actor_class(self._kind, **GPU_GROUPS).options(  # type: ignore[arg-type]  # classes are hashable
-            num_cpus=1, num_gpus=int(job.device == "cuda"), max_restarts=0, **on_node(node.id)
+            num_cpus=1,
+            num_gpus=int(self._job.device == "cuda"),
+            max_restarts=0,
+            **on_node(self._places.gpus[gpu].id),
         )
-        if node.id == self._own.id:
-            return [start.remote(job, self._slots, gpu)]
-        parts = range(job.config.replicas) if job.has_parts_to_divide else job.layout.parts_of(gpu)
-        actor = start.remote(job, [OwnSlots(own, parts) for own in self._slots], gpu)
-        relay = actor_class(GpuRelay, **GPU_GROUPS).options(num_cpus=0, max_restarts=0, **on_node(self._own.id))
-        num_away = sum(place.id != self._own.id for place in self._places)
-        return [relay.remote(actor, self._name(gpu), self._slots, self._own.ip, num_away), actor]
+        given = self._keepers.given(gpu)
+        return start.remote(self._job, given.slots, gpu, given.way)
 
-    def _place_for(self, gpu: int) -> Node:
-        """Where another actor is to come in a lost one's place: there if that machine is, else where there is room."""
-        there = answering(nodes()) if self._job.layout.nodes else [self._own]
-        if any(node.id == self._places[gpu].id for node in there):
-            return self._places[gpu]
-        used = [place.id for own, place in enumerate(self._places) if own != gpu]
-        free = [node for node in there if self._job.device == "cpu" or node.num_gpus > used.count(node.id)]
-        if not free:
-            raise WorkerLostError(f"no machine is left that has a GPU for {self._name(gpu)}")
-        return min(free, key=lambda node: used.count(node.id))
+    def _opened(self, gpu: int) -> dict[str, Lane]:
+        return self._keepers.open_lanes(self._actors[gpu], self._name(gpu), GPU_LANES, self._places.gpus[gpu])
 
     def _name(self, gpu: int) -> str:
         return self._job.layout.name_of(gpu)
-
-
-def _kill(actors: Sequence[Any]) -> None:
-    for actor in actors:
-        ray.kill(actor)

@@ -11,17 +11,17 @@ from typing import ClassVar
 from lsp_ray.device.switch import Takeover, takes_over
 from lsp_ray.errors import DeadlineError, GpuLostError, WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
-from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.actors.decided import SetupReport
 from lsp_ray.runtime.actors.gpu_actor import GpuActor
 from lsp_ray.runtime.actors.gpu_pool import GpuPool
+from lsp_ray.runtime.actors.keepers import Keepers
+from lsp_ray.runtime.actors.places import Places
 from lsp_ray.runtime.actors.shard_pool import ShardPool
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.drive.driver import Completion
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.lanes import NEWS, POLL_S, UPDATES, Lane, Watch
-from lsp_ray.runtime.transport.unit_slots import new_unit_slots
 from lsp_ray.schedule.ops import Op
 from lsp_ray.trace import WorkStream
 
@@ -56,15 +56,12 @@ class RayWorkers:
         self._note = note
         self._watch = Watch()
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
-        sums: Sequence[Sequence[SummedPart] | None] = job.sums or [None] * len(job.payload_sizes)
-        slots = [
-            new_unit_slots(unit, numel, job.codec, parts, job.config.replicas)
-            for unit, (numel, parts) in enumerate(zip(job.payload_sizes, sums, strict=True))
-        ]
-        self._gpus = GpuPool(job, self.gpu_actor, slots, shared)
+        places = Places(job)
+        self._keepers = Keepers(job, places)
+        self._gpus = GpuPool(job, self.gpu_actor, places, self._keepers, shared)
         self._shards: ShardPool | None = None
         try:
-            self._shards = ShardPool(job, slots, note) if slots else None
+            self._shards = ShardPool(job, places, self._keepers, note) if job.payload_sizes else None
             self._gpus.open()
             self._look_around()
         except BaseException:
@@ -77,6 +74,7 @@ class RayWorkers:
         """See `DeviceSide.setup`."""
         report = self._gpus.setup(on_progress)
         self._job = self._job.with_parts(report.gpu_of_part)
+        self._keepers.keep_to(report.throttle)
         if self._shards is not None:
             self._shards.set_up(report.throttle)
         return report
@@ -84,6 +82,7 @@ class RayWorkers:
     def keep_to(self, throttle: Throttle) -> None:
         """Between two steps: slow links and shards down to this from now on."""
         self._gpus.keep_to(throttle)
+        self._keepers.keep_to(throttle)
         if self._shards is not None:
             self._shards.keep_to(throttle)
 
@@ -237,6 +236,7 @@ class RayWorkers:
         self._gpus.close()
         if self._shards is not None:
             self._shards.close()
+        self._keepers.close()
 
     @property
     def _shard_pool(self) -> ShardPool:

@@ -28,6 +28,8 @@ from lsp_ray.runtime.checkpoints.saved_run import SavedRun, reading
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.transport.lanes import UPDATES, connect, serve
+from lsp_ray.runtime.transport.line import Lines, Way
+from lsp_ray.runtime.transport.network import Address
 from lsp_ray.runtime.transport.unit_slots import UnitSlots, state_in
 from lsp_ray.trace import Span, WorkStream
 
@@ -42,6 +44,7 @@ class ShardActor:
         weight_decay: Of updates that are added up here.
         index: Of this shard; Ray's dashboard names it by that.
         cores: That it keeps to; none: it runs where it may.
+        way: To the clock of the driver's machine, by which all times are told; None: it is this one's.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class ShardActor:
         index: int,
         weight_decay: float = 0.0,
         cores: Collection[int] = (),
+        way: Way | None = None,
     ) -> None:
         self._index = index
+        self._way, self._lines, self._offset_s, self._last_step = way, Lines(), 0.0, -1
         run_on(cores)
         torch.set_num_threads(num_threads)
         self._opened = {own.unit: own.open() for own in slots}
@@ -70,7 +75,7 @@ class ShardActor:
             codec=slots[0].codec,
             sums=sums or None,
             weight_decay=weight_decay,
-            num_parts=len(slots[0].down),
+            parts=slots[0].parts,
         )
         self._bucket: TokenBucket | None = None
         for unit, slot in self._states.items():
@@ -80,7 +85,7 @@ class ShardActor:
     def __repr__(self) -> str:
         return f"shard-{self._index}"
 
-    def serve(self, address: str) -> None:
+    def serve(self, address: str | Address) -> None:
         """Carry out the driver's orders for as long as it lives."""
         serve(connect(address, UPDATES), self)
 
@@ -110,11 +115,12 @@ class ShardActor:
         grad_scale: float = 1.0,
     ) -> OpReport:
         """Read the unit's gradients of `step` from its down-slots, write the delta into its up-slot."""
+        self._look_at_clock(step)
         start_s = time.monotonic()
         own, slot = self._opened[unit], self._states[unit]
         gradients = own.gradients(step)
         if slot.generation == step + 1 and grad_scale == 1.0:  # made by an actor that died before it could say so
-            return _report(step, unit, start_s, self._shard.square_sum(unit, gradients))
+            return self._report(step, unit, start_s, self._shard.square_sum(unit, gradients))
         if slot.generation == step + 1:  # made before the step was judged
             self._put_back(unit)
         self._keep(unit, step)
@@ -125,7 +131,16 @@ class ShardActor:
             self._bucket.take(self._numel[unit], start_s=start_s)
         own.up.publish(step)
         slot.publish(step + 1)
-        return _report(step, unit, start_s, squares)
+        return self._report(step, unit, start_s, squares)
+
+    def _report(self, step: int, unit: int, start_s: float, squares: float | None) -> OpReport:
+        begin_s, end_s = start_s + self._offset_s, time.monotonic() + self._offset_s
+        span = Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=begin_s, end_s=end_s)
+        return OpReport(span=span, square_sum=squares)
+
+    def _look_at_clock(self, step: int) -> None:
+        if self._way is not None and step != self._last_step:
+            self._offset_s, self._last_step = self._lines.to(self._way.keeper).ask("offset_s"), step
 
     def _keep(self, unit: int, step: int) -> None:
         """Copy a state so that `_put_back` can undo what happens to it from now on."""
@@ -141,8 +156,3 @@ class ShardActor:
         assert step is not None, "a state was changed before it was kept"
         slot.to_write().copy_(undo.payload)
         slot.publish(step)
-
-
-def _report(step: int, unit: int, start_s: float, squares: float | None) -> OpReport:
-    span = Span(stream=WorkStream.CPU, step=step, layer=unit, start_s=start_s, end_s=time.monotonic())
-    return OpReport(span=span, square_sum=squares)

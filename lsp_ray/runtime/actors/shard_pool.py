@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
 import ray
 
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.reproject import Reprojection
+from lsp_ray.runtime.actors.keepers import Keepers
 from lsp_ray.runtime.actors.numa_nodes import NumaNode, nodes_of_shards, numa_nodes, threads_near
+from lsp_ray.runtime.actors.places import Places
 from lsp_ray.runtime.actors.shard_actor import ShardActor
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.cluster.nodes import on_node
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, UPDATES, Lane, Order, actor_class, open_lanes
-from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo, own_node
+from lsp_ray.runtime.transport.lanes import UPDATES, Lane, Order, actor_class
 from lsp_ray.schedule.ops import Op
 
 MAX_DEATHS_IN_A_ROW = 3
@@ -28,18 +28,21 @@ class ShardPool:
 
     Args:
         job: The run.
-        slots: Of every unit, by index.
+        places: Where they are.
+        keepers: Of the slots there.
         note: Told, in a line, of a shard that died.
 
     Attributes:
         lanes: To each shard.
     """
 
-    def __init__(self, job: Job, slots: Sequence[UnitSlots], note: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, places: Places, keepers: Keepers, note: Callable[[str], None]) -> None:
         self._job = job
+        self._places, self._keepers = places, keepers
         self._note = note
-        self._slots = [[slots[unit] for unit in job.layout.units_of(index)] for index in range(job.layout.num_shards)]
-        self._undo = [new_undo(own, is_shared=not job.speculates) for own in self._slots]
+        units = [job.layout.units_of(index) for index in range(job.layout.num_shards)]
+        self._slots = [[keepers.homes[unit] for unit in own] for own in units]
+        self._undo = [keepers.new_undo(index, own, is_shared=not job.speculates) for index, own in enumerate(units)]
         self._nodes = self._spread()
         self._throttle = Throttle()
         self._deaths = [0 for _ in self._slots]
@@ -90,7 +93,8 @@ class ShardPool:
         self._note(f"{error}; another one takes its place, nothing is lost")
         ray.kill(self._shards[index])
         lane.close()
-        _wait_for_end(lane.process)  # two writers of one slot would be one too many
+        if not self._keepers.has_ended(index, lane.pid):  # two writers of one slot would be one too many
+            raise WorkerLostError(f"process {lane.pid} of a lost actor does not end") from error
         self._shards[index] = self._new(index)
         self.lanes[index] = self._opened(index)
         self._slow_down(index)
@@ -118,38 +122,33 @@ class ShardPool:
         self._slots, self._undo = [], []
 
     def _new(self, index: int) -> Any:
-        actor = actor_class(ShardActor).options(num_cpus=1, max_restarts=0, **on_node(own_node()))
+        place = on_node(self._places.shards[index].id)
+        actor = actor_class(ShardActor).options(num_cpus=1, max_restarts=0, **place)
         threads, decay, node = self._job.layout.shard_threads, self._job.config.weight_decay, self._nodes[index]
         cores = () if node is None else node.cores
-        return actor.remote(self._slots[index], self._undo[index], threads, index, decay, cores)
+        way = self._keepers.way_of_shard(index)
+        return actor.remote(self._slots[index], self._undo[index], threads, index, decay, cores, way)
 
     def _spread(self) -> list[NumaNode | None]:
-        """Of each shard; none where CPU actors stand in GPUs' places, who have most of the cores of all nodes."""
+        """Of each shard here; none where CPU actors stand in GPUs' places, who have most of the cores of all nodes."""
         layout = self._job.layout
+        chosen: list[NumaNode | None] = [None] * layout.num_shards
         if self._job.device == "cpu":
-            return [None] * layout.num_shards
+            return chosen
         there = numa_nodes()
-        taken = threads_near(there, layout.num_gpus, layout.device_threads)
-        chosen = nodes_of_shards(there, layout.num_shards, layout.shard_threads, taken)
-        for index, node in enumerate(chosen):
+        taken = threads_near(there, layout.num_beside(0), layout.device_threads)
+        here = [index for index, place in enumerate(self._places.shards) if place.id == self._places.own.id]
+        found = nodes_of_shards(there, len(here), layout.shard_threads, taken)
+        for index, node in zip(here, found, strict=True):
+            chosen[index] = node
             if node is not None:
                 self._note(f"shard {index} runs on {node}")
         return chosen
 
     def _opened(self, index: int) -> Lane:
-        return open_lanes(self._shards[index], f"shard {index}", [UPDATES])[UPDATES]
+        place = self._places.shards[index]
+        return self._keepers.open_lanes(self._shards[index], f"shard {index}", [UPDATES], place)[UPDATES]
 
     def _slow_down(self, index: int) -> None:
         args = (self._throttle, len(self.lanes))
         self.lanes[index].order(Order(what="throttle", method="keep_to", args=args))
-
-
-def _wait_for_end(process: psutil.Process | None) -> None:
-    assert process is not None, "shards are on this machine"
-    try:
-        if process.status() != psutil.STATUS_ZOMBIE:
-            process.wait(START_TIMEOUT_S)
-    except psutil.NoSuchProcess:
-        return
-    except psutil.TimeoutExpired as error:
-        raise WorkerLostError(f"process {process.pid} of a lost actor does not end") from error

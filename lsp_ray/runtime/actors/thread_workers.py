@@ -49,15 +49,15 @@ class ThreadWorkers:
 
         self.side = DeviceSide(job, tell)
         wires = [job.codec.wire_numel(numel) for numel in job.payload_sizes]
-        dtype, num_parts = job.codec.dtype, job.config.replicas
+        dtype, parts = job.codec.dtype, range(job.config.replicas)
         self._slots = [
             OpenSlots(
-                down=[new_slot(numel, f"down {unit}", dtype) for _ in range(num_parts)],
+                down={part: new_slot(numel, f"down {unit}", dtype) for part in parts},
                 up=new_slot(numel, f"up {unit}", dtype),
             )
             for unit, numel in enumerate(wires)
         ]
-        self._host_payloads = [slot.payload for own in self._slots for slot in (*own.down, own.up)]
+        self._host_payloads = [slot.payload for own in self._slots for slot in (*own.down.values(), own.up)]
         self._buckets: list[TokenBucket | None] = [None] * job.layout.num_shards
         self._reprojections: dict[int, Sequence[Reprojection]] = {}
         self._before: dict[int, tuple[int, AdamWState]] = {}  # unit -> its last update's step, the state before it
@@ -68,7 +68,7 @@ class ThreadWorkers:
                 codec=job.codec,
                 sums=None if job.sums is None else dict(enumerate(job.sums)),
                 weight_decay=job.config.weight_decay,
-                num_parts=num_parts,
+                parts=[range(part, part + 1) for part in parts],
             )
             for index in range(layout.num_shards)
         ]

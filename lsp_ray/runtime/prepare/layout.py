@@ -19,7 +19,8 @@ GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU comput
 class Layout:
     """Threads of each actor, the shard that owns each unit, and the GPU that computes each part of a step.
 
-    `nodes` are the names of the machines of all GPUs; empty: there is one machine.
+    `nodes` are the names of the machines of all GPUs, `shard_nodes` of those of all shards; empty: all are on one, the
+    driver's.
     """
 
     device_threads: int
@@ -27,6 +28,7 @@ class Layout:
     shard_of_unit: tuple[int, ...]
     gpu_of_part: tuple[int, ...] = (0,)
     nodes: tuple[str, ...] = ()
+    shard_nodes: tuple[str, ...] = ()
 
     @property
     def num_shards(self) -> int:
@@ -42,6 +44,18 @@ class Layout:
     def num_gpus(self) -> int:
         """GPUs, or CPU actors in their place, that compute."""
         return len(set(self.gpu_of_part))
+
+    @property
+    def homes(self) -> tuple[str, ...]:
+        """Names of the machines that have shards, each once; one, without a name, where that is the driver's alone."""
+        return tuple(dict.fromkeys(self.shard_nodes)) or ("",)
+
+    @property
+    def home_of_unit(self) -> tuple[int, ...]:
+        """By unit, the number of its shard's machine among `homes`."""
+        if not self.shard_nodes:
+            return (0,) * len(self.shard_of_unit)
+        return tuple(self.homes.index(self.shard_nodes[shard]) for shard in self.shard_of_unit)
 
     def name_of(self, gpu: int) -> str:
         """What people and Ray's dashboard call it."""

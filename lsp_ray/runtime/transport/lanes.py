@@ -117,6 +117,7 @@ class Lane:
         process: The actor's; None: it is on another machine.
         life: Answered by Ray when the actor ends.
         name: Which of the actor's lanes it is.
+        pid: Of the actor's process, on its machine.
 
     Attributes:
         owed: Orders without an answer, oldest first.
@@ -124,13 +125,19 @@ class Lane:
     """
 
     def __init__(
-        self, connection: Connection, who: str, process: psutil.Process | None, life: ray.ObjectRef[Any], name: str
+        self,
+        connection: Connection,
+        who: str,
+        process: psutil.Process | None,
+        life: ray.ObjectRef[Any],
+        name: str,
+        pid: int,
     ) -> None:
         self._connection, self._who, self._life = connection, who, life
         self._ear = Ear(connection)
         self._poll = select.poll()  # kept: the connection's own prepares one for every message
         self._poll.register(connection, select.POLLIN)
-        self.process, self.name = process, name
+        self.process, self.name, self.pid = process, name, pid
         self.owed: deque[Order] = deque()
         self.has_come = False
 
@@ -162,7 +169,7 @@ class Lane:
         result = self.message(meanwhile)
         order = self.owed.popleft()
         if isinstance(result, Failure):
-            _fail(result, f"{self._who}: {order}")
+            fail(result, f"{self._who}: {order}")
         return result
 
     def owes(self) -> list[str]:
@@ -298,7 +305,7 @@ def _opened(
         try:
             connection = accept()
             name, pid = Ear(connection).heard()  # nothing else comes before the first order
-            lanes[name] = Lane(connection, who, process(pid), life, name)
+            lanes[name] = Lane(connection, who, process(pid), life, name, pid)
         except (TimeoutError, EOFError, psutil.NoSuchProcess):
             if ray.wait([life], timeout=0)[0]:
                 answer(life, f"{who}: start")
@@ -313,7 +320,8 @@ def bounded(ours: socket.socket, timeout_s: float) -> Connection:
     return Connection(ours.detach())
 
 
-def _fail(failure: Failure, what: str) -> None:
+def fail(failure: Failure, what: str) -> None:
+    """Raise what an order raised elsewhere, see `Lane.answer`."""
     error = failure.error
     if isinstance(error, torch.OutOfMemoryError):
         raise OutOfDeviceMemoryError(

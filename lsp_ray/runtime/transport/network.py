@@ -98,6 +98,11 @@ class Clock:
         self._looks.append((answered_s - asked_s, (asked_s + answered_s) / 2 - theirs_s))
 
     @property
+    def has_looked(self) -> bool:
+        """Whether it is known."""
+        return bool(self._looks)
+
+    @property
     def offset_s(self) -> float:
         """What to add to its times; wrong by at most half of what the quickest of the last answers took."""
         return min(self._looks)[1]

@@ -14,7 +14,7 @@ the payload, both page-aligned so that each slot can be page-locked on its own.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,11 +117,11 @@ class Slot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenSlots:
-    """A unit's slots, mapped; `down` by part of a step."""
+    """A unit's slots, mapped; `down` by part of a step, of a sum of several by the first one."""
 
-    down: Sequence[Slot]
+    down: Mapping[int, Slot]
     up: Slot
 
     def gradients(self, step: int) -> list[torch.Tensor]:
-        """The payloads of all parts of `step`, encoded, flat; see `Slot.to_read`."""
-        return [slot.to_read(step) for slot in self.down]
+        """The payloads of all parts of `step`, or their sums, flat; see `Slot.to_read`."""
+        return [slot.to_read(step) for slot in self.down.values()]

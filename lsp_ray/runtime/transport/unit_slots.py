@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,40 +13,47 @@ from lsp_ray.optim.adamw import AdamWState
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.runtime.transport.slots import OpenSlots, Slot, new_slot_buffer
-from lsp_ray.runtime.transport.slots import new_slot as new_own_slot
-from lsp_ray.sim.store import payload_bytes, state_numel
+from lsp_ray.sim.store import state_numel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitSlots:
-    """One unit's slots: object references of the ways down, one for each part of a step, the way up and the state.
+    """One unit's slots on one machine: object references of the ways down, the way up and the state.
 
     Attributes:
         unit: Its number.
         numel: Length of its payloads, before they are encoded.
         codec: Of the payloads.
         sums: The parts of a payload whose updates the shard adds up; None where it does not.
+        parts: Of a step, those that each way down is for: one, encoded, or the sum of several, float32.
         down: See above.
         up: See above.
-        state: See above.
+        state: See above; None where the shard is on another machine.
     """
 
     unit: int
     numel: int
     codec: Codec
     sums: Sequence[SummedPart] | None
+    parts: Sequence[range]
     down: Sequence[ray.ObjectRef[Any]]
     up: ray.ObjectRef[Any]
-    state: ray.ObjectRef[Any]
+    state: ray.ObjectRef[Any] | None
 
     def open(self) -> OpenSlots:
         """Map the slots of all ways into this process; see `Slot` for errors."""
-        numel, dtype, node = self.codec.wire_numel(self.numel), self.codec.dtype, own_node()
-        downs = [Slot(ray.get(ref), numel, f"down {self.unit}", dtype, node) for ref in self.down]
-        return OpenSlots(down=downs, up=Slot(ray.get(self.up), numel, f"up {self.unit}", dtype, node))
+        node = own_node()
+
+        def opened(ref: ray.ObjectRef[Any], name: str, own: range = range(1)) -> Slot:
+            numel, dtype = _room(self.numel, self.codec, own)
+            return Slot(ray.get(ref), numel, f"{name} {self.unit}", dtype, node)
+
+        downs = {own.start: opened(ref, "down", own) for own, ref in zip(self.parts, self.down, strict=True)}
+        return OpenSlots(down=downs, up=opened(self.up, "up"))
 
     def open_state(self) -> Slot:
         """Map the state's slot into this process; see `state_numel`."""
+        assert self.state is not None, "the state is on the shard's machine"
         return self.open_undo(self.state, "state")
 
     def open_total(self) -> torch.Tensor:
@@ -61,33 +68,6 @@ class UnitSlots:
         return Slot(ray.get(ref), numel, f"{name} {self.unit}", node=own_node())
 
 
-class OwnSlots:
-    """A unit's slots in an actor's own memory, where those in Ray's object store are another machine's.
-
-    Args:
-        like: Those of the store.
-        parts: Of a step, that are computed here; others have slots without room.
-    """
-
-    def __init__(self, like: UnitSlots, parts: Collection[int]) -> None:
-        self.unit = like.unit
-        self._numel, self._codec = like.numel, like.codec
-        self._has_part = [part in parts for part in range(len(like.down))]
-        self._total: torch.Tensor | None = None
-
-    def open(self) -> OpenSlots:
-        """Allocate them."""
-        numel, dtype = self._codec.wire_numel(self._numel), self._codec.dtype
-        downs = [new_own_slot(numel if has else 0, f"down {self.unit}", dtype) for has in self._has_part]
-        return OpenSlots(down=downs, up=new_own_slot(numel, f"up {self.unit}", dtype))
-
-    def open_total(self) -> torch.Tensor:
-        """A place for the sum of all updates, see `UnitSlots.open_total`; the same each time."""
-        if self._total is None:
-            self._total = torch.zeros(self._numel)
-        return self._total
-
-
 def own_node() -> str:
     """The number of this process's node, as Ray has it."""
     node: str = ray.get_runtime_context().get_node_id()
@@ -95,15 +75,35 @@ def own_node() -> str:
 
 
 def new_unit_slots(
-    unit: int, numel: int, codec: Codec, sums: Sequence[SummedPart] | None = None, num_parts: int = 1
+    unit: int,
+    numel: int,
+    codec: Codec,
+    sums: Sequence[SummedPart] | None = None,
+    parts: Sequence[range] = (range(1),),
+    *,
+    has_state: bool = True,
 ) -> UnitSlots:
     """Allocate a unit's slots on this node, for payloads of `numel` elements; `sim.store` counts them."""
-    wire_bytes = payload_bytes(numel, codec.payload_dtype)
-    *downs, up = (new_slot(wire_bytes) for _ in range(num_parts + 1))
-    state = new_slot(state_bytes(numel, codec, sums))
-    slots = UnitSlots(unit=unit, numel=numel, codec=codec, sums=sums, down=downs, up=up, state=state)
-    slots.open_state().publish(0)  # zeros: the state before the first update
+    sizes = [length * dtype.itemsize for length, dtype in (_room(numel, codec, own) for own in parts)]
+    length, dtype = _room(numel, codec)
+    slots = UnitSlots(
+        unit=unit,
+        numel=numel,
+        codec=codec,
+        sums=sums,
+        parts=tuple(parts),
+        down=[new_slot(size) for size in sizes],
+        up=new_slot(length * dtype.itemsize),
+        state=new_slot(state_bytes(numel, codec, sums)) if has_state else None,
+    )
+    if has_state:
+        slots.open_state().publish(0)  # zeros: the state before the first update
     return slots
+
+
+def _room(numel: int, codec: Codec, parts: range = range(1)) -> tuple[int, torch.dtype]:
+    """Elements and their type of a slot, see `UnitSlots.parts`."""
+    return (codec.wire_numel(numel), codec.dtype) if len(parts) == 1 else (numel, torch.float32)
 
 
 def new_undo(slots: Sequence[UnitSlots], *, is_shared: bool) -> Mapping[int, ray.ObjectRef[Any]]:

@@ -1,0 +1,67 @@
+"""Places: on which machine each GPU and each shard of a run is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lsp_ray.errors import WorkerLostError
+from lsp_ray.runtime.cluster.nodes import Node, answering, nodes
+from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.prepare.machines import place
+
+
+class Places:
+    """As the job is laid out, on what is there now.
+
+    Args:
+        job: The run.
+
+    Attributes:
+        own: The driver's machine.
+        gpus: Of each GPU.
+        shards: Of each shard.
+
+    Raises:
+        WorkerLostError: A machine is lost.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        there = nodes()
+        self.own = there[0]
+        if not job.layout.nodes:
+            there = [self.own]
+        num_gpus, named = job.layout.num_gpus, {node.name: node for node in there}
+        found = place(num_gpus, there, on_gpu=job.device == "cuda")
+        if len(found) < num_gpus and job.layout.nodes:
+            raise WorkerLostError(f"{len(found)} GPUs of the cluster are left of {num_gpus}")
+        self.gpus = [*found, *[self.own] * (num_gpus - len(found))]
+        for name in job.layout.shard_nodes:
+            if name not in named:
+                raise WorkerLostError(f"{name} is lost, which has shards")
+        self.shards = [named[name] for name in job.layout.shard_nodes] or [self.own] * job.layout.num_shards
+
+    def find(self, gpu: int) -> Sequence[Node]:
+        """Decide where another actor comes in a lost one's place; returns the machines that answer.
+
+        Raises:
+            WorkerLostError: There is no place.
+        """
+        there = answering(nodes()) if self._job.layout.nodes else [self.own]
+        self.gpus[gpu] = place_for(self._job, gpu, self.gpus, there)
+        return there
+
+
+def place_for(job: Job, gpu: int, places: Sequence[Node], there: Sequence[Node]) -> Node:
+    """Where another actor is to come in a lost one's place: there if that machine is, else where there is room.
+
+    Raises:
+        WorkerLostError: There is none.
+    """
+    if any(node.id == places[gpu].id for node in there):
+        return places[gpu]
+    used = [place.id for own, place in enumerate(places) if own != gpu]
+    free = [node for node in there if job.device == "cpu" or node.num_gpus > used.count(node.id)]
+    if not free:
+        raise WorkerLostError(f"no machine is left that has a GPU for {job.layout.name_of(gpu)}")
+    return min(free, key=lambda node: used.count(node.id))
