@@ -20,6 +20,7 @@ Method = Literal["lsp", "zero_offload", "native", "lora", "galore"]
 PayloadDtype = Literal["bfloat16", "float32", "int8"]
 Task = Literal["causal_lm", "sequence_classification"]
 PolicyName = Literal["sequential", "delayed", "layerwise_fcfs", "layerwise", "earliest_deadline"]
+ShardNodes = Literal["auto", "driver", "all"]
 Weights = Literal["device", "host"]
 WeightsAsked = Literal["device", "host", "auto"]
 ReportTo = Literal["none", "tensorboard", "wandb"]
@@ -171,7 +172,7 @@ class RuntimeConfig:
     """Actors, threads and schedule."""
 
     num_shards: int | None = None
-    """CPU shard actors that own the optimizer state; default: 1, from 16 cores on 2."""
+    """CPU shard actors that own the optimizer state, of each machine with any; default: 1, from 16 cores on 2."""
     num_gpus: int | Literal["auto"] = "auto"
     """GPUs that compute, lsp and zero_offload alone several; auto: all, at most num_replicas."""
     address: str | None = None
@@ -196,6 +197,8 @@ class RuntimeConfig:
     """Where blocks' inputs wait for the backward; host: main memory, with gradient_checkpointing implied."""
     link_gbps: float | None = None
     """Slow the link down to so many gigabytes (10⁹ bytes) a second, in each direction by itself; default: as it is."""
+    shard_nodes: ShardNodes = "auto"
+    """Of a cluster, the machines that have shards: the driver's alone, or all; auto: all where there are three."""
     network_gbps: float | None = None
     """Slow the network to other machines down to so many gigabytes a second, in each direction; default: as it is."""
     emulate: EmulatedMachine | None = None
@@ -219,6 +222,10 @@ class RuntimeConfig:
         if self.network_gbps is not None and self.address is None:
             raise ConfigError(
                 "runtime.network_gbps", "come with runtime.address: one machine has no network", self.network_gbps
+            )
+        if self.shard_nodes != "auto" and self.address is None:
+            raise ConfigError(
+                "runtime.shard_nodes", "come with runtime.address: one machine has all shards", self.shard_nodes
             )
         if self.emulate is not None and self.link_gbps is not None:
             raise ConfigError("runtime.link_gbps", f"be left out where {self.emulate} is emulated", self.link_gbps)

@@ -144,7 +144,7 @@ def _trained(
         from lsp_ray.runtime.cluster.nodes import check_nodes, nodes
         from lsp_ray.runtime.cluster.private_cluster import ray_cluster
         from lsp_ray.runtime.persistence import fine_tune_persistently
-        from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory
+        from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory, store_bytes_at
 
     check_memory(job, read_host_memory())
     runtime = job.config.runtime
@@ -158,7 +158,9 @@ def _trained(
         dashboard=runtime.dashboard,
     ) as cluster:
         if is_joined:
-            check_nodes(nodes(), job.model_folder, output_dir, job.store_bytes)
+            there = nodes()
+            store_bytes = [store_bytes_at(job, node.name, is_own=node.is_own) for node in there]
+            check_nodes(there, job.model_folder, output_dir, store_bytes)
         if stop is not None:
             stop.take()
         _note_dashboard(cluster, progress)
@@ -309,7 +311,8 @@ def _plan_line(job: Job) -> str:
     parts.append(f"{job.num_steps} steps of {config.examples_per_step}{in_parts}")
     if job.payload_sizes:
         parts.append(f"{size_text(job.bytes_each_way)} each way a step")
-        parts.append(f"{layout.num_shards} shard(s) × {layout.shard_threads} thread(s)")
+        where = f" on {', '.join(layout.homes)}" if layout.shard_nodes else ""
+        parts.append(f"{layout.num_shards} shard(s){where} × {layout.shard_threads} thread(s)")
         parts.append(f"policy {config.policy}")
     parts.append(f"{layout.device_threads} device thread(s)")
     return ", ".join(parts)

@@ -57,6 +57,8 @@ class TraceFile:
         num_steps: Of the run.
         gpu_of_part: Which GPU's row a part's payload goes to; several have rows of their own, numbered.
         has_link: Whether something crosses the link, though nothing is updated elsewhere.
+        home_of_layer: The number of the machine of its shard; where there are several, each has rows of the links.
+        homes: Their names.
     """
 
     def __init__(
@@ -67,8 +69,11 @@ class TraceFile:
         num_steps: int,
         gpu_of_part: Sequence[int] = (0,),
         has_link: bool = False,
+        home_of_layer: Sequence[int] = (),
+        homes: Sequence[str] = ("",),
     ) -> None:
         self._file = file
+        self._home_of_layer, self._homes = home_of_layer, homes
         self._gpu_of_part = gpu_of_part
         self._has_several = len(set(gpu_of_part)) > 1
         self._shard_of_layer = shard_of_layer
@@ -77,9 +82,9 @@ class TraceFile:
         gpus = sorted(set(gpu_of_part))
         rows = [*(self._of_gpu(GPU_ROW, gpu) for gpu in gpus), WAIT_ROW]
         if shard_of_layer or has_link:
-            rows += [self._of_gpu(D2H_ROW, gpu) for gpu in gpus]
+            rows += [self._of_link(D2H_ROW, gpu, home) for gpu in gpus for home in homes]
             rows += [f"CPU shard {index}" for index in range(max(shard_of_layer, default=-1) + 1)]
-            rows += [self._of_gpu(H2D_ROW, gpu) for gpu in gpus]
+            rows += [self._of_link(H2D_ROW, gpu, home) for gpu in gpus for home in homes]
         # not from 0: Perfetto takes a process's thread 0 for its first one, and two rows would become one
         self._row_ids = {row: index for index, row in enumerate(rows, start=1)}
         named = [_meta("process_name", 1, "lsp_ray")]
@@ -131,13 +136,20 @@ class TraceFile:
     def _row(self, op: Span) -> str:
         match op.stream:
             case WorkStream.D2H:
-                return self._of_gpu(D2H_ROW, self._gpu_of_part[op.part])
+                return self._of_link(D2H_ROW, self._gpu_of_part[op.part], self._home(op.layer))
             case WorkStream.H2D:
-                return self._of_gpu(H2D_ROW, op.part)
+                return self._of_link(H2D_ROW, op.part, self._home(op.layer))
         return f"CPU shard {self._shard_of_layer[op.layer]}"
 
     def _of_gpu(self, row: str, gpu: int) -> str:
         return f"{row} {gpu}" if self._has_several else row
+
+    def _of_link(self, row: str, gpu: int, home: str) -> str:
+        own = self._of_gpu(row, gpu)
+        return f"{own} · {home}" if len(self._homes) > 1 else own
+
+    def _home(self, layer: int) -> str:
+        return self._homes[self._home_of_layer[layer]] if len(self._homes) > 1 else ""
 
     def _us(self, time_s: float) -> float:
         assert self._zero_s is not None
@@ -155,10 +167,20 @@ def trace_file(
     num_steps: int,
     gpu_of_part: Sequence[int] = (0,),
     has_link: bool = False,
+    home_of_layer: Sequence[int] = (),
+    homes: Sequence[str] = ("",),
 ) -> Iterator[TraceFile]:
     """Open a new TraceFile; it is closed however the run ends."""
     with path.open("w", encoding="utf-8") as file:
-        trace = TraceFile(file, shard_of_layer, num_steps=num_steps, gpu_of_part=gpu_of_part, has_link=has_link)
+        trace = TraceFile(
+            file,
+            shard_of_layer,
+            num_steps=num_steps,
+            gpu_of_part=gpu_of_part,
+            has_link=has_link,
+            home_of_layer=home_of_layer,
+            homes=homes,
+        )
         try:
             yield trace
         finally:

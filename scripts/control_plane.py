@@ -120,7 +120,9 @@ def _driver(
 ) -> Driver:
     """As a run has it, with the log of its first steps."""
     layout = job.layout
-    policy = POLICIES[job.config.policy](layout.shard_of_unit, gpu_of_part=layout.gpu_of_part)
+    policy = POLICIES[job.config.policy](
+        layout.shard_of_unit, gpu_of_part=layout.gpu_of_part, home_of_layer=layout.home_of_unit
+    )
     return Driver(
         workers,
         policy,

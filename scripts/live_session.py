@@ -67,7 +67,9 @@ class LiveSession:
         self._workers.keep_to(throttle)
         layout, num_sent = self._job.layout, len(self.payload_sizes)
         owners = layout.shard_of_unit if num_sent else ()
-        fresh = POLICIES[name](owners, room=self._job.delta_room, gpu_of_part=layout.gpu_of_part)
+        fresh = POLICIES[name](
+            owners, room=self._job.delta_room, gpu_of_part=layout.gpu_of_part, home_of_layer=layout.home_of_unit
+        )
         policy = self._policies.setdefault(name, fresh)
         first, num_parts = self._num_run, len(layout.gpu_of_part)
         judge = StepJudge(num_sent, num_parts=num_parts, num_gpus=layout.num_gpus, first_step=first)

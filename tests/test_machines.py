@@ -108,19 +108,32 @@ def actor_of(raylet: psutil.Process, kind: str) -> psutil.Process:
     raise AssertionError(f"no {kind}")
 
 
-def test_two_machines_train_to_the_bits_of_one(tmp_path: Path, two: tuple[Machines, list[psutil.Process]]) -> None:
-    changes: dict[str, Any] = {"num_replicas": 3, "max_steps": 10, "max_grad_norm": 1.8, "lsp": REFITS}
-    job = alone(tmp_path, **changes)
-    with Run(tmp_path, two[0], **changes, runtime={"network_gbps": 0.01}) as run:
+@pytest.mark.parametrize(
+    ("shard_nodes", "changes"),
+    [
+        ("driver", {"num_replicas": 3, "lsp": REFITS}),
+        # two actors a machine, whose parts are added up before they leave it; shards on both
+        ("all", {"num_replicas": 4, "bf16": False, "runtime": {"num_gpus": 4, "payload_dtype": "float32"}}),
+    ],
+)
+def test_two_machines_train_to_the_bits_of_one(
+    tmp_path: Path, two: tuple[Machines, list[psutil.Process]], shard_nodes: str, changes: dict[str, Any]
+) -> None:
+    runtime = {"shard_nodes": shard_nodes, "network_gbps": 0.01, **changes.pop("runtime", {})}
+    changes |= {"max_steps": 10, "max_grad_norm": 1.8}
+    job = alone(tmp_path, **changes, runtime={"payload_dtype": runtime.get("payload_dtype", "bfloat16")})
+    with Run(tmp_path, two[0], **changes, runtime=runtime) as run:
         said = run.end()
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))
     assert "cluster: 2 machine(s)" in said
     steps = run.steps()
     assert len(steps) == 10
-    assert any(step["num_refitted"] for step in steps)
+    assert any(step["num_refitted"] for step in steps) or "lsp" not in changes
     assert all(step["gpu_busy_s"] >= 0.0 for step in steps)
     rows = read_trace(run.out / "internals" / "trace.json").rows
-    assert {"GPU 0", "GPU 1", "down-link 0", "down-link 1"} <= set(rows)
+    assert {"GPU 0", "GPU 1"} <= set(rows)
+    assert sum(row.startswith("down-link 0") for row in rows) == (2 if shard_nodes == "all" else 1)
+    assert sum(row.startswith("CPU shard") for row in rows) == (2 if shard_nodes == "all" else 1)
     assert not list(run.out.glob("lsp_ray-*"))
     assert not list(run.out.glob(".seen-*"))
 

@@ -77,13 +77,13 @@ def test_a_machine_that_would_fail_later_is_named(
 ) -> None:
     monkeypatch.setattr(nodes, "_look_at", lambda *_: [found(), theirs])
     with pytest.raises(ConfigError, match=message):
-        check_nodes([OWN, OTHER], tmp_path, tmp_path, store_bytes=1000)
+        check_nodes([OWN, OTHER], tmp_path, tmp_path, store_bytes=[1000, 0])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_store_that_is_too_small_is_refused_with_the_size_it_needs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"object store on a has 2.00 GB .*--object-store-memory=2000000000 there$"):
-        check_nodes([OWN, OTHER], tmp_path, tmp_path, store_bytes=2_000_000_000)
+        check_nodes([OWN, OTHER], tmp_path, tmp_path, store_bytes=[2_000_000_000, 0])
 
 
 def test_a_cluster_that_asks_nobody_for_a_token_is_joined_where_only_this_machine_reaches_it(

@@ -238,6 +238,8 @@ class Training:
                 num_steps=job.num_steps,
                 gpu_of_part=job.layout.gpu_of_part,
                 has_link=job.inputs is not None,
+                home_of_layer=job.layout.home_of_unit,
+                homes=job.layout.homes,
             ) as trace,
         ):
             totals = StepTotals(measured=job.measured_step + 1)
@@ -253,7 +255,11 @@ class Training:
 
             layout = job.layout
             policy = POLICIES[job.config.policy](
-                shard_of_unit, speculates=job.speculates, room=job.delta_room, gpu_of_part=layout.gpu_of_part
+                shard_of_unit,
+                speculates=job.speculates,
+                room=job.delta_room,
+                gpu_of_part=layout.gpu_of_part,
+                home_of_layer=layout.home_of_unit,
             )
             judge = StepJudge(
                 len(job.payload_sizes),

@@ -2,8 +2,8 @@
 
 Every layer passes through the same three operations (D2H, CPU, H2D). A step has equal parts, of which a GPU computes
 one or more in turn: each part's payload goes down by itself, the update is of their sum, and its delta comes up to
-every GPU. A lane executes operations: one for each direction of each GPU's link and one for each shard. A policy
-decides in which order a lane takes what is ready.
+every GPU. A lane executes operations: one for each shard, and for each direction of each GPU's link one to each machine
+that has shards. A policy decides in which order a lane takes what is ready.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lsp_ray.trace import WorkStream
 _WAY = (WorkStream.D2H, WorkStream.CPU, WorkStream.H2D)
 _NEXT_STREAM = {WorkStream.D2H: WorkStream.CPU, WorkStream.CPU: WorkStream.H2D}
 
-Lane = tuple[WorkStream, int]  # the stream and the GPU, of the CPU the shard
+Lane = tuple[WorkStream, int]  # the stream; of the CPU the shard, else GPU · machines with shards + the layer's
 _LayerStep = tuple[WorkStream, int, int]  # a layer's pass through a stream: the step, the layer
 
 
@@ -49,6 +49,7 @@ class Policy(ABC):
             and the updates are launched a second time where the step does not stand.
         room: For deltas on a GPU; None does not bound them.
         gpu_of_part: The GPU that computes each part of a step; GPUs are numbered from 0 without a gap.
+        home_of_layer: The machine of each layer's shard, numbered in the same way; default: there is one.
 
     Attributes:
         staleness: Steps by which a delta is late on purpose: that of step t is added before the forward of step
@@ -65,6 +66,7 @@ class Policy(ABC):
         speculates: bool = False,
         room: DeltaRoom | None = None,
         gpu_of_part: Sequence[int] = (0,),
+        home_of_layer: Sequence[int] = (),
     ) -> None:
         self.speculates = speculates
         self.room = room
@@ -77,6 +79,8 @@ class Policy(ABC):
         }
         self.num_layers = len(shard_of_layer)
         self._shard_of_layer = tuple(shard_of_layer)
+        self.home_of_layer = tuple(home_of_layer) or (0,) * self.num_layers
+        self.num_homes = max(self.home_of_layer, default=0) + 1
         self._depth = depth
         self._begin(-1)
 
@@ -133,10 +137,21 @@ class Policy(ABC):
         self._enqueue(Op(stream=WorkStream.D2H, step=ready.step, layer=ready.layer, part=ready.part))
 
     def _enqueue(self, op: Op) -> None:
-        self._ready.setdefault(lane_of(op, self._shard_of_layer, self.gpu_of_part), []).append(op)
+        self._ready.setdefault(self.lane_of(op), []).append(op)
+
+    def lane_of(self, op: Op) -> Lane:
+        """Who executes an operation."""
+        match op.stream:
+            case WorkStream.CPU:
+                return op.stream, self._shard_of_layer[op.layer]
+            case WorkStream.D2H:
+                gpu = self.gpu_of_part[op.part]
+            case _:
+                gpu = op.part
+        return op.stream, gpu * self.num_homes + self.home_of_layer[op.layer]
 
     def _complete(self, op: Op) -> None:
-        self._in_flight[lane_of(op, self._shard_of_layer, self.gpu_of_part)] -= 1
+        self._in_flight[self.lane_of(op)] -= 1
         if self._void and op in self._void:
             self._void.remove(op)
             self._enqueue(op)
@@ -213,16 +228,6 @@ class Policy(ABC):
         return reader is None or (reader, op.step - 1, op.layer) not in self._to_do
 
 
-def lane_of(op: Op, shard_of_layer: Sequence[int], gpu_of_part: Sequence[int]) -> Lane:
-    """Return who executes an operation, see `Policy`."""
-    match op.stream:
-        case WorkStream.D2H:
-            return op.stream, gpu_of_part[op.part]
-        case WorkStream.CPU:
-            return op.stream, shard_of_layer[op.layer]
-    return op.stream, op.part
-
-
 class LayerwiseFcfs(Policy):
     """Each layer's way down, through its update and up starts as soon as its gradient is there, in order of arrival."""
 
@@ -258,9 +263,17 @@ class Layerwise(Policy):
         speculates: bool = False,
         room: DeltaRoom | None = None,
         gpu_of_part: Sequence[int] = (0,),
+        home_of_layer: Sequence[int] = (),
         transition_layer: int | None = None,
     ) -> None:
-        super().__init__(shard_of_layer, depth=depth, speculates=speculates, room=room, gpu_of_part=gpu_of_part)
+        super().__init__(
+            shard_of_layer,
+            depth=depth,
+            speculates=speculates,
+            room=room,
+            gpu_of_part=gpu_of_part,
+            home_of_layer=home_of_layer,
+        )
         self._learns = transition_layer is None
         self.transition_layer = self.num_layers // 2 if transition_layer is None else transition_layer
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.ops import CostsMeasured, DeltaDue, Event, GradientReady, Op, OpDone, StepRun
-from lsp_ray.schedule.policy import Lane, Policy, lane_of
+from lsp_ray.schedule.policy import Lane, Policy
 from lsp_ray.sim.copies import Copy, Mover, waited_s
 from lsp_ray.sim.costs import StepCosts
 from lsp_ray.sim.device_plan import DeviceTask, device_tasks
@@ -128,7 +128,7 @@ class Simulator:
     def _decide(self, event: Event) -> None:
         assert self._policy is not None, "without a policy nothing is announced"
         for action in self._policy.handle(event):
-            lane = lane_of(action.op, self._shard_of_layer, self._gpu_of_part)
+            lane = self._policy.lane_of(action.op)
             movers = self._gpus[lane[1]].movers if action.op.stream in (WorkStream.D2H, WorkStream.H2D) else {}
             mover = next(iter(movers.values()), None)
             self._lanes.add(lane, action.op, 0 if mover is None else mover.delta_due(action.op))

@@ -25,7 +25,7 @@ from lsp_ray.runtime.actors.trained_parts import News
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.transport.lanes import COMPUTE, D2H, GPU_LANES, H2D, NEWS, connect, serve
+from lsp_ray.runtime.transport.lanes import COMPUTE, NEWS, connect, gpu_lanes, serve
 from lsp_ray.runtime.transport.line import Lines, Way
 from lsp_ray.runtime.transport.messages import tell
 from lsp_ray.runtime.transport.network import Address
@@ -54,6 +54,7 @@ class GpuActor:
         self._telling = threading.Lock()
         self._name = job.layout.name_of(gpu)
         self._gpu = gpu
+        self._lane_names = gpu_lanes(len(job.layout.homes))
         self._way, self._lines, self._offset_s = way, Lines(), 0.0
         self._crosses = [own.state is None for own in slots]
         self._down_turn, self._up_turn = threading.Lock(), threading.Lock()
@@ -73,10 +74,10 @@ class GpuActor:
 
     def serve(self, address: str | Address) -> None:
         """Carry out the driver's orders for as long as it lives."""
-        lanes = {name: connect(address, name) for name in GPU_LANES}
+        lanes = {name: connect(address, name) for name in self._lane_names}
         self._news = lanes[NEWS]
         self._look_at_clock()
-        for name in (D2H, H2D):
+        for name in set(lanes) - {COMPUTE, NEWS}:
             threading.Thread(target=serve, args=(lanes[name], self), name=name, daemon=True).start()
         serve(lanes[COMPUTE], self)
 

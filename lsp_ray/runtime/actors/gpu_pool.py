@@ -26,14 +26,17 @@ from lsp_ray.runtime.transport.lanes import (
     COMPUTE,
     D2H,
     GPU_GROUPS,
-    GPU_LANES,
     H2D,
+    NEWS,
     START_TIMEOUT_S,
     Lane,
     Order,
     actor_class,
+    gpu_lanes,
+    link_lane,
 )
 
+_UP = link_lane(H2D, 0)  # whose thread is free for what is not a delta
 MAX_TRIES = 2  # of putting an actor into a lost one's place
 
 
@@ -51,7 +54,8 @@ class GpuPool:
     def __init__(self, job: Job, kind: type[GpuActor], places: Places, keepers: Keepers, shared: Path | None) -> None:
         self._job, self._kind, self._shared = job, kind, shared
         self._places, self._keepers = places, keepers
-        self._num_gpus = job.layout.num_gpus
+        self._num_gpus, self._num_homes = job.layout.num_gpus, len(job.layout.homes)
+        self._home_of_unit = job.layout.home_of_unit
         self._actors = [self._new(gpu) for gpu in range(self._num_gpus)]
         self._lanes: list[dict[str, Lane]] = []  # none of a GPU that is lost
 
@@ -68,7 +72,7 @@ class GpuPool:
     @property
     def copying(self) -> list[Lane]:
         """Those of both directions of the links."""
-        return [lanes[name] for lanes in self._lanes for name in (D2H, H2D) if name in lanes]
+        return [lane for lanes in self._lanes for name, lane in lanes.items() if name not in (COMPUTE, NEWS)]
 
     def gpu_of(self, lane: Lane) -> int | None:
         """Whose lane it is; None: no GPU's."""
@@ -105,7 +109,7 @@ class GpuPool:
             weights = str(folder / "weights.safetensors")
             donor = next(own for own in range(self._num_gpus) if own != gpu)
             what = f"weights for {self._name(gpu)}"
-            decided = self._lanes[donor][H2D].call(what, "hand_over", step, weights)
+            decided = self._lanes[donor][_UP].call(what, "hand_over", step, weights)
             self._lanes[gpu] = self._opened(gpu)
             if self._shares_weights:
                 self._lanes[gpu][COMPUTE].call("loading", "share", self._weights_place(gpu))
@@ -165,7 +169,7 @@ class GpuPool:
         places = self._places.gpus
         for own, node in enumerate(places):
             if own != gpu and node.id == places[gpu].id and self._lanes[own]:
-                place: WeightsPlace | None = self._lanes[own][H2D].call(
+                place: WeightsPlace | None = self._lanes[own][_UP].call(
                     f"frozen weights for {self._name(gpu)}", "weights_place"
                 )
                 if place is not None:
@@ -219,7 +223,7 @@ class GpuPool:
     def take(self, takeover: Takeover) -> None:
         """Pass on which projectors take over on the first one."""
         for gpu in range(1, self._num_gpus):
-            self._order(gpu, H2D, "projectors", "take", takeover)
+            self._order(gpu, _UP, "projectors", "take", takeover)
 
     def start_step(self, step: int) -> None:
         """Let all run it after those started before; returns at once."""
@@ -233,11 +237,11 @@ class GpuPool:
 
     def send(self, gpu: int, step: int, unit: int, part: int) -> None:
         """See `GpuActor.send`; returns at once."""
-        self._order(gpu, D2H, "send of unit {1}, step {0}", "send", step, unit, part)
+        self._order(gpu, self._link(D2H, unit), "send of unit {1}, step {0}", "send", step, unit, part)
 
     def prefetch(self, gpu: int, step: int, unit: int, *, is_void: bool) -> None:
         """See `GpuActor.prefetch`; returns at once."""
-        self._order(gpu, H2D, "prefetch of unit {1}, step {0}", "prefetch", step, unit, is_void)
+        self._order(gpu, self._link(H2D, unit), "prefetch of unit {1}, step {0}", "prefetch", step, unit, is_void)
 
     def close(self) -> None:
         """End the actors; what they held is lost."""
@@ -260,8 +264,13 @@ class GpuPool:
         given = self._keepers.given(gpu)
         return start.remote(self._job, given.slots, gpu, given.way)
 
+    def _link(self, direction: str, unit: int) -> str:
+        return link_lane(direction, self._home_of_unit[unit])
+
     def _opened(self, gpu: int) -> dict[str, Lane]:
-        return self._keepers.open_lanes(self._actors[gpu], self._name(gpu), GPU_LANES, self._places.gpus[gpu])
+        return self._keepers.open_lanes(
+            self._actors[gpu], self._name(gpu), gpu_lanes(self._num_homes), self._places.gpus[gpu]
+        )
 
     def _name(self, gpu: int) -> str:
         return self._job.layout.name_of(gpu)

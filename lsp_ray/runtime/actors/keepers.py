@@ -81,23 +81,34 @@ class Keepers:
         before = self._places.gpus[gpu]
         there = self._places.find(gpu)
         node = self._places.gpus[gpu]
-        if node != before and any(len(block) > 1 for block in self._blocks(before)):
+        has_moved = node != before
+        if has_moved and any(len(block) > 1 for block in self._blocks(before)):
             raise WorkerLostError(f"the machine of {self._job.layout.name_of(gpu)} is lost, which adds up parts there")
         if not self._keepers:
             return
-        lost = [own for own in there if own.id in self._keepers and not self._answers(own.id)]
-        for own in lost:
-            if own != self._own and own in self._places.shards:
-                raise WorkerLostError(f"the slots of {own.name} are lost, which has shards")
+        lost = self._lost_of(there)
         self._start([*lost, *([] if node.id in self._keepers else [node])])
         self._introduce()
-        for own in lost:
-            if own in self._first_gpus:
-                self._ways[own.id] = self._given(own, self._parts_at(own), self._blocks(own))
+        for own in set(lost) & set(self._first_gpus):
+            self._ways[own.id] = self._given(own, self._parts_at(own), self._blocks(own))
         moved = {other for other in self._moved if self._places.gpus[other] in lost}
-        for other in moved | ({gpu} if node != before else set()):
+        for other in moved | ({gpu} if has_moved else set()):
             parts = self._parts_of(other)
             self._moved[other] = self._given(self._places.gpus[other], parts, singly(parts))
+
+    def _lost_of(self, there: Sequence[Node]) -> list[Node]:
+        """The machines whose keepers are lost; those that are lost themselves are forgotten.
+
+        Raises:
+            WorkerLostError: One kept slots that a shard needs.
+        """
+        for node_id in set(self._keepers) - {node.id for node in there}:
+            del self._keepers[node_id], self._addresses[node_id]
+        lost = [node for node in there if node.id in self._keepers and not self._answers(node.id)]
+        for node in self._places.shards:
+            if node != self._own and (node in lost or node.id not in self._keepers):
+                raise WorkerLostError(f"the slots of {node.name} are lost, which has shards")
+        return lost
 
     def open_lanes(self, actor: Any, who: str, names: Sequence[str], node: Node) -> dict[str, Lane]:
         """Lanes to an actor on this machine or another one; see `lanes.open_lanes` for errors."""

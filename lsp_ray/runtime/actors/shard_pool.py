@@ -90,13 +90,13 @@ class ShardPool:
         self._deaths[index] += 1
         if self._deaths[index] >= MAX_DEATHS_IN_A_ROW:
             raise error
-        self._note(f"{error}; another one takes its place, nothing is lost")
         ray.kill(self._shards[index])
         lane.close()
         if not self._keepers.has_ended(index, lane.pid):  # two writers of one slot would be one too many
             raise WorkerLostError(f"process {lane.pid} of a lost actor does not end") from error
         self._shards[index] = self._new(index)
         self.lanes[index] = self._opened(index)
+        self._note(f"{error}; another one takes its place, nothing is lost")
         self._slow_down(index)
         self.lanes[index].answer()
         for order in lane.owed:

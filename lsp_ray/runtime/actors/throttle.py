@@ -18,7 +18,7 @@ TOLERANCE = 1.1  # a part counts as slower by itself from this factor on: clocks
 class Throttle:
     """Bounds; None is none. `link_gbps`: 10⁹ bytes a second each way; `updates_per_s`: elements, all shards together.
 
-    `network_gbps`: as the link's, in and out of the driver's machine, by all GPUs on other ones together.
+    `network_gbps`: as the link's, in and out of each machine that has shards, by all GPUs on other ones together.
     `compute_s` is the measured step that emulated bounds were scaled to.
     """
 
@@ -32,13 +32,6 @@ class Throttle:
         if self.link_gbps is None:
             return {}
         return {direction: TokenBucket(self.link_gbps * 1e9) for direction in (WorkStream.D2H, WorkStream.H2D)}
-
-    def network(self, num_away: int) -> dict[WorkStream, TokenBucket]:
-        """The same for the network, one of `num_away` GPUs' equal part of it."""
-        if self.network_gbps is None:
-            return {}
-        rate = self.network_gbps * 1e9 / num_away
-        return {direction: TokenBucket(rate) for direction in (WorkStream.D2H, WorkStream.H2D)}
 
     def shard(self, num_shards: int) -> TokenBucket | None:
         """A bucket of elements for one of the shards, each of which has an equal part of the CPU."""

@@ -115,23 +115,24 @@ def _look_at(there: Sequence[Node], paths: Sequence[Path] = ()) -> list[_Found]:
     return found
 
 
-def check_nodes(there: Sequence[Node], model: Path, output_dir: Path, store_bytes: int) -> None:
+def check_nodes(there: Sequence[Node], model: Path, output_dir: Path, store_bytes: Sequence[int]) -> None:
     """Refuse a cluster on which the run would fail later, or go wrong.
 
     Args:
         there: Its machines, the driver's first.
         model: The model's folder, which all must see.
         output_dir: Where checkpoints go, from which all must be able to go on.
-        store_bytes: What the driver's object store must hold.
+        store_bytes: What the object store of each must hold.
 
     Raises:
         ConfigError: A machine has other versions or not the model or not the output folder; or the store is too small.
     """
     own = there[0]
-    if own.store_bytes < store_bytes:
-        bound = f"be a cluster whose object store on {own.name} has {store_bytes / 1e9:.2f} GB for this run's slots"
-        hint = f"ray start --object-store-memory={store_bytes} there"
-        raise ConfigError(FIELD, bound, f"{own.store_bytes / 1e9:.2f} GB", hint=hint)
+    for node, needed in zip(there, store_bytes, strict=True):
+        if node.store_bytes < needed:
+            bound = f"be a cluster whose object store on {node.name} has {needed / 1e9:.2f} GB for this run's slots"
+            hint = f"ray start --object-store-memory={needed} there"
+            raise ConfigError(FIELD, bound, f"{node.store_bytes / 1e9:.2f} GB", hint=hint)
     with _left_in(output_dir) as mark:
         found = _look_at(there, [model, mark])
     expected = found[0]

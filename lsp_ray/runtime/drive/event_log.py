@@ -60,6 +60,7 @@ class EventLog:
             "speculates": policy.speculates,
             "room": None if policy.room is None else asdict(policy.room),
             "gpu_of_part": list(policy.gpu_of_part),
+            "home_of_layer": list(policy.home_of_layer),
         }
         self._file.write(json.dumps(header) + "\n")
 
@@ -84,6 +85,7 @@ def read_event_log(path: Path) -> tuple[Policy, Iterator[Decision]]:
         speculates=header["speculates"],
         room=None if room is None else DeltaRoom(sizes=tuple(room["sizes"]), num_bytes=room["num_bytes"]),
         gpu_of_part=header.get("gpu_of_part", [0]),  # logs of before there were parts
+        home_of_layer=header.get("home_of_layer", ()),
     )
     return policy, (_decision(json.loads(line)) for line in lines[1:])
 

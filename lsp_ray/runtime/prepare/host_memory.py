@@ -10,6 +10,7 @@ import psutil
 from lsp_ray.device.shared_weights import CAN_SHARE
 from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.sim.store import payload_bytes, slot_bytes, store_bytes
 
 _SHARED_MEMORY = Path("/dev/shm")
 _CGROUP = Path("/sys/fs/cgroup")  # version 2; as a container sees its own
@@ -72,6 +73,34 @@ def check_memory(job: Job, host: HostMemory) -> None:
             job.config.model_name_or_path,
             hint="python -m lsp_ray.plan says what each method needs",
         )
+
+
+def store_bytes_at(job: Job, node: str, *, is_own: bool) -> int:
+    """Of the object store of one machine of several: slots of its shards' units, and of what it sends to others.
+
+    Args:
+        job: The run.
+        node: The machine's name.
+        is_own: Whether it is the driver's.
+    """
+    layout, payload_dtype = job.layout, job.codec.payload_dtype
+    homes = dict(zip(layout.homes, range(len(layout.homes)), strict=True))
+    home = homes.get(node if layout.shard_nodes else "" if is_own else node)
+    home_of_unit = layout.home_of_unit
+    here = [unit for unit, other in enumerate(home_of_unit) if other == home]
+    elsewhere = [unit for unit, other in enumerate(home_of_unit) if other != home]
+    num_parts = max(1, sum(layout.nodes[gpu] == node for gpu in layout.gpu_of_part))  # one may come to a spare machine
+    if job.has_parts_to_divide:
+        num_parts = job.config.replicas
+    way = [slot_bytes(payload_bytes(job.payload_sizes[unit], payload_dtype)) for unit in elsewhere]
+    return (num_parts + 1) * sum(way) + store_bytes(
+        [job.payload_sizes[unit] for unit in here],
+        [layout.shard_of_unit[unit] for unit in here],
+        speculates=job.speculates,
+        payload_dtype=payload_dtype,
+        summed=job.sums is not None,
+        num_parts=job.config.replicas,
+    )
 
 
 def _free_in(cgroup: Path) -> int | None:

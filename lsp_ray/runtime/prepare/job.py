@@ -184,7 +184,7 @@ class Job:
         """The run's configuration with every default decided."""
         runtime = replace(
             self.config.runtime,
-            num_shards=self.layout.num_shards or None,  # native has none
+            num_shards=-(-self.layout.num_shards // len(self.layout.homes)) or None,  # native has none
             policy=self.config.policy,
             device=self.device,
             num_gpus="auto",  # free: another machine has as many as it has

@@ -12,6 +12,7 @@ from lsp_ray.sim.store import balanced
 
 CORES_FOR_TWO_SHARDS = 16  # below, one with all threads is faster; more than two slow lsp down (simulated, docs/log.md)
 EVEN_ENOUGH = 1.05  # so much longer may a step's slowest GPU take under the even division: measuring is no surer
+NODES_FOR_SHARDS_ON_ALL = 3  # of two machines both links carry as much either way, and one alone is lost with less
 GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU computes: launches and the two copy threads
 
 
@@ -127,13 +128,24 @@ def plan_layout(
         nodes: Names of the machines of all GPUs; empty: there is one machine.
     """
     shares = divide_cores(runtime, num_units=len(payload_sizes), cores=cores, on_gpu=on_gpu, nodes=nodes)
+    homes = tuple(dict.fromkeys(nodes)) if shards_everywhere(runtime, nodes) else ()
+    num_shards = min(shares.num_shards * max(1, len(homes)), max(1, len(payload_sizes)))
+    shard_of_unit = balanced(payload_sizes, num_shards)
     return Layout(
         device_threads=shares.device_threads,
         shard_threads=shares.shard_threads,
-        shard_of_unit=balanced(payload_sizes, shares.num_shards),
+        shard_of_unit=shard_of_unit,
         gpu_of_part=even_parts(num_parts, shares.num_gpus),
         nodes=tuple(nodes),
+        # neighbouring layers, which set out one after the other, are at home on different machines
+        shard_nodes=tuple(homes[shard % len(homes)] for shard in sorted(set(shard_of_unit))) if homes else (),
     )
+
+
+def shards_everywhere(runtime: RuntimeConfig, nodes: Sequence[str]) -> bool:
+    """Whether every machine that has GPUs is to have shards; see `RuntimeConfig.shard_nodes`."""
+    num_nodes = len(set(nodes))
+    return runtime.shard_nodes == "all" or (runtime.shard_nodes == "auto" and num_nodes >= NODES_FOR_SHARDS_ON_ALL)
 
 
 def even_parts(num_parts: int, num_gpus: int) -> tuple[int, ...]:

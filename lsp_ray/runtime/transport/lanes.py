@@ -33,13 +33,23 @@ from lsp_ray.runtime.transport.answers import answer
 from lsp_ray.runtime.transport.messages import Ear, tell
 from lsp_ray.runtime.transport.network import Address, Door, dial
 
-COMPUTE, D2H, H2D, NEWS = GPU_LANES = ("compute", "d2h", "h2d", "news")  # of a GPU's actor; news are no answers
+COMPUTE, D2H, H2D, NEWS = "compute", "d2h", "h2d", "news"  # of a GPU's actor; news are no answers
 UPDATES = "updates"  # of a shard
 GPU_GROUPS = {"progress": 1}  # its concurrency groups beside the default one of one thread, which computes
 START_TIMEOUT_S = 120.0  # an actor starts in seconds; past that it cannot be placed
 DEATH_TIMEOUT_S = 5.0  # Ray knows of a death in milliseconds, unless a child holds what it looks at
 SEND_TIMEOUT_S = 60.0  # a message finds room at once, or when the actor comes to read the one before
 POLL_S = 1.0  # between two looks at what no socket tells
+
+
+def link_lane(direction: str, home: int) -> str:
+    """D2H or H2D, to a machine that has shards; each has a thread of its own."""
+    return f"{direction} {home}"
+
+
+def gpu_lanes(num_homes: int) -> list[str]:
+    """All of a GPU's."""
+    return [COMPUTE, NEWS, *(link_lane(way, home) for way in (D2H, H2D) for home in range(num_homes))]
 
 
 # in an actor
