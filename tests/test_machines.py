@@ -169,6 +169,32 @@ def test_whoever_is_lost_no_step_is_and_without_a_place_for_a_gpu_the_others_go_
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))
 
 
+def test_where_all_machines_have_shards_one_that_is_lost_costs_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, two: tuple[Machines, list[psutil.Process]]
+) -> None:
+    cluster, raylets = two
+    changes: dict[str, Any] = {"num_replicas": 2, "max_steps": 120, "save_steps": 20}
+    job = alone(tmp_path, **changes)
+    losses: dict[int, Callable[[], list[psutil.Process]]] = {  # after so many steps
+        3: lambda: [actor_of(raylets[1], "ShardActor")],
+        8: lambda: [actor_of(raylets[1], "GpuActor")],
+        25: lambda: [actor_of(raylets[1], "NodeKeeper")],
+        62: lambda: [raylets[1], *raylets[1].children(recursive=True)],
+    }
+    with Run(tmp_path, cluster, **changes, runtime={"shard_nodes": "all"}) as run:
+        for num_steps, lost in losses.items():
+            run.wait_for(num_steps)
+            for process in lost():
+                os.kill(process.pid, signal.SIGKILL)
+        said = run.end()
+    raylets[1] = cluster.start()
+    assert said.count("nothing is lost") == 1, said
+    assert said.count("no step is lost") == 1, said
+    assert said.count("starting again") == 2, said
+    assert {step["step"] for step in run.steps()} == set(range(1, 121))
+    assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))
+
+
 def test_a_machine_that_freezes_is_done_without_and_where_the_first_one_ends_the_run_does(
     tmp_path: Path, two: tuple[Machines, list[psutil.Process]]
 ) -> None:
