@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # Ray reads its settings when it is imported
 NUM_BLOCKS, HIDDEN = 32, 192
 STORE_BYTES = 700 << 20
 KILL_STEPS, NUM_KILLS = 60, 20
-SHARES = {"GpuActor": 0.3, "GpuRelay": 0.2, "ShardActor": 0.5}  # of the kills
+SHARES = {"GpuActor": 0.3, "NodeKeeper": 0.2, "ShardActor": 0.5}  # of the kills
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import psutil
 import pytest
 import yaml
@@ -137,8 +138,52 @@ def test_rays_launcher_takes_the_cluster_files_and_every_ray_asks_for_the_token(
         assert all(" start " in command or command in ("ray stop", CLOSE_TOKEN) for command in commands)
 
 
+def _exactly(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": required | optional,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+WHOLE, TEXT = {"type": "integer", "minimum": 0}, {"type": "string"}
+TEXTS = {"type": "object", "additionalProperties": TEXT}  # numbers would be refused, as Kubernetes does
+NAMED = {"type": "array", "items": {"type": "object", "required": ["name"]}}
+CONTAINER = _exactly(
+    {"name": TEXT, "image": TEXT},
+    env={"type": "array", "items": _exactly({"name": TEXT, "value": TEXT})},
+    resources=_exactly({"limits": TEXTS}, requests=TEXTS),
+    volumeMounts={"type": "array", "items": _exactly({"name": TEXT, "mountPath": TEXT})},
+)
+POD = _exactly({"spec": _exactly({"containers": {"type": "array", "items": CONTAINER}}, volumes=NAMED)})
+GROUP = {"rayStartParams": TEXTS, "template": POD}
+KUBERAY = _exactly(  # the fields of KubeRay's RayCluster, ray.io/v1, that a cluster of two groups needs
+    {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayCluster"},
+        "metadata": _exactly({"name": {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}}),
+        "spec": _exactly(
+            {
+                "headGroupSpec": _exactly(GROUP),
+                "workerGroupSpecs": {
+                    "type": "array",
+                    "items": _exactly(
+                        {"groupName": TEXT, "minReplicas": WHOLE, "maxReplicas": WHOLE, **GROUP}, replicas=WHOLE
+                    ),
+                },
+            },
+            rayVersion=TEXT,
+            authOptions=_exactly({"mode": {"enum": ["token", "disabled"]}}),  # from KubeRay 1.5.1 on
+        ),
+    }
+)
+
+
 def test_kubernetes_pods_ask_for_a_token_share_their_work_and_have_room_for_the_slots() -> None:
-    spec = loaded(DEPLOY / "kuberay.yaml")["spec"]
+    manifest = loaded(DEPLOY / "kuberay.yaml")
+    jsonschema.validate(manifest, KUBERAY)
+    spec = manifest["spec"]
     assert spec["authOptions"] == {"mode": "token"}
     assert f"ray=={spec['rayVersion']}" in (DEPLOY.parent / "constraints.txt").read_text().splitlines()
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):

@@ -1,6 +1,6 @@
 """Whatever of a GPU's messages came before it was lost, the driver makes every step, each once.
 
-Messages of one lane keep their order; where a relay hands them on, those of different lanes do not.
+Messages of one lane keep their order, those of different lanes need not.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
 from lsp_ray.optim.adamw import AdamWHyper
-from lsp_ray.optim.parts import square_sum, tree_sum
+from lsp_ray.optim.parts import square_sum
 from lsp_ray.optim.shard import OptimizerShard
 from lsp_ray.runtime.prepare.job import resumed
 from lsp_ray.schedule.delta_room import DeltaRoom
@@ -90,15 +90,6 @@ def test_a_method_that_sends_nothing_has_no_parts() -> None:
 
 
 # sums
-
-
-@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=9), st.integers(1, 3))
-def test_a_tree_sum_may_begin_elsewhere(numbers: list[float], level: int) -> None:
-    parts = [torch.tensor([number]) for number in numbers]
-    size = 2**level
-    begun = [tree_sum(parts[first : first + size]) for first in range(0, len(parts), size)]
-    assert torch.equal(tree_sum(begun), tree_sum(parts))
-    torch.testing.assert_close(tree_sum(parts), torch.stack(parts).sum(dim=0), rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("numel", [1, 4096, 10_001])

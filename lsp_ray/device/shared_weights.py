@@ -19,7 +19,7 @@ from torch import nn
 
 from lsp_ray.errors import WorkerLostError
 
-if TYPE_CHECKING:  # a relay has no need of models and what they import
+if TYPE_CHECKING:  # who passes payloads on has no need of models and what they import
     from transformers import PreTrainedModel
 
 CAN_SHARE = hasattr(os, "memfd_create")  # Linux
