@@ -94,6 +94,14 @@ def alone(folder: Path, **changes: Any) -> Job:
     return job
 
 
+def files_of_weights(raylet: psutil.Process) -> list[int]:
+    """The shared files of frozen weights that each GPU's actor on a machine has open, by number."""
+    actors = [child for child in raylet.children(recursive=True) if "ray::GpuActor" in " ".join(child.cmdline())]
+    files = [list(Path(f"/proc/{actor.pid}/fd").iterdir()) for actor in actors]
+    shared = [{file.stat().st_ino for file in own if "lsp_ray-weights" in str(file.readlink())} for own in files]
+    return [number for own in shared for number in own]
+
+
 def actor_of(raylet: psutil.Process, kind: str) -> psutil.Process:
     """A live actor of this class on a machine."""
     deadline_s = time.monotonic() + TIMEOUT_S
@@ -112,8 +120,16 @@ def actor_of(raylet: psutil.Process, kind: str) -> psutil.Process:
     ("shard_nodes", "changes"),
     [
         ("driver", {"num_replicas": 3, "lsp": REFITS}),
-        # two actors a machine, whose parts are added up before they leave it; shards on both
-        ("all", {"num_replicas": 4, "bf16": False, "runtime": {"num_gpus": 4, "payload_dtype": "float32"}}),
+        # two actors a machine, with one copy of the weights, whose parts are added up there; shards on both
+        (
+            "all",
+            {
+                "num_replicas": 4,
+                "bf16": False,
+                "lsp": {"delta": "apart", "check_every": 0},
+                "runtime": {"num_gpus": 4, "payload_dtype": "float32", "weights": "host"},
+            },
+        ),
     ],
 )
 def test_two_machines_train_to_the_bits_of_one(
@@ -123,12 +139,18 @@ def test_two_machines_train_to_the_bits_of_one(
     changes |= {"max_steps": 10, "max_grad_norm": 1.8}
     job = alone(tmp_path, **changes, runtime={"payload_dtype": runtime.get("payload_dtype", "bfloat16")})
     with Run(tmp_path, two[0], **changes, runtime=runtime) as run:
+        run.wait_for(1)
+        shared = [files_of_weights(raylet) for raylet in two[1]]
         said = run.end()
+    # of each actor the same file of its machine's
+    expected = [] if shard_nodes == "driver" else [1, 1]
+    assert [len(set(files)) for files in shared if files] == expected
+    assert [len(files) for files in shared if files] == [2 * one for one in expected]
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))
     assert "cluster: 2 machine(s)" in said
     steps = run.steps()
     assert len(steps) == 10
-    assert any(step["num_refitted"] for step in steps) or "lsp" not in changes
+    assert any(step["num_refitted"] for step in steps) == (shard_nodes == "driver")
     assert all(step["gpu_busy_s"] >= 0.0 for step in steps)
     rows = read_trace(run.out / "internals" / "trace.json").rows
     assert {"GPU 0", "GPU 1"} <= set(rows)

@@ -100,7 +100,7 @@ class Keepers:
         """The machines whose keepers are lost; those that are lost themselves are forgotten.
 
         Raises:
-            WorkerLostError: One kept slots that a shard needs.
+            WorkerLostError: One kept slots that a shard needs, or parts that waited for others to be added to them.
         """
         for node_id in set(self._keepers) - {node.id for node in there}:
             del self._keepers[node_id], self._addresses[node_id]
@@ -108,6 +108,9 @@ class Keepers:
         for node in self._places.shards:
             if node != self._own and (node in lost or node.id not in self._keepers):
                 raise WorkerLostError(f"the slots of {node.name} are lost, which has shards")
+        for node in lost:
+            if any(len(block) > 1 for block in self._blocks(node)):
+                raise WorkerLostError(f"the slots of {node.name} are lost, where parts are added up")
         return lost
 
     def open_lanes(self, actor: Any, who: str, names: Sequence[str], node: Node) -> dict[str, Lane]:
