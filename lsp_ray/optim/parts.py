@@ -12,7 +12,7 @@ _ROW = 1 << 12  # one thread adds up a row, whatever their number
 def tree_sum(parts: Sequence[torch.Tensor], firsts: Sequence[int] | None = None) -> torch.Tensor:
     """Return the sum of float32 tensors of one shape by neighbours: (0 + 1) + (2 + 3), then on in the same way.
 
-    So what `sum_blocks` names may be added beforehand, elsewhere, and the bits stay.
+    So what `sim.store.sum_blocks` names may be added beforehand, elsewhere, and the bits stay.
 
     Args:
         parts: In order.
@@ -29,26 +29,6 @@ def tree_sum(parts: Sequence[torch.Tensor], firsts: Sequence[int] | None = None)
                 above.append((first, part))
         level, width = above, 2 * width
     return level[0][1]
-
-
-def sum_blocks(own: range, num_parts: int, fewest: int) -> list[range]:
-    """Divide neighbouring parts into those that are added up before others, see `tree_sum`, and single ones.
-
-    Args:
-        own: Of `num_parts` in all.
-        num_parts: See above.
-        fewest: That are worth a sum.
-    """
-    blocks = []
-    first = own.start
-    while first < own.stop:
-        width = 1
-        while first % (2 * width) == 0 and (first + 2 * width <= own.stop or own.stop == num_parts > first + width):
-            width *= 2
-        block = range(first, min(first + width, own.stop))
-        blocks += [block] if len(block) >= fewest else [range(part, part + 1) for part in block]
-        first = block.stop
-    return blocks
 
 
 def square_sum(values: torch.Tensor) -> float:

@@ -42,6 +42,7 @@ def command_of(config: PlanConfig, row: Forecast, found_bits: Bits | None = None
         "gradient_accumulation_steps": work.num_micro_batches,
         "num_replicas": _unless(1, work.cluster.num_gpus),
         "runtime.address": "auto" if work.cluster.num_away else None,
+        "runtime.shard_nodes": _unless(RuntimeConfig.shard_nodes, work.cluster.shard_nodes),
         "gradient_checkpointing": work.gradient_checkpointing or None,
         "runtime.activations": _unless("device", work.activations),
         "bf16": config.bf16,

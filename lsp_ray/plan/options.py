@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lsp_ray.config import Bits, Delta, Method, PayloadDtype, Weights
+from lsp_ray.config import Bits, Delta, Method, PayloadDtype, ShardNodes, Weights
 from lsp_ray.errors import ConfigError
 from lsp_ray.sim.cluster import MOST_GPUS, MOST_NODES, Cluster
 from lsp_ray.sim.hardware_profile import HardwareProfile, hardware_names, load_hardware
@@ -46,6 +46,8 @@ class PlanGaloreConfig:
 class PlanRuntimeConfig:
     """Shards and their memory."""
 
+    shard_nodes: ShardNodes = "auto"
+    """Of several nodes, those that have shards: the driver's alone, or all; auto: all where there are three."""
     num_shards: int | None = None
     """CPU shard actors; default: 1, from 16 cores on 2."""
     shard_threads: int | None = None
@@ -81,7 +83,7 @@ class PlanConfig:
     num_gpus: int = 1
     """GPUs of each machine, each of which computes its own part of a step (lsp and zero_offload)."""
     nodes: int = 1
-    """Machines like this one, on one switch; the shards are on one of them."""
+    """Machines like this one, on one switch."""
     network_gbit: float | None = None
     """Rate of each machine's network, in gigabits (10⁹ bits) a second each way; has to be given with several nodes."""
     method: Method | None = None
@@ -163,6 +165,8 @@ class PlanConfig:
             raise ConfigError("network_gbit", f"be given with {self.nodes} nodes", None, hint="1, 10 and 25 are common")
         if self.nodes == 1 and self.network_gbit is not None:
             raise ConfigError("network_gbit", "be left out with one node", self.network_gbit)
+        if self.nodes == 1 and self.runtime.shard_nodes != "auto":
+            raise ConfigError("runtime.shard_nodes", "be left out with one node", self.runtime.shard_nodes)
         if self.cluster.num_gpus > 1 and self.method not in (None, "lsp", "zero_offload"):
             raise ConfigError("method", "be lsp or zero_offload with several GPUs", self.method)
 
@@ -213,7 +217,12 @@ class PlanConfig:
     def cluster(self) -> Cluster:
         """The GPUs that are to compute a step."""
         network_gbit = 10.0 if self.network_gbit is None else self.network_gbit  # of one machine it does not matter
-        return Cluster(num_nodes=self.nodes, gpus_per_node=self.num_gpus, network_gbit=network_gbit)
+        return Cluster(
+            num_nodes=self.nodes,
+            gpus_per_node=self.num_gpus,
+            network_gbit=network_gbit,
+            shard_nodes=self.runtime.shard_nodes,
+        )
 
     @property
     def keeps_dense(self) -> bool:

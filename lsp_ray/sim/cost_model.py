@@ -30,8 +30,9 @@ class CostModel:
     def step(self) -> StepCosts:
         """All costs of a step, of its parts of one.
 
-        One GPU is simulated, which stands for all: they do the same, and each has to wait for the slowest. Where there
-        are several machines it is on another one than the driver's, as are all that share the network with it.
+        One GPU is simulated, which stands for all: they do the same, and each has to wait for the slowest. So of several
+        machines it is on one that no layer is at home on: an update waits for payloads from elsewhere whoever makes it,
+        and a step for whom deltas reach last.
         """
         bytes_per_s = self._update_bytes_per_s()
         return StepCosts(
@@ -46,12 +47,15 @@ class CostModel:
         )
 
     def _network(self) -> NetworkCosts:
-        cluster = self.workload.cluster
-        sizes = [self.workload.payload_bytes(layer) for layer in self.model.layers]
+        work, layers = self.workload, self.model.layers
+        bytes_per_s = work.cluster.network_bytes_per_s
         return NetworkCosts(
-            layers_s=tuple(size / cluster.network_bytes_per_s for size in sizes),
-            away=(cluster.num_away,),
-            most=min(1.0, COPY_BYTES_PER_S / cluster.network_bytes_per_s),
+            # what is not added up goes part by part
+            down_s=tuple(work.sent_bytes(layer) / work.cluster.parts_per_gpu / bytes_per_s for layer in layers),
+            up_s=tuple(work.payload_bytes(layer) / bytes_per_s for layer in layers),
+            sum_s=tuple(work.summed_bytes(layer) / self.hardware.core_bytes_per_s for layer in layers),
+            away=work.cluster.num_away,
+            most=min(1.0, COPY_BYTES_PER_S / bytes_per_s),
         )
 
     def _layer(self, layer: LayerShape, update_bytes_per_s: float) -> LayerCosts:
@@ -98,7 +102,7 @@ class CostModel:
     def _shard_update_s(self, layer: LayerShape, bytes_per_s: float) -> float:
         """AdamW on the shard that owns the layer, of the sum of all parts; bound by memory.
 
-        Shards share the host's memory evenly, as if all of them always worked; with slices all of them do.
+        A machine's shards share its memory evenly, as if all of them always worked; with slices all of them do.
         """
         work = self.workload
         moved_bytes = (work.update_bytes + work.sum_bytes) * work.payload_numel(layer)
@@ -106,26 +110,33 @@ class CostModel:
         return share * moved_bytes / bytes_per_s
 
     def _update_bytes_per_s(self) -> float:
-        """Of all shards together, with the cores that the network's copies leave them."""
+        """Of all shards of a machine together, with the cores that the network's copies leave them."""
         work, machine = self.workload, self.hardware
         threads = work.num_shards * work.shard_threads
         bytes_per_s = min(threads * machine.core_bytes_per_s, machine.host_bytes_per_s)
         return bytes_per_s * self._left_by_copies() if work.cluster.num_away else bytes_per_s
 
     def _left_by_copies(self) -> float:
-        """The part of the driver's machine's cores that copies over its network leave, spread over a step's compute.
+        """The part of a machine's cores that the network's copies leave to its shards, spread over a step's compute.
 
         Half of all is left, and each way no more is copied than the network lets through.
         """
-        cluster, layers = self.workload.cluster, self.model.layers
-        each_way = cluster.num_away * sum(map(self.workload.payload_bytes, layers))
+        work, cluster, layers = self.workload, self.workload.cluster, self.model.layers
+        down, up = sum(map(work.sent_bytes, layers)), sum(map(work.payload_bytes, layers))
+        at_home = cluster.num_away / cluster.num_homes  # other machines, of the layers that have their home here
+        ways, added_bytes = [at_home * down, at_home * up], 0.0
+        if cluster.num_homes > 1:  # its own payloads and deltas of other homes cross as well
+            ways = [sum(ways)] * 2
+            added_bytes = at_home * sum(map(work.summed_bytes, layers))
         device_s = sum(
-            self._device_s(work(self.model, self.workload, layer))
+            self._device_s(of_layer(self.model, work, layer))
             for layer in layers
-            for work in (forward_work, backward_work)
+            for of_layer in (forward_work, backward_work)
         )
-        copied_per_s = min(cluster.network_bytes_per_s, each_way / (self.workload.num_micro_batches * device_s))
-        return max(0.5, 1.0 - 2 * copied_per_s / COPY_BYTES_PER_S / self.hardware.num_cores)
+        compute_s = work.num_micro_batches * device_s
+        copied_per_s = sum(min(cluster.network_bytes_per_s, num_bytes / compute_s) for num_bytes in ways)
+        num_cores = copied_per_s / COPY_BYTES_PER_S + added_bytes / compute_s / self.hardware.core_bytes_per_s
+        return max(0.5, 1.0 - num_cores / self.hardware.num_cores)
 
     def _host_shares(self, update_bytes_per_s: float) -> HostShares:
         machine, num_gpus = self.hardware, self.workload.cluster.gpus_per_node
@@ -133,6 +144,7 @@ class CostModel:
         rate = 1.0 if self.workload.pinned else self.hardware.pageable_fraction
         return HostShares(
             d2h=num_gpus * rate * machine.d2h_bytes_per_s / machine.host_bytes_per_s,
-            cpu=update_bytes_per_s / lanes / machine.host_bytes_per_s,
+            # those of other machines take nothing of this one's
+            cpu=update_bytes_per_s / lanes / machine.host_bytes_per_s / self.workload.cluster.num_homes,
             h2d=num_gpus * rate * machine.h2d_bytes_per_s / machine.host_bytes_per_s,
         )

@@ -58,27 +58,40 @@ class HostShares:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkCosts:
-    """The driver's machine's way to others, which payloads of GPUs there take after their link, and deltas before it.
-
-    Those that are on it at one time, in one direction, have equal parts of it.
+    """The way to layers' homes on other machines, which payloads take after their link, and deltas before it.
 
     Attributes:
-        layers_s: Seconds of each layer's payload, or delta, that has all of it.
-        away: Of each GPU that is simulated, those on other machines that it stands for; 0: it is on the driver's.
-        most: Of the rate, what one GPU's connection reaches.
+        down_s: Seconds of what a machine sends of each layer, if it has all of the network.
+        up_s: The same of each layer's delta.
+        sum_s: Of a core, for the sum of a machine's parts before that; default: none.
+        away: Machines that the one GPU stands for; it is at home nowhere.
+        at: In place of that, GPUs that are simulated each by itself: the machine of each, numbered as homes are.
+        most: Of the network's rate, what one machine's way to another one reaches.
     """
 
-    layers_s: tuple[float, ...]
-    away: tuple[int, ...]
+    down_s: tuple[float, ...]
+    up_s: tuple[float, ...]
+    sum_s: tuple[float, ...] = ()
+    away: int = 1
+    at: tuple[int, ...] | None = None
     most: float = 1.0
 
     def __post_init__(self) -> None:
-        for seconds in self.layers_s:
-            _check_seconds("layers_s", seconds)
-        if any(count < 0 for count in self.away):
-            raise ConfigError("sim.away", "be numbers of at least 0", self.away)
+        for name in ("down_s", "up_s", "sum_s"):
+            for seconds in getattr(self, name):
+                _check_seconds(name, seconds)
+            if len(getattr(self, name)) not in ((0, len(self.down_s)) if name == "sum_s" else (len(self.down_s),)):
+                raise ConfigError(f"sim.{name}", f"be of {len(self.down_s)} layers", len(getattr(self, name)))
+        if self.away < 1:
+            raise ConfigError("sim.away", "be at least 1", self.away)
+        if any(machine < 0 for machine in self.at or ()):
+            raise ConfigError("sim.at", "be numbers of at least 0", self.at)
         if not 0.0 < self.most <= 1.0:
             raise ConfigError("sim.most", "be above 0 and at most 1", self.most)
+
+    def crosses(self, gpu: int, home: int) -> bool:
+        """Whether a layer's home is on another machine than a GPU."""
+        return self.at is None or self.at[gpu] != home
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +110,7 @@ class StepCosts:
         host: Where several GPUs share a host's memory, what each operation takes of it; all slow down alike where that
             is more than there is. None: copies and updates take nothing from each other.
         num_buffers: Blocks whose weights are on the device at one time; 0: all of them.
-        network: Between the driver's machine and others; None: there is one.
+        network: Between machines; None: there is one.
     """
 
     layers: tuple[LayerCosts, ...]
@@ -119,8 +132,8 @@ class StepCosts:
             raise ConfigError("sim.num_micro_batches", "be at least 1", self.num_micro_batches)
         if not 0.0 < self.shared_link_rate <= 1.0:
             raise ConfigError("sim.shared_link_rate", "be above 0 and at most 1", self.shared_link_rate)
-        if self.network is not None and len(self.network.layers_s) != len(self.layers):
-            raise ConfigError("sim.layers_s", f"be of {len(self.layers)} layers", len(self.network.layers_s))
+        if self.network is not None and len(self.network.down_s) != len(self.layers):
+            raise ConfigError("sim.down_s", f"be of {len(self.layers)} layers", len(self.network.down_s))
 
     @property
     def compute_s(self) -> float:

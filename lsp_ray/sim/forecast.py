@@ -64,7 +64,7 @@ class Forecast:
         longest_bytes: Peak on the device with the longest micro-batch there can be, every token with a target: what
             has to fit.
         host: Of the driver's machine, beside what the device needs where the host computes.
-        elsewhere: Of every other machine; None where there is none.
+        elsewhere: Of that other machine which needs most; None where there is none.
         bytes_each_way: Down the link in a step, and as many up.
         step_s: From a step's end to the next one's; no less than the driver's.
         single_s: The same of one GPU alone, with as much to compute as each one of several.
@@ -73,7 +73,7 @@ class Forecast:
         crossing_s: By how much shorter the step were if the network took no time.
         bound: What keeps several GPUs from more: themselves, the driver, or what they wait for longest.
         busy_s: Of each stream in a step.
-        network_s: In which the driver's machine's link to the others carries something, one way.
+        network_s: In which the busiest link between machines carries something, one way.
         driver_s: Of the driver's processor, where there are several GPUs; of one the simulation counts the messages.
         needs: What has to fit: into the device, the host, and the host's shared memory.
     """
@@ -124,7 +124,7 @@ def simulate(
     *,
     crosses: bool = True,
 ) -> Simulation:
-    """Run a few steps; shards own layers in turn, or all of every layer's slices.
+    """Run a few steps; machines with shards own layers in turn, and so do shards, or all of every layer's slices.
 
     Args:
         model: What is trained.
@@ -139,14 +139,15 @@ def simulate(
     cluster = workload.cluster
     if workload.stays_on_device and cluster.num_gpus > 1:
         raise ConfigError("workload.cluster", f"be one GPU for {workload.method}", cluster.num_gpus)
-    num_lanes = 1 if workload.shard_by == "slice" else workload.num_shards
+    num_lanes = cluster.num_homes * (1 if workload.shard_by == "slice" else workload.num_shards)
     owners = [layer % num_lanes for layer in range(len(model.layers))]
+    homes = [shard % cluster.num_homes for shard in owners]
     sizes = [workload.payload_bytes(layer) for layer in model.layers]
     room = delta_room(sizes, [payload_bytes(layer.numel, workload.payload_dtype) for layer in model.layers])
     parts = (0,) * cluster.parts_per_gpu
     decides = None
     if policy is not None and not workload.stays_on_device:
-        decides = POLICIES[policy](owners, room=room, gpu_of_part=parts)
+        decides = POLICIES[policy](owners, room=room, gpu_of_part=parts, home_of_layer=homes)
     costs = CostModel(model=model, workload=workload, hardware=hardware).step()
     return Simulator(costs if crosses else replace(costs, network=None), decides, owners).run()
 
@@ -191,7 +192,7 @@ def forecast(model: ModelShape, workload: Workload, hardware: HardwareProfile, p
         busy_s=typical.busy_s,
         crossing_s=crossing_s,
         bound=_bound(single_s / step_s, late_s, is_driver=is_driver),
-        network_s=cluster.network_s(sum(payloads)),
+        network_s=cluster.network_s([workload.sent_bytes(layer) for layer in model.layers], payloads),
         driver_s=driver_s,
         needs=needs_of(hardware, longest_bytes, host, elsewhere),
     )
@@ -212,8 +213,10 @@ def needs_of(
         for size_bytes in (hardware.device_memory_bytes, hardware.host_memory_bytes)
     )
     # Linux gives shared memory half of the host's, and a run whose slots are larger is refused
-    shared = Need(where="shared", needed_bytes=host.object_store, there_bytes=hardware.host_memory_bytes / 2)
-    host_bytes = max(host.total_bytes, elsewhere.total_bytes if elsewhere is not None else 0.0)
+    machines = [host] if elsewhere is None else [host, elsewhere]
+    shared_bytes = max(machine.object_store for machine in machines)
+    shared = Need(where="shared", needed_bytes=shared_bytes, there_bytes=hardware.host_memory_bytes / 2)
+    host_bytes = max(machine.total_bytes for machine in machines)
     if not hardware.on_gpu:  # one memory for both
         return (
             Need(where="host", needed_bytes=device_bytes + host_bytes, there_bytes=min(device_there, host_there)),

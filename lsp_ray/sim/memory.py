@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS, INPUT_BUFFERS, parked_blocks
 from lsp_ray.sim.activations import activation_bytes, held_input_bytes
+from lsp_ray.sim.cluster import arrivals
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
-from lsp_ray.sim.store import balanced, slot_bytes, store_bytes
+from lsp_ray.sim.store import balanced, payload_bytes, slot_bytes, store_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
@@ -17,7 +18,7 @@ _CHUNK_BYTES = 8  # for a logit of a chunk: itself and its log-softmax in float3
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
 NOISE_BYTES = 2 * ((1 << 21) + (1 << 20))  # as in device/noise.py: what weights are rounded with
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
-_RELAY_BYTES = 200e6  # the same of what stands for a GPU on another machine: 174 MB of its own with its imports
+_KEEPER_BYTES = 200e6  # the same of what passes payloads on, one on each of several machines: 174 MB with its imports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class HostMemory:
 
     Attributes:
         object_store: Shared memory, as `sim.store` counts it.
-        processes: Python with torch, several times, and slots of GPU actors on other machines than the driver's.
+        processes: Python with torch, several times.
         weights: On their way to a GPU, before training; where the host computes the device's own are these, and what
             is to be quantised goes one by one. Those that come up from here are here to the end.
         inputs: Of blocks, where they wait for the backward.
@@ -154,36 +155,50 @@ def loss_bytes(
 
 def host_memory(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostMemory:
     """Return the driver's machine's memory, beside what the device needs where the host computes."""
-    sizes = [] if workload.stays_on_device else [workload.payload_numel(layer) for layer in model.layers]
-    cluster = workload.cluster
-    num_beside = 1 + (workload.num_shards if sizes else 0)  # the driver and the shards
-    return HostMemory(
-        object_store=store_bytes(
-            sizes,
-            balanced(sizes, workload.num_shards),
-            speculates=workload.speculates,
-            payload_dtype=workload.payload_dtype,
-            summed=workload.is_apart,
-            num_parts=cluster.num_parts,
-        ),
-        processes=(cluster.gpus_per_node + num_beside) * _PROCESS_BYTES + cluster.num_away * _RELAY_BYTES,
-        weights=_brought_bytes(model, workload, on_gpu=on_gpu),
-        inputs=_parked_bytes(model, workload),
-    )
+    return _host_memory(model, workload, on_gpu=on_gpu, machines=range(1))
 
 
 def host_memory_elsewhere(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostMemory | None:
-    """Return the same of each other machine, whose GPU actors have slots of their own; None: there is none."""
+    """Return the same of that other machine which needs most; None: there is none."""
     cluster = workload.cluster
     if not cluster.num_away:
         return None
-    slots = (cluster.num_parts + 1) * sum(slot_bytes(workload.payload_bytes(layer)) for layer in model.layers)
+    machines = range(1, max(2, cluster.num_homes))  # without shards they are all alike
+    return _host_memory(model, workload, on_gpu=on_gpu, machines=machines)
+
+
+def _host_memory(model: ModelShape, workload: Workload, *, on_gpu: bool, machines: range) -> HostMemory:
+    sizes = [] if workload.stays_on_device else [workload.payload_numel(layer) for layer in model.layers]
+    cluster, is_driver = workload.cluster, machines.start == 0
+    num_beside = 1 if is_driver else 0  # the driver
+    if sizes and (is_driver or cluster.num_homes > 1):
+        num_beside += workload.num_shards
+    keeper = _KEEPER_BYTES if cluster.num_away else 0.0
     return HostMemory(
-        object_store=0.0,
-        processes=cluster.gpus_per_node * (_PROCESS_BYTES + slots),
+        object_store=float(max(_store_bytes(workload, sizes, machine) for machine in machines)),
+        processes=(cluster.gpus_per_node + num_beside) * _PROCESS_BYTES + keeper,
         weights=_brought_bytes(model, workload, on_gpu=on_gpu),
         inputs=_parked_bytes(model, workload),
     )
+
+
+def _store_bytes(workload: Workload, sizes: Sequence[int], machine: int) -> int:
+    """Of a machine: slots of layers that are at home on it, as a run lays them out, and what it sends to others."""
+    cluster, dtype = workload.cluster, workload.payload_dtype
+    shard_of_layer = balanced(sizes, min(workload.num_shards * cluster.num_homes, max(1, len(sizes))))
+    here = [layer for layer, shard in enumerate(shard_of_layer) if shard % cluster.num_homes == machine]
+    come = arrivals(cluster, dtype)
+    at_home = store_bytes(
+        [sizes[layer] for layer in here],
+        [shard_of_layer[layer] for layer in here],
+        speculates=workload.speculates,
+        payload_dtype=dtype,
+        summed=workload.is_apart,
+        num_parts=come.num_single,
+        num_sums=come.num_sums,
+    )
+    ways = [slot_bytes(payload_bytes(sizes[layer], dtype)) for layer in set(range(len(sizes))) - set(here)]
+    return at_home + (cluster.gpus_per_node * cluster.parts_per_gpu + 1) * sum(ways)
 
 
 def _parked_bytes(model: ModelShape, workload: Workload) -> float:

@@ -1,7 +1,7 @@
 """Simulator: runs a live policy on costs instead of machines.
 
-Each GPU computes its plan; each lane (a direction of a GPU's link, or a shard) executes one operation at a time, in the
-order in which the policy launched them; what a GPU on another machine sends or gets crosses the network as well. Where
+Each GPU computes its plan; each lane (of a direction of a GPU's link, or a shard) executes one operation at a time, in
+the order in which the policy launched them; what is at home on another machine crosses the network as well. Where
 weights come up from main memory, or blocks' inputs go there and back, they take turns with deltas and payloads, by
 deadline.
 Nothing is random, so the same costs give the same trace to the last bit.
@@ -89,9 +89,12 @@ class Simulator:
         self._gpu_of_part = policy.gpu_of_part if policy is not None else (0,)
         self._gpus = [self._new_gpu(gpu) for gpu in range(max(self._gpu_of_part) + 1)]
         self._queue: EventQueue[_Happening] = EventQueue()
-        if costs.network is not None and len(costs.network.away) != len(self._gpus):
-            raise ConfigError("sim.away", f"be of {len(self._gpus)} GPUs", len(costs.network.away))
-        self._lanes = Lanes(costs, lambda at_s, *promise: self._queue.push(at_s, _LaneDone(*promise)))
+        if costs.network is not None and len(costs.network.at or (0,)) != len(self._gpus):
+            raise ConfigError("sim.at", f"be of {len(self._gpus)} GPUs", costs.network.at)
+        self._num_homes = policy.num_homes if policy is not None else 1
+        self._lanes = Lanes(
+            costs, self._num_homes, lambda at_s, *promise: self._queue.push(at_s, _LaneDone(*promise))
+        )
         self._now_s = 0.0
         self._spans: list[Span] = []
         self._waits: list[Wait] = []
@@ -129,7 +132,8 @@ class Simulator:
         assert self._policy is not None, "without a policy nothing is announced"
         for action in self._policy.handle(event):
             lane = self._policy.lane_of(action.op)
-            movers = self._gpus[lane[1]].movers if action.op.stream in (WorkStream.D2H, WorkStream.H2D) else {}
+            is_link = action.op.stream in (WorkStream.D2H, WorkStream.H2D)
+            movers = self._gpus[lane[1] // self._num_homes].movers if is_link else {}
             mover = next(iter(movers.values()), None)
             self._lanes.add(lane, action.op, 0 if mover is None else mover.delta_due(action.op))
             self._lanes.start(lane, self._now_s)
@@ -222,7 +226,7 @@ class Simulator:
     def _bring(self, gpu: _Gpu, cause: Cause) -> None:
         copy = gpu.movers[cause].next_copy()
         if copy is not None:
-            lane = copy.stream, gpu.index
+            lane = copy.stream, gpu.index * self._num_homes  # one for all homes, as they share the link
             self._lanes.add(lane, copy)
             self._lanes.start(lane, self._now_s)
 
@@ -241,7 +245,7 @@ class Simulator:
             return
         op, start_s = ended
         if isinstance(op, Copy):
-            self._have_come(self._gpus[lane[1]], op.cause, start_s)
+            self._have_come(self._gpus[lane[1] // self._num_homes], op.cause, start_s)
             self._lanes.start(lane, self._now_s)
             return
         self._add_span(op.stream, op.step, op.layer, op.part, start_s)

@@ -1,9 +1,9 @@
 """Shared memory that a run's slots take, counted before they are there.
 
-Each unit has a slot for its payload of each part of a step on the way down, one for its delta on the way up and one for
-its optimizer state (m, v, the number of updates and, where deltas are int8, what they have left out, or the sum of all
-updates). Beside them are undo slots: where updates may be taken back once their step is judged, one for each unit's
-state; else one for each shard, as large as its largest state.
+Each unit has a slot for its payload of each part of a step on the way down, or for a sum of several, one for its delta
+on the way up and one for its optimizer state (m, v, the number of updates and, where deltas are int8, what they have
+left out, or the sum of all updates). Beside them are undo slots: where updates may be taken back once their step is
+judged, one for each unit's state; else one for each shard, as large as its largest state.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from lsp_ray.config import PayloadDtype
 
 PAGE_BYTES = 4096
+_VALUES = 64  # of a payload, whose bytes are compared with those of a sum
 SPARE_BYTES = 96 << 20  # of the object store, beside the slots: the job's data, messages, and Ray's own minimum
 
 
@@ -21,6 +22,30 @@ def payload_bytes(numel: int, payload_dtype: PayloadDtype) -> int:
     if payload_dtype == "int8":
         return 66 * -(-numel // 64)  # blocks of 64, each with a scale of 2 bytes
     return {"bfloat16": 2, "float32": 4}[payload_dtype] * numel
+
+
+def sum_blocks(own: range, num_parts: int, payload_dtype: PayloadDtype) -> list[range]:
+    """Divide the parts of a step that a machine computes into those that leave it as one sum and single ones.
+
+    Sums are float32, and of neighbours that `optim.parts.tree_sum` adds up before others, so that bits do not depend on
+    where that is; where one would be no fewer bytes than its parts, they leave singly.
+
+    Args:
+        own: Of `num_parts` in all.
+        num_parts: See above.
+        payload_dtype: Of single parts.
+    """
+    fewest = payload_bytes(_VALUES, "float32") // payload_bytes(_VALUES, payload_dtype) + 1
+    blocks = []
+    first = own.start
+    while first < own.stop:
+        width = 1
+        while first % (2 * width) == 0 and (first + 2 * width <= own.stop or own.stop == num_parts > first + width):
+            width *= 2
+        block = range(first, min(first + width, own.stop))
+        blocks += [block] if len(block) >= fewest else [range(part, part + 1) for part in block]
+        first = block.stop
+    return blocks
 
 
 def size_text(num_bytes: int) -> str:
@@ -49,6 +74,7 @@ def store_bytes(
     payload_dtype: PayloadDtype,
     summed: bool = False,
     num_parts: int = 1,
+    num_sums: int = 0,
 ) -> int:
     """Return the size of the object store that a run needs.
 
@@ -58,7 +84,8 @@ def store_bytes(
         speculates: Whether updates may have to be made again, so that every unit's state is kept until then.
         payload_dtype: In which values cross the link.
         summed: Whether shards keep the sum of all updates.
-        num_parts: Of a step, each of which has slots of its own for the way down.
+        num_parts: Of a step that come singly, each of which has slots of its own for the way down.
+        num_sums: Of several parts that come in place of these, float32.
     """
     ways = [slot_bytes(payload_bytes(numel, payload_dtype)) for numel in payload_sizes]
     states = [slot_bytes(4 * state_numel(numel, payload_dtype, summed=summed)) for numel in payload_sizes]
@@ -66,7 +93,8 @@ def store_bytes(
     for shard, state in zip(shard_of_unit, states, strict=True):
         largest[shard] = max(state, largest.get(shard, 0))
     undo = sum(states) if speculates else sum(largest.values())
-    return (num_parts + 1) * sum(ways) + sum(states) + undo + SPARE_BYTES
+    sums = num_sums * sum(slot_bytes(4 * numel) for numel in payload_sizes)
+    return (num_parts + 1) * sum(ways) + sums + sum(states) + undo + SPARE_BYTES
 
 
 def balanced(sizes: Sequence[int], num_shards: int) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Literal
 from lsp_ray.config import Bits, Method, PayloadDtype, Weights
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
-from lsp_ray.sim.cluster import ONE_GPU, Cluster
+from lsp_ray.sim.cluster import ONE_GPU, Cluster, arrivals
 from lsp_ray.sim.model_shape import LayerShape, LinearShape
 from lsp_ray.sim.store import payload_bytes
 
@@ -54,7 +54,7 @@ class Workload:
         nnz_per_row: R (lsp).
         lora_rank: Of the adapters (lora).
         galore_rank: Dimensions that a gradient's shorter side is projected onto (galore).
-        num_shards: Optimizer shards.
+        num_shards: Optimizer shards of each machine that has any.
         shard_threads: Threads of each.
         shard_by: Whether a shard owns whole layers or a slice of every layer.
         pinned: Whether slots are page-locked.
@@ -230,11 +230,24 @@ class Workload:
         """Bytes that a layer sends in each direction."""
         return payload_bytes(self.payload_numel(layer), self.payload_dtype)
 
+    def sent_bytes(self, layer: LayerShape) -> float:
+        """Bytes of a layer that a machine sends to its home on another one: single parts, or float32 sums of several."""
+        come = arrivals(self.cluster, self.payload_dtype)
+        return come.sent_single * self.payload_bytes(layer) + come.sent_sums * 4 * self.payload_numel(layer)
+
+    def summed_bytes(self, layer: LayerShape) -> float:
+        """Bytes that a machine reads and writes for these sums."""
+        num_summed = arrivals(self.cluster, self.payload_dtype).num_summed
+        return num_summed * _PART_BYTES[self.payload_dtype] * self.payload_numel(layer)
+
     @property
     def sum_bytes(self) -> int:
-        """Of an element that a shard reads and writes to add up all parts, beside the update of one."""
-        num_added = self.cluster.num_parts - 1
-        return _KEPT_SUM_BYTES[self.payload_dtype] + num_added * _PART_BYTES[self.payload_dtype] if num_added else 0
+        """Of an element that a shard reads and writes to add up all that comes, beside the update of one part."""
+        if self.cluster.num_parts == 1:
+            return 0
+        come = arrivals(self.cluster, self.payload_dtype)
+        added = (come.num_single - 1) * _PART_BYTES[self.payload_dtype] + come.num_sums * _PART_BYTES["float32"]
+        return _KEPT_SUM_BYTES[self.payload_dtype] + added
 
     @property
     def update_bytes(self) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import ray
 
 from lsp_ray.errors import LspRayError, WorkerLostError
-from lsp_ray.optim.parts import sum_blocks
 from lsp_ray.runtime.actors.node_keeper import Neighbours, NodeKeeper, Wanted, has_ended
 from lsp_ray.runtime.actors.places import Places
 from lsp_ray.runtime.actors.throttle import Throttle
@@ -20,9 +19,7 @@ from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, actor_class, 
 from lsp_ray.runtime.transport.line import Way
 from lsp_ray.runtime.transport.network import Address
 from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo
-from lsp_ray.sim.store import payload_bytes
-
-_VALUES = 64  # of a payload, whose bytes are compared with those of a sum
+from lsp_ray.sim.store import sum_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,8 +223,7 @@ class Keepers:
         parts = self._parts_at(node)
         if self._job.has_parts_to_divide:
             return singly(parts)
-        fewest = payload_bytes(_VALUES, "float32") // payload_bytes(_VALUES, self._job.codec.payload_dtype) + 1
-        return sum_blocks(parts, self._job.config.replicas, fewest)
+        return sum_blocks(parts, self._job.config.replicas, self._job.codec.payload_dtype)
 
     def _rates(self, node_id: str) -> dict[str, float]:
         """Bytes a second to each home, and from it: this machine's part of a slower network, see `Throttle`.

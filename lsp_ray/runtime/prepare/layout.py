@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from lsp_ray.config import RunConfig, RuntimeConfig
 from lsp_ray.runtime.prepare.machines import Machine, place
+from lsp_ray.sim.cluster import has_shards_on_all
 from lsp_ray.sim.store import balanced
 
 CORES_FOR_TWO_SHARDS = 16  # below, one with all threads is faster; more than two slow lsp down (simulated, docs/log.md)
 EVEN_ENOUGH = 1.05  # so much longer may a step's slowest GPU take under the even division: measuring is no surer
-NODES_FOR_SHARDS_ON_ALL = 3  # of two machines both links carry as much either way, and one alone is lost with less
 GPU_HOST_THREADS = 2  # what the GPU actor needs of the CPU where the GPU computes: launches and the two copy threads
 
 
@@ -144,8 +144,7 @@ def plan_layout(
 
 def shards_everywhere(runtime: RuntimeConfig, nodes: Sequence[str]) -> bool:
     """Whether every machine that has GPUs is to have shards; see `RuntimeConfig.shard_nodes`."""
-    num_nodes = len(set(nodes))
-    return runtime.shard_nodes == "all" or (runtime.shard_nodes == "auto" and num_nodes >= NODES_FOR_SHARDS_ON_ALL)
+    return has_shards_on_all(runtime.shard_nodes, len(set(nodes)))
 
 
 def even_parts(num_parts: int, num_gpus: int) -> tuple[int, ...]:
