@@ -163,7 +163,7 @@ def _predicted_s(setting: Setting, found: Found) -> float:
         for layer in found.free.layers
     )
     crossing_s = tuple(payload_bytes(size, "bfloat16") / (setting.gbit * 1e9 / 8) for size in found.sizes)
-    network = NetworkCosts(layers_s=crossing_s, away=(0, 1))
+    network = NetworkCosts(down_s=crossing_s, up_s=crossing_s, at=(0, 1))
     owners = [0] * len(layers)
     policy = POLICIES["layerwise"](owners, gpu_of_part=(0, 1))
     costs = StepCosts(layers=layers, hop_s=HOP_S, network=network)

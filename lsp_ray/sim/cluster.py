@@ -117,7 +117,7 @@ class Arrivals:
 
 @lru_cache(maxsize=256)
 def arrivals(cluster: Cluster, payload_dtype: PayloadDtype) -> Arrivals:
-    """Count what comes in, as `runtime.actors.keepers` decides it: where GPUs have several parts, nothing is added up."""
+    """Count what comes in, as `runtime.actors.keepers` decides: where GPUs have several parts, nothing is added up."""
     own = cluster.gpus_per_node * cluster.parts_per_gpu
     num_away = cluster.num_away
     if cluster.parts_per_gpu > 1 or not num_away:

@@ -30,9 +30,9 @@ class CostModel:
     def step(self) -> StepCosts:
         """All costs of a step, of its parts of one.
 
-        One GPU is simulated, which stands for all: they do the same, and each has to wait for the slowest. So of several
-        machines it is on one that no layer is at home on: an update waits for payloads from elsewhere whoever makes it,
-        and a step for whom deltas reach last.
+        One GPU is simulated, which stands for all: they do the same, and each has to wait for the slowest. So where
+        there are several machines it is on one that is no layer's home: whoever makes an update waits for payloads from
+        elsewhere, and a step for those whom deltas reach last.
         """
         bytes_per_s = self._update_bytes_per_s()
         return StepCosts(

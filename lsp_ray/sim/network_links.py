@@ -5,9 +5,9 @@ home's outgoing and the machine's incoming one. Those that share a link have equ
 than his busier link lets him.
 
 One GPU may stand for all. Then what it sends to a home comes from each of the machines that it stands for, at the same
-time, and these fill the home's link. Where all machines are homes, that link also carries the other direction's traffic
-of the home's own GPUs: as many ways as this GPU has there, but for the layers that are at home there. That is an average
-over homes: in truth some moments are busier for one of them than for another.
+time, and these fill the home's link. Where all machines are homes, that link also carries what the home's own GPUs have
+on the way in the other direction: as many ways as this GPU has, but for those of layers that are at home there. That is
+an average over homes: in truth some moments are busier for one of them than for another.
 """
 
 from __future__ import annotations

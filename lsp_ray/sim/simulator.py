@@ -92,9 +92,7 @@ class Simulator:
         if costs.network is not None and len(costs.network.at or (0,)) != len(self._gpus):
             raise ConfigError("sim.at", f"be of {len(self._gpus)} GPUs", costs.network.at)
         self._num_homes = policy.num_homes if policy is not None else 1
-        self._lanes = Lanes(
-            costs, self._num_homes, lambda at_s, *promise: self._queue.push(at_s, _LaneDone(*promise))
-        )
+        self._lanes = Lanes(costs, self._num_homes, lambda at_s, *promise: self._queue.push(at_s, _LaneDone(*promise)))
         self._now_s = 0.0
         self._spans: list[Span] = []
         self._waits: list[Wait] = []

@@ -231,7 +231,7 @@ class Workload:
         return payload_bytes(self.payload_numel(layer), self.payload_dtype)
 
     def sent_bytes(self, layer: LayerShape) -> float:
-        """Bytes of a layer that a machine sends to its home on another one: single parts, or float32 sums of several."""
+        """Bytes of a layer that a machine sends to a home elsewhere: single parts, or float32 sums of several."""
         come = arrivals(self.cluster, self.payload_dtype)
         return come.sent_single * self.payload_bytes(layer) + come.sent_sums * 4 * self.payload_numel(layer)
 
