@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from lsp_ray.config import PayloadDtype
+from lsp_ray.config import PayloadDtype, ShardNodes
 from lsp_ray.errors import ConfigError
 from lsp_ray.plan.__main__ import main
 from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
@@ -27,13 +27,13 @@ from lsp_ray.plan.plan import choices_of, make_plan, workload_of
 from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.run import parse
 from lsp_ray.sim.advice import largest_hidden_dim
-from lsp_ray.sim.cluster import COPY_BYTES_PER_S, DRIVER_S, Cluster
+from lsp_ray.sim.cluster import COPY_BYTES_PER_S, DRIVER_S, Cluster, arrivals
 from lsp_ray.sim.cost_model import CostModel
 from lsp_ray.sim.forecast import Forecast, forecast, simulate
 from lsp_ray.sim.hardware_profile import load_hardware
 from lsp_ray.sim.memory import host_memory, host_memory_elsewhere
 from lsp_ray.sim.model_shape import ModelShape
-from lsp_ray.sim.store import slot_bytes
+from lsp_ray.sim.store import SPARE_BYTES, slot_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import WorkStream
 from scripts.sim_paper import llama
@@ -68,26 +68,102 @@ def test_a_shard_reads_every_further_part_beside_its_update_and_keeps_their_sum(
 
 
 @pytest.mark.parametrize(
-    ("num_nodes", "gpus", "gbit", "bytes_per_s"),
+    ("num_nodes", "gbit", "most"),
     [
-        (2, 1, 1.0, 0.9 * 125e6),
-        (2, 1, 40.0, COPY_BYTES_PER_S),  # what one connection reaches is less than the network
-        (3, 4, 40.0, 0.9 * 5e9 / 8),
-        (16, 1, 10.0, 0.9 * 1.25e9 / 15),
+        (2, 1.0, 1.0),
+        (2, 40.0, COPY_BYTES_PER_S / (0.9 * 5e9)),  # what one connection reaches is less than the network
+        (16, 10.0, 1.0),
     ],
 )
-def test_each_gpu_elsewhere_has_its_part_of_the_drivers_link(
-    num_nodes: int, gpus: int, gbit: float, bytes_per_s: float
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_machine_sends_its_sum_and_gets_one_delta_over_its_part_of_the_homes_link(
+    num_nodes: int, gbit: float, most: float, gpus: int
 ) -> None:
-    work, size = on(WORK, num_nodes, gpus, gbit), WORK.payload_bytes(LLAMA_7B.layers[1])
-    assert work.cluster.network_s(size) == pytest.approx(size / bytes_per_s)
+    work, layer = on(WORK, num_nodes, gpus, gbit), LLAMA_7B.layers[1]
     network = CostModel(model=LLAMA_7B, workload=work, hardware=MACHINE).step().network
     assert network is not None
-    [num_away] = network.away
-    assert num_away == (num_nodes - 1) * gpus
-    slower = max(num_away, 1 / network.most)
-    assert slower * network.layers_s[1] == pytest.approx(size / bytes_per_s)
+    assert (network.away, network.at) == (num_nodes - 1, None)
+    assert network.most == pytest.approx(most)
+    numel, rate = WORK.payload_numel(layer), 0.9 * gbit * 1e9 / 8
+    assert network.up_s[1] == pytest.approx(2 * numel / rate)
+    assert network.down_s[1] == pytest.approx((4 if gpus == 4 else 2) * numel / rate), "a sum is float32"
+    assert network.sum_s[1] == pytest.approx(4 * 12 * numel / MACHINE.core_bytes_per_s if gpus == 4 else 0.0)
     assert CostModel(model=LLAMA_7B, workload=on(WORK, 1, 8), hardware=MACHINE).step().network is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gpus", "sent", "num_single", "num_sums"),
+    [
+        ("float32", 1, 4.0, 2, 0),
+        ("float32", 2, 4.0, 2, 1),
+        ("bfloat16", 2, 2 * 2.0, 4, 0),  # a sum of two is no fewer bytes
+        ("bfloat16", 3, 3 * 2.0, 6, 0),  # parts 3 to 5 are no block, nor are 4 and 5 worth a sum
+        ("bfloat16", 4, 4.0, 4, 1),
+        ("bfloat16", 8, 4.0, 8, 1),
+        ("int8", 4, 4.0, 4, 1),
+        ("int8", 2, 2 * 66 / 64, 4, 0),
+    ],
+)
+def test_parts_of_a_machine_leave_it_as_one_sum_where_that_is_fewer_bytes(
+    dtype: PayloadDtype, gpus: int, sent: float, num_single: int, num_sums: int
+) -> None:
+    work, layer = on(replace(WORK, payload_dtype=dtype), 2, gpus), LLAMA_7B.layers[1]
+    assert work.sent_bytes(layer) == pytest.approx(sent * work.payload_numel(layer), rel=1e-3)
+    come = arrivals(work.cluster, dtype)
+    assert (come.num_single, come.num_sums) == (num_single, num_sums)
+    # the shard decodes and adds each that comes, a sum as float32
+    kept, part = {"float32": (40, 14), "bfloat16": (22, 12), "int8": (14, 16)}[dtype]
+    assert work.sum_bytes == kept + (num_single - 1) * part + num_sums * 14
+    # where a GPU has several parts they may be divided by pace, and leave singly
+    divided = replace(work, cluster=replace(work.cluster, parts_per_gpu=2))
+    assert divided.sent_bytes(layer) == 2 * gpus * work.payload_bytes(layer)
+    assert divided.summed_bytes(layer) == 0
+
+
+def test_machines_that_are_no_block_of_the_tree_send_what_they_do_on_average() -> None:
+    # of parts 6 to 11, four are a sum and two single; of 12 to 17 the first four, and the last two of all
+    come = arrivals(Cluster(num_nodes=3, gpus_per_node=6), "bfloat16")
+    assert (come.num_single, come.num_sums, come.sent_single, come.sent_sums) == (6 + 4, 2, 2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("shard_nodes", "num_nodes", "seconds"),
+    [
+        ("driver", 2, 3.0),  # what comes in is more than what goes out
+        ("all", 2, 2.0 + 0.5),  # two layers' payloads, and the delta of the third
+        ("driver", 3, 2 * 3.0),
+        ("auto", 3, 2 * 1.0 + 2 * 0.5),
+        ("auto", 4, 3 * 1.0 + 2 * 0.5),
+    ],
+)
+def test_the_busiest_link_is_that_of_a_home(shard_nodes: ShardNodes, num_nodes: int, seconds: float) -> None:
+    cluster = Cluster(num_nodes=num_nodes, network_gbit=8 / 0.9, shard_nodes=shard_nodes)  # 1 GB/s
+    assert cluster.network_s([1e9] * 3, [0.5e9] * 3) == pytest.approx(seconds)
+    slow = replace(cluster, network_gbit=1e6)
+    # a connection to each other machine
+    assert slow.network_s([1e9] * 3, [0.5e9] * 3) == pytest.approx(seconds / (3.0 * (num_nodes - 1)))
+    assert Cluster().network_s([1e9], [1e9]) == 0.0
+
+
+def test_shards_on_all_machines_divide_the_updates_and_the_network() -> None:
+    step_s, network_s = (
+        [
+            getattr(
+                forecast(
+                    LLAMA_7B, replace(work, cluster=replace(work.cluster, shard_nodes=where)), MACHINE, "layerwise"
+                ),
+                name,
+            )
+            for where in ("driver", "all")
+        ]
+        for name in ("step_s", "network_s")
+        for work in (on(replace(WORK, payload_dtype="float32"), 8, 1, 1.0),)
+    )
+    assert step_s[1] < 0.5 * step_s[0]
+    # of two ways through a link with an eighth of all layers each, where one way took all of them
+    assert network_s[1] == pytest.approx(network_s[0] / 4, rel=0.25), "34 layers are not eight times as many"
+    assert forecast(LLAMA_7B, on(WORK, 8, 1, 1.0), MACHINE, "layerwise").workload.cluster.num_homes == 8
+    assert forecast(LLAMA_7B, on(WORK, 2, 1, 1.0), MACHINE, "layerwise").workload.cluster.num_homes == 1
 
 
 def test_copies_of_the_network_take_cores_from_updates() -> None:
@@ -104,21 +180,64 @@ def test_copies_of_the_network_take_cores_from_updates() -> None:
     assert two == pytest.approx(one / (1 - taken))
 
 
-def test_the_drivers_machine_has_all_slots_and_states_and_others_have_slots_of_their_own() -> None:
-    ways = sum(slot_bytes(WORK.payload_bytes(layer)) for layer in LLAMA_7B.layers)
-    alone, four, star = (host_memory(LLAMA_7B, work, on_gpu=True) for work in (WORK, on(WORK, 1, 4), on(WORK, 4, 1)))
+def test_copies_and_sums_of_all_machines_take_cores_from_their_own_updates() -> None:
+    work, few = on(WORK, 3, 4), replace(MACHINE, num_cores=1)
+    layers = LLAMA_7B.layers
+    one, all_homes = (
+        CostModel(model=LLAMA_7B, workload=own, hardware=few).step()
+        for own in (replace(work, cluster=Cluster(gpus_per_node=4)), work)
+    )
+    device_s = sum(layer.forward_s + layer.backward_s for layer in one.layers)
+    numel = sum(map(WORK.payload_numel, layers))
+    copied_s = 2 * 2 / 3 * (2 + 4) * numel / COPY_BYTES_PER_S  # in and out: deltas, and sums
+    added_s = 2 / 3 * 4 * 12 * numel / few.core_bytes_per_s
+    left = 1 - (copied_s + added_s) / device_s
+    assert 0.5 < left < 0.9
+    of_one, of_all = WORK.update_bytes + 22 + 3 * 12, WORK.update_bytes + 22 + 3 * 12 + 2 * 14
+    assert all_homes.layers[1].cpu_s == pytest.approx(one.layers[1].cpu_s * of_all / of_one / left)
+
+
+def test_the_drivers_machine_has_all_states_of_a_star_and_each_machine_slots_of_its_own() -> None:
+    ways, sums = (
+        sum(slot_bytes(size(layer)) for layer in LLAMA_7B.layers)
+        for size in (WORK.payload_bytes, lambda layer: 4 * WORK.payload_numel(layer))
+    )
+    four_by_two = replace(on(WORK, 2, 4), cluster=Cluster(num_nodes=2, gpus_per_node=4))
+    alone, four, two, star = (
+        host_memory(LLAMA_7B, work, on_gpu=True) for work in (WORK, on(WORK, 1, 4), on(WORK, 2, 1), four_by_two)
+    )
     assert four.object_store - alone.object_store == 3 * ways
-    assert star.object_store == four.object_store
-    assert four.weights == 4 * alone.weights
-    assert star.weights == alone.weights
+    assert two.object_store - alone.object_store == ways
+    assert star.object_store - four.object_store == sums, "what comes of the other machine is one sum"
+    assert four.weights == star.weights == 4 * alone.weights
     assert four.processes - alone.processes == 3 * 400e6
-    assert star.processes - alone.processes == 3 * 200e6
-    elsewhere = host_memory_elsewhere(LLAMA_7B, on(WORK, 2, 2), on_gpu=True)
+    assert star.processes - four.processes == two.processes - alone.processes == 200e6, "a keeper"
+    elsewhere = host_memory_elsewhere(LLAMA_7B, four_by_two, on_gpu=True)
     assert elsewhere is not None
-    assert elsewhere.object_store == 0
-    assert elsewhere.processes == 2 * (400e6 + 5 * ways)
-    assert elsewhere.weights == 2 * alone.weights
+    assert elsewhere.object_store == SPARE_BYTES + 5 * ways
+    assert elsewhere.processes == 4 * 400e6 + 200e6
+    assert elsewhere.weights == 4 * alone.weights
     assert host_memory_elsewhere(LLAMA_7B, on(WORK, 1, 4), on_gpu=True) is None
+
+
+def test_shards_on_all_machines_divide_states_and_each_machine_has_its_own_processes() -> None:
+    star, spread = (
+        (host_memory(LLAMA_7B, work, on_gpu=True), host_memory_elsewhere(LLAMA_7B, work, on_gpu=True))
+        for where in get_args(ShardNodes)[1:]
+        for work in [replace(WORK, cluster=Cluster(num_nodes=4, shard_nodes=where))]
+    )
+    assert star[1] is not None
+    assert spread[1] is not None
+    assert spread[0].processes == star[0].processes
+    assert spread[1].processes == star[0].processes - 400e6, "without the driver"
+    assert star[1].processes == 400e6 + 200e6
+    both = [machine.object_store - SPARE_BYTES for machine in (spread[0], spread[1])]
+    # a quarter of what the driver's machine has of a star, and slots of three quarters of the layers
+    expected = 0.25 * (star[0].object_store - SPARE_BYTES) + 0.75 * (star[1].object_store - SPARE_BYTES)
+    assert both == pytest.approx([expected] * 2, rel=0.05)
+    needs = forecast(LLAMA_7B, replace(WORK, cluster=Cluster(num_nodes=4)), MACHINE, "layerwise").needs
+    [shared] = [need for need in needs if need.where == "shared"]
+    assert shared.needed_bytes == max(spread[0].object_store, spread[1].object_store)
 
 
 def test_frozen_weights_that_stay_are_there_once_for_all_gpus_and_what_is_not_streamed_beside_them() -> None:
@@ -203,7 +322,7 @@ def test_a_method_that_sends_nothing_has_one_gpu() -> None:
         ({"network_gbit": math.nan}, "cluster.network_gbit must be a number above 0, got nan"),
     ],
 )
-def test_a_cluster_that_cannot_be_is_named(changes: dict[str, int], line: str) -> None:
+def test_a_cluster_that_cannot_be_is_named(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Cluster(**changes)
     assert str(caught.value) == line
@@ -240,6 +359,7 @@ def test_a_plan_for_several_nodes_shows_efficiency_and_bound_in_80_columns(
     [command] = [line for line in lines if line.startswith("python -m lsp_ray.run")]
     run = parse(shlex.split(command)[3:])
     assert (run.num_replicas, run.runtime.address, run.runtime.num_gpus) == (32, "auto", "auto")
+    assert run.runtime.shard_nodes == "auto", "which is all: as planned"
     assert [line for line in lines if line.startswith("host: of the node with driver and shards; of others ")]
     assert "forecast alone" not in "".join(lines)
     shown = [line for line in lines if line not in (advised, command)]
@@ -272,7 +392,7 @@ def test_a_plan_as_json_has_the_cluster_and_what_the_network_and_the_driver_take
     assert lsp["busy_s"]["network"] > 0
     assert lsp["busy_s"]["driver"] > 0
     assert lsp["exposed_s"]["of_it_network_s"] > 0
-    assert lsp["host_bytes_elsewhere"]["object_store"] == 0
+    assert 0 < lsp["host_bytes_elsewhere"]["object_store"] < 1.1 * lsp["host_bytes"]["object_store"]
     assert native["host_bytes_elsewhere"] is None
     assert 0 < lsp["efficiency"] <= 1.005
     assert native["efficiency"] == 1
@@ -291,6 +411,7 @@ def test_a_plan_as_json_has_the_cluster_and_what_the_network_and_the_driver_take
         (["--nodes", "2"], "error: network_gbit must be given with 2 nodes, got None; 1, 10 and 25 are common"),
         (["--nodes", "2", "--network_gbit", "0"], "error: network_gbit must be a number above 0, got 0.0"),
         (["--nodes", "2", "--network_gbit", "inf"], "error: network_gbit must be a number, got 'inf'"),
+        (["--runtime.shard_nodes", "all"], "error: runtime.shard_nodes must be left out with one node, got 'all'"),
         (["--network_gbit", "10"], "error: network_gbit must be left out with one node, got 10.0"),
         (["--nodes", "129", "--network_gbit", "10"], "error: nodes must be at most 128, got 129"),
         (

@@ -216,10 +216,10 @@ def test_where_all_machines_are_homes_deltas_come_in_on_the_link_of_payloads() -
     both, star = (
         {
             (span.stream, span.layer): (span.start_s, span.end_s)
-            for span in simulate(costs, num_steps=2, policy="layerwise_fcfs", **how).spans
+            for span in simulate(costs, num_steps=2, policy="layerwise_fcfs", num_homes=num_homes).spans
             if span.step == 0
         }
-        for how in ({"num_homes": 2}, {"num_homes": 1})
+        for num_homes in (2, 1)
     )
     # each GPU is at home of one of two layers: half of the ways of the other direction share a link with one
     assert both[WorkStream.H2D, 1] == pytest.approx((6.0, 6.0 + 3.0 * 1.5))
