@@ -360,7 +360,7 @@ def test_a_plan_for_several_nodes_shows_efficiency_and_bound_in_80_columns(
     run = parse(shlex.split(command)[3:])
     assert (run.num_replicas, run.runtime.address, run.runtime.num_gpus) == (32, "auto", "auto")
     assert run.runtime.shard_nodes == "auto", "which is all: as planned"
-    assert [line for line in lines if line.startswith("host: of the node with driver and shards; of others ")]
+    assert [line for line in lines if line.startswith("host: of the driver's node; of others ")]
     assert "forecast alone" not in "".join(lines)
     shown = [line for line in lines if line not in (advised, command)]
     assert max(map(len, shown)) <= 80

@@ -58,7 +58,7 @@ def print_plan(plan: Plan, config: PlanConfig, console: Console) -> None:
         say(console, *_SHARED_LEGEND)
     elsewhere = [row.elsewhere.total_bytes for row in rows if row.elsewhere]
     if elsewhere:
-        say(console, f"host: of the node with driver and shards; of others {max(elsewhere) / 1e9:.1f} GB at most")
+        say(console, f"host: of the driver's node; of others {max(elsewhere) / 1e9:.1f} GB at most")
     if config.verbose:
         for table in (_memory(rows), _seconds_table(plan.by_policy())):
             console.print()
