@@ -260,6 +260,15 @@ def test_a_gpu_that_computes_several_parts_sends_each_and_gets_one_delta() -> No
     assert found.step_s == found.single_s > 1.9 * forecast(LLAMA_7B, WORK, MACHINE, "layerwise").step_s
 
 
+def test_weights_that_come_up_share_the_link_with_lanes_to_all_homes() -> None:
+    work = replace(WORK, batch_size=1, weights="host", apart=True, gradient_checkpointing=True)
+    assert on(work, 3).cluster.num_homes == 3
+    one, three = (simulate(LLAMA_7B, on(work, nodes, 1, 25.0), MACHINE, "layerwise").typical for nodes in (1, 3))
+    assert one.exposed.weights_s > 0.2 * one.step_s
+    assert three.step_s == pytest.approx(one.step_s, rel=0.05)
+    assert three.exposed.weights_s == pytest.approx(one.exposed.weights_s, rel=0.05)
+
+
 def test_a_driver_of_many_gpus_bounds_the_step() -> None:
     many = forecast(SMALL, on(WORK, 64, 8, 100.0), MACHINE, "layerwise")
     assert many.driver_s == pytest.approx((2 * 512 + 1) * len(SMALL.layers) * DRIVER_S)
