@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from lsp_ray.config import PayloadDtype
 from lsp_ray.errors import StaleSlotError, WorkerLostError
 from lsp_ray.optim.codec import Codec
-from lsp_ray.optim.parts import sum_blocks, tree_sum
+from lsp_ray.optim.parts import tree_sum
 from lsp_ray.runtime.actors.node_keeper import Neighbours, NodeKeeper
 from lsp_ray.runtime.transport.line import Line
 from lsp_ray.runtime.transport.slots import Bytes, OpenSlots, as_bytes, new_slot
+from lsp_ray.sim.store import sum_blocks
 
 NUMEL = 700
 HERE, THERE = "driver's", "other"

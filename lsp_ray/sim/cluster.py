@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from lsp_ray.config import PayloadDtype, ShardNodes
 from lsp_ray.errors import ConfigError
-from lsp_ray.sim.store import sum_blocks
+from lsp_ray.sim.store import fewest_to_sum, sum_blocks
 
 MOST_NODES, MOST_GPUS = 128, 1024  # beyond, nobody has measured anything like it
 # Measured over loopback, 1 MB at a time, one way after the other: a core passes 2.9 to 5.4 GB in a second of its time,
@@ -126,7 +126,7 @@ def arrivals(cluster: Cluster, payload_dtype: PayloadDtype) -> Arrivals:
     blocks = [
         block
         for node in range(1, cluster.num_nodes)
-        for block in sum_blocks(range(own * node, own * (node + 1)), cluster.num_parts, payload_dtype)
+        for block in sum_blocks(range(own * node, own * (node + 1)), cluster.num_parts, fewest_to_sum(payload_dtype))
     ]
     num_single, num_sums = sum(len(block) == 1 for block in blocks), sum(len(block) > 1 for block in blocks)
     return Arrivals(

@@ -24,18 +24,19 @@ def payload_bytes(numel: int, payload_dtype: PayloadDtype) -> int:
     return {"bfloat16": 2, "float32": 4}[payload_dtype] * numel
 
 
-def sum_blocks(own: range, num_parts: int, payload_dtype: PayloadDtype) -> list[range]:
-    """Divide the parts of a step that a machine computes into those that leave it as one sum and single ones.
+def fewest_to_sum(payload_dtype: PayloadDtype) -> int:
+    """Return how many encoded parts are more bytes than their sum, which is float32."""
+    return payload_bytes(_VALUES, "float32") // payload_bytes(_VALUES, payload_dtype) + 1
 
-    Sums are float32, and of neighbours that `optim.parts.tree_sum` adds up before others, so that bits do not depend on
-    where that is; where one would be no fewer bytes than its parts, they leave singly.
+
+def sum_blocks(own: range, num_parts: int, fewest: int) -> list[range]:
+    """Divide neighbouring parts into those that `optim.parts.tree_sum` adds up before others, and single ones.
 
     Args:
         own: Of `num_parts` in all.
         num_parts: See above.
-        payload_dtype: Of single parts.
+        fewest: That are worth a sum.
     """
-    fewest = payload_bytes(_VALUES, "float32") // payload_bytes(_VALUES, payload_dtype) + 1
     blocks = []
     first = own.start
     while first < own.stop:

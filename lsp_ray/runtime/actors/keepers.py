@@ -19,7 +19,7 @@ from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, actor_class, 
 from lsp_ray.runtime.transport.line import Way
 from lsp_ray.runtime.transport.network import Address
 from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo
-from lsp_ray.sim.store import sum_blocks
+from lsp_ray.sim.store import fewest_to_sum, sum_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +223,7 @@ class Keepers:
         parts = self._parts_at(node)
         if self._job.has_parts_to_divide:
             return singly(parts)
-        return sum_blocks(parts, self._job.config.replicas, self._job.codec.payload_dtype)
+        return sum_blocks(parts, self._job.config.replicas, fewest_to_sum(self._job.codec.payload_dtype))
 
     def _rates(self, node_id: str) -> dict[str, float]:
         """Bytes a second to each home, and from it: this machine's part of a slower network, see `Throttle`.
