@@ -147,12 +147,13 @@ _STREAMED_COMMAND = (
 )
 HEAD_STREAMED = f"""## With the weights in main memory
 
-With `--runtime.weights host` beside `--load_in_4bit` the blocks stay in main memory and come up
-while the one before computes. So main memory decides how large a model may be; the card has to hold
-output layer, two blocks and activations, and what is left of it holds more blocks. Each row has the
-largest that fits a card and the main memory beside it, of the models above and of the shapes of
-Llama-2-7B, -13B, -70B, CodeLlama-34B, Llama-3.1-70B, Qwen2.5-72B and Mistral-Large-123B. All of it
-is a forecast, by the rates of the card that is named; no GPU has run it.
+With `--runtime.weights host` beside `--load_in_4bit` blocks, embeddings and output layer stay in
+main memory, and blocks come up while the one before computes. So main memory decides how large a
+model may be; the card has to hold two blocks and activations, and what is left of it holds more
+blocks. Each row has the largest that fits a card and the main memory beside it, of the models above
+and of the shapes of Llama-2-7B, -13B, -70B, CodeLlama-34B, Llama-3.1-70B, Qwen2.5-72B and
+Mistral-Large-123B. All of it is a forecast, by the rates of the card that is named; no GPU has run
+it.
 
 *Examples* are those of a micro-batch × micro-batches of a step, of {LENGTHS[0]} tokens each, as the planner
 chooses them: four, more where that hides the link. *Waits* is the part of such a step in which the

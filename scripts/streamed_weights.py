@@ -35,6 +35,7 @@ from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
 from lsp_ray.runtime.actors.throttle import Throttle, emulating
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
 from lsp_ray.runtime.prepare.job import Job, prepare_job
+from lsp_ray.runtime.prepare.model_shape import model_shape
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.schedule.policy import POLICIES
 from lsp_ray.sim.costs import LayerCosts, StepCosts
@@ -85,8 +86,11 @@ def run(job: Job, folder: Path) -> tuple[Summary, list[StepMetrics], Trace]:
     return summary, listener.steps, read_trace(folder / INTERNALS / "trace.json")
 
 
-def costs_of(trace: Trace, num_layers: int, num_micro_batches: int, *, streams: bool) -> StepCosts:
-    """What each layer took, medians over the traced steps, without the waits for weights that fall into it."""
+def costs_of(trace: Trace, num_layers: int, num_micro_batches: int, *, streams: bool, num_pieces: int = 0) -> StepCosts:
+    """What each layer took, medians over the traced steps, without the waits for weights that fall into it.
+
+    Pieces of the output embedding, and the loss, are traced as the last layer's, a norm.
+    """
     waits = [span for span in trace.spans if span.cause == "weights"]
     steps = [step for step in trace.steps if step >= WARM_UP]
 
@@ -102,22 +106,33 @@ def costs_of(trace: Trace, num_layers: int, num_micro_batches: int, *, streams: 
         lengths = [span.end_s - span.start_s for span in trace.spans if (span.category, span.layer) == (kind, layer)]
         return median(lengths) if lengths else 0.0
 
+    last = num_layers - 1 if num_pieces else num_layers
     return StepCosts(
         layers=tuple(
             LayerCosts(
-                forward_s=took(layer, "forward") / num_micro_batches,
+                forward_s=took(layer, "forward") / num_micro_batches if layer != last else 0.0,
                 backward_s=took(layer, "backward") / num_micro_batches,
                 apply_s=took(layer, "apply"),
                 d2h_s=each(layer, "d2h"),
                 cpu_s=each(layer, "cpu"),
                 h2d_s=each(layer, "h2d"),
-                weights_s=each(layer, "weights"),
+                weights_s=each(layer, "weights") if layer != last else 0.0,
             )
             for layer in range(num_layers)
         ),
+        loss_s=took(last, "forward") / num_micro_batches if num_pieces else 0.0,
+        pieces_s=(each(last, "weights"),) * num_pieces,
         num_micro_batches=num_micro_batches,
         num_buffers=FEWEST_BUFFERS if streams else 0,
     )
+
+
+def num_pieces_of(job: Job) -> int:
+    """Of the output embedding, where they come up."""
+    if not job.config.streams:
+        return 0
+    skeleton = load_skeleton(job.model_folder, task=job.task)
+    return len(model_shape(skeleton, find_layers(skeleton)).head_pieces)
 
 
 def simulated(job: Job, costs: StepCosts) -> SimulatedStep:
@@ -238,7 +253,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             summary, steps, trace = run(job, Path(folder) / f"{home}-{link_gbps}")
             found = [step.loss for step in steps]
             losses = losses or found
-            costs = costs_of(trace, len(job.payload_sizes), 1, streams=link_gbps is not None)
+            costs = costs_of(
+                trace, len(job.payload_sizes), 1, streams=link_gbps is not None, num_pieces=num_pieces_of(job)
+            )
             step = simulated(job, costs)
             step_s = _typical(steps, lambda metrics: metrics.step_time_s)
             waited_s = _typical(steps, lambda metrics: metrics.exposed_weights_s)

@@ -161,7 +161,8 @@ class CheckingBackend(CpuBackend):
 
     def _memory(self, buffer: torch.Tensor) -> torch.Tensor:
         block = self._blocks.get(address(buffer))
-        return buffer if block is None else block.memory
+        start = buffer.storage_offset()
+        return buffer if block is None else block.memory[start : start + buffer.numel()]
 
     def _let_go(self, key: int) -> None:
         block = self._blocks.pop(key)

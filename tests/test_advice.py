@@ -272,20 +272,20 @@ def test_the_others_that_fit_are_compared_in_words() -> None:
     ("options", "reason"),
     [
         (
-            {"gpu_memory_gb": 0.5, "load_in_4bit": None},
-            r"nothing fits 0\.5 GB: the weights alone are 0\.\d GB in 4 bits",
+            {"gpu_memory_gb": 0.5, "load_in_4bit": None, "runtime": RESIDENT},
+            r"nothing fits 0\.5 GB: the weights alone are 1\.2 GB in 4 bits",
         ),
         (
-            {"gpu_memory_gb": 1.4, "load_in_4bit": None},
-            r"nothing fits 1\.4 GB of GPU memory, .*: the least is 0\.9 GB, .* lsp in 4 bits, weights in main memory",
+            {"gpu_memory_gb": 1.1, "load_in_4bit": None},
+            r"nothing fits 1\.1 GB of GPU memory, .*: the least is 0\.2 GB, .* lsp in 4 bits, weights in main memory",
         ),
         ({"gpu_memory_gb": 1.4, "runtime": RESIDENT}, r"nothing fits 1\.4 GB: the weights alone are 1\.5 GB"),
         (
-            {"gpu_memory_gb": 1.4},
-            r"nothing fits 1\.4 GB of GPU memory, .*: the least is 1\.\d GB, with method lsp, weights in main memory",
+            {"gpu_memory_gb": 1.2},
+            r"nothing fits 1\.2 GB of GPU memory, .*: the least is 0\.\d GB, with method lsp, weights in main memory",
         ),
         (
-            {"gpu_memory_gb": 2},
+            {"gpu_memory_gb": 2, "runtime": RESIDENT},
             r"nothing fits 2 GB of GPU memory, 1 GB of it kept free: the least is 1\.\d GB, with .*",
         ),
         (

@@ -1,6 +1,6 @@
 """The device's side of training never depends on how fast a stream is: a proof by happens-before, and its proof.
 
-Each planted fault leaves out one of the seam's operations, as a CUDA path that forgot it would.
+Each planted fault leaves out one of the seam's operations, see `faulty_backends`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel
 
 from lsp_ray.config import LspConfig, PayloadDtype
-from lsp_ray.device.backend import Fence
 from lsp_ray.device.fits import ClosedFormFit
 from lsp_ray.device.host_activations import HostActivations
 from lsp_ray.device.refit import Refitter
@@ -28,10 +27,10 @@ from lsp_ray.models.layers import find_layers
 from lsp_ray.models.loss import Batch
 from lsp_ray.optim.codec import Codec
 from lsp_ray.schedule.delta_room import DeltaRoom
-from lsp_ray.schedule.ops import Op
 from lsp_ray.schedule.policy import POLICIES, Delayed, Policy
 from lsp_ray.trace import WorkStream
-from tests.checking_backend import CheckingBackend, LateFence
+from tests.checking_backend import CheckingBackend
+from tests.faulty_backends import Careless, Early, Hasty, Keeping, Unordered
 from tests.happens_before import HappensBefore, RaceError
 from tests.host_thread import SteppedCondition
 from tests.interleaved import InterleavedRun
@@ -40,6 +39,7 @@ from tests.tiny import HIDDEN_SIZE, VOCAB_SIZE, assert_same_weights, deep_model,
 
 LSP = LspConfig(subspace_dim=16, nnz_per_row=2, fit="random")
 CHECK_EVERY = 6
+NUM_ROWS = 20_000  # which come up in two pieces, each larger than any block
 STEPS_TO_TAKEOVER = CHECK_EVERY + CHECK_EVERY // 2 + 2
 
 
@@ -117,7 +117,8 @@ def prepared(
 ) -> Prepared:
     """Without a backend, weights and activations are on the device."""
     is_moved = setting.num_buffers > 0 or setting.parks_inputs
-    model = deep_model("llama", 6 if setting.parks_inputs else 4) if is_moved else tiny_model("llama")
+    num_blocks, num_rows = 6 if setting.parks_inputs else 4, NUM_ROWS if setting.num_buffers else VOCAB_SIZE
+    model = deep_model("llama", num_blocks, num_rows) if is_moved else tiny_model("llama")
     model.train()
     if setting.recomputes or (is_moved and backend is not None):
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -129,7 +130,9 @@ def prepared(
     if setting.parks_inputs and backend is not None:
         blocks = [(unit, layer.block) for unit, layer in enumerate(layers) if layer.block is not None]
         up = weights.link if weights is not None else None
-        activations = HostActivations(blocks, backend, 2 * 8 * HIDDEN_SIZE * 4, up=up, changed=changed)
+        num_pieces = weights.num_pieces if weights is not None else 0
+        size = 2 * 8 * HIDDEN_SIZE * 4
+        activations = HostActivations(blocks, backend, size, up=up, changed=changed, num_pieces=num_pieces)
     units = lsp_units(layers, setting.lsp, seed=0)[0] if setting.method == "lsp" else full_units(layers)
     if setting.refits:
         options: dict[str, Any] = {"check_every": CHECK_EVERY, "num_sketched": 1, "seed": 0}
@@ -188,62 +191,6 @@ def test_every_access_is_ordered_and_no_bit_depends_on_when_things_happen(name: 
         assert (run.num_taken_over > 0) == SETTINGS[name].refits
 
 
-class _Promise:
-    """A fence that says it is passed when it is not."""
-
-    def __init__(self, fence: Fence) -> None:
-        assert isinstance(fence, LateFence)
-        self.fence = fence
-
-    def synchronize(self) -> None:
-        pass
-
-
-class Hasty(CheckingBackend):
-    """Its host does not wait for the fences of one stream; other streams do."""
-
-    def __init__(self, stream: WorkStream) -> None:
-        super().__init__()
-        self._hasty = stream
-
-    def record(self, stream: WorkStream) -> Fence:
-        fence = super().record(stream)
-        return _Promise(fence) if stream is self._hasty else fence
-
-    def wait(self, stream: WorkStream, fence: Fence) -> None:
-        super().wait(stream, fence.fence if isinstance(fence, _Promise) else fence)
-
-
-class Unordered(CheckingBackend):
-    """One of its streams does not wait for others, and nobody waits for the compute stream."""
-
-    def __init__(self, stream: WorkStream) -> None:
-        super().__init__()
-        self._unordered = stream
-
-    def record(self, stream: WorkStream) -> Fence:
-        fence = super().record(stream)
-        return _Promise(fence) if stream is WorkStream.GPU else fence
-
-    def wait(self, stream: WorkStream, fence: Fence) -> None:
-        if stream is not self._unordered:
-            super().wait(stream, fence.fence if isinstance(fence, _Promise) else fence)
-
-
-class Keeping(CheckingBackend):
-    """Does not tell the allocator that another stream uses a buffer."""
-
-    def hand_over(self, tensor: torch.Tensor, stream: WorkStream) -> None:
-        pass
-
-
-class Careless(Delayed):
-    """Launches what writes a slot though the step before has not been read from it."""
-
-    def _finds_slot(self, op: Op) -> bool:
-        return True
-
-
 LAYERWISE, DELAYED = SETTINGS["layerwise, lsp"], SETTINGS["delayed, lsp"]
 FAULTS: dict[str, tuple[Setting, Callable[[], CheckingBackend], str]] = {
     "no wait before a delta is added": (
@@ -274,6 +221,11 @@ FAULTS: dict[str, tuple[Setting, Callable[[], CheckingBackend], str]] = {
     "a buffer for weights is written again while the compute reads it": (
         SETTINGS["layerwise, weights come up"],
         lambda: Hasty(WorkStream.GPU),
+        "a write by the h2d stream is not ordered after a read by the gpu stream",
+    ),
+    "a buffer for a piece of the output embedding is written again while the compute reads it": (
+        SETTINGS["layerwise, weights come up"],
+        lambda: Early(NUM_ROWS * HIDDEN_SIZE),
         "a write by the h2d stream is not ordered after a read by the gpu stream",
     ),
     "no wait before weights are read": (

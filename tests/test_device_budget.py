@@ -34,6 +34,7 @@ def folder(tmp_path: Path) -> Path:
     config = LlamaConfig.from_pretrained(tmp_path / "llama")
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 1024, NUM_BLOCKS
     config.head_dim = config.hidden_size // config.num_attention_heads
+    config.vocab_size = 20_000
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llama")
     return tmp_path
 

@@ -12,10 +12,12 @@ from scripts.launches import NUM_LAYERS, LaunchCount, counted, kernels, launches
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
 
-MOST = {  # launches a layer, launches outside of the layers, waits of the host: lower them as they fall
-    "lsp": (75, 40, 1),
-    "lsp_compiled": (51, 41, 1),
-    "native": (75, 41, 1),
+# launches a layer, launches outside of the layers, waits of the host: lower them as they fall; the loss launches 23
+# for each piece of the vocabulary, of which there is one here
+MOST = {
+    "lsp": (75, 67, 1),
+    "lsp_compiled": (51, 68, 1),
+    "native": (75, 68, 1),
     "hf": (111, 42, 1),
 }
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from transformers import (
 )
 
 from lsp_ray.models.layers import find_layers
+from lsp_ray.models.load import load_skeleton
 from lsp_ray.models.loss import IGNORED, Batch, num_targets, num_tokens, summed_loss, target_positions
-from tests.tiny import CAUSAL_LMS, CLASSIFIERS, VOCAB_SIZE, Family, tiny_model
+from lsp_ray.models.output_head import host_tables, is_frozen_and_plain
+from tests.tiny import CAUSAL_LMS, CLASSIFIERS, FAMILIES, VOCAB_SIZE, Family, task_of, tiny_model, write_tiny_model
 
 PROMPT_LENGTHS = (3, 1, 5)
 LENGTHS = (9, 4, 7)
-TINY_CHUNK = 5 * VOCAB_SIZE  # of logits: the batch has 11 targets
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -91,17 +93,6 @@ def test_a_regressions_sum_is_transformers_mean_squared_error_times_the_examples
     expected = model(**batch).loss * num_targets(batch)
     assert num_targets(batch) == 3
     torch.testing.assert_close(summed_loss(model, batch), expected, rtol=1e-5, atol=0.0)
-
-
-@pytest.mark.parametrize("family", CAUSAL_LMS)
-def test_gradients_are_those_of_transformers_loss(family: Family) -> None:
-    model, batch = tiny_model(family), language_batch()
-    find_layers(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    expected = torch.autograd.grad(model(**batch, use_cache=False).loss * num_targets(batch), trained)
-    ours = torch.autograd.grad(summed_loss(model, batch), trained)
-    for gradient, reference in zip(ours, expected, strict=True):  # float32 sums in another order
-        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -181,19 +172,27 @@ def training(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def loss_and_gradients(model: PreTrainedModel, batch: Batch, **options: int) -> list[torch.Tensor]:
+def loss_and_gradients(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
+    return with_gradients(model, summed_loss(model, batch))
+
+
+def plain_loss_and_gradients(model: PreTrainedModel, batch: Batch) -> list[torch.Tensor]:
+    inputs = {name: tensor for name, tensor in batch.items() if name != "positions"}
+    return with_gradients(model, model(**inputs, use_cache=False).loss * num_targets(batch))
+
+
+def with_gradients(model: PreTrainedModel, loss: torch.Tensor) -> list[torch.Tensor]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss = summed_loss(model, batch, **options)
     return [loss.detach(), *torch.autograd.grad(loss / 7, trained)]
 
 
-@pytest.mark.parametrize("chunk_logits", [1 << 25, TINY_CHUNK])
+@pytest.mark.parametrize("is_frozen", [True, False])
 @pytest.mark.parametrize("family", CAUSAL_LMS)
-def test_the_host_never_waits_for_a_batch_that_the_reader_prepared(family: Family, chunk_logits: int) -> None:
+def test_the_host_never_waits_for_a_batch_that_the_reader_prepared(family: Family, is_frozen: bool) -> None:
     model, batch = training(tiny_model(family)), read_batch()
-    summed_loss(model, batch, chunk_logits=chunk_logits)  # looks at the head, once
+    model.get_output_embeddings().requires_grad_(not is_frozen)
     with Waits():
-        (summed_loss(model, batch, chunk_logits=chunk_logits) / 11).backward()
+        (summed_loss(model, batch) / 11).backward()
 
 
 def test_the_check_finds_a_wait() -> None:
@@ -241,22 +240,21 @@ def test_blocks_that_are_computed_again_do_the_same_without_a_mask() -> None:
         torch.testing.assert_close(ours, reference, rtol=0.0, atol=0.0)
 
 
-# in chunks
+# through pieces of a frozen output embedding
 
 
 @pytest.mark.parametrize("family", CAUSAL_LMS)
-def test_in_chunks_the_loss_and_its_gradients_are_the_same(family: Family) -> None:
-    model = training(tiny_model(family))
-    expected = loss_and_gradients(model, read_batch())
+def test_through_pieces_the_loss_and_its_gradients_are_transformers_own(family: Family) -> None:
+    model, batch = training(tiny_model(family)), read_batch()
     shapes = []
-    head = model.get_output_embeddings()
-    loss_and_gradients(model, read_batch(), chunk_logits=TINY_CHUNK)
-    handle = head.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
-    found = loss_and_gradients(model, read_batch(), chunk_logits=TINY_CHUNK)
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: shapes.append(tuple(output.shape))
+    )
+    found = loss_and_gradients(model, batch)
     handle.remove()
-    assert shapes == [(0, VOCAB_SIZE)]  # the head itself made no logits
-    for ours, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+    assert shapes[-1] == (0, VOCAB_SIZE), "the head itself makes no logits"
+    for ours, reference in zip(found, plain_loss_and_gradients(model, batch), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)  # float32 sums in another order
 
 
 def scaled_models() -> dict[str, PreTrainedModel]:
@@ -270,32 +268,45 @@ def scaled_models() -> dict[str, PreTrainedModel]:
 
 @pytest.mark.parametrize("name", ["capped", "scaled"])
 def test_logits_that_are_capped_or_scaled_go_the_plain_way(name: str) -> None:
-    model = training(scaled_models()[name])
-    expected = loss_and_gradients(model, read_batch())
-    for ours, reference in zip(loss_and_gradients(model, read_batch(), chunk_logits=TINY_CHUNK), expected, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=0.0, atol=0.0)
+    model, batch = training(scaled_models()[name]), read_batch()
+    assert not is_frozen_and_plain(model)
+    expected = plain_loss_and_gradients(model, batch)
+    for ours, reference in zip(loss_and_gradients(model, batch), expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
 def test_a_head_that_is_trained_gets_its_gradient() -> None:
-    model = training(tiny_model("llama"))
-    head = model.get_output_embeddings()
-    head.requires_grad_(True)
-    expected = loss_and_gradients(model, read_batch())
-    for ours, reference in zip(loss_and_gradients(model, read_batch(), chunk_logits=TINY_CHUNK), expected, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=0.0, atol=0.0)
+    model, batch = training(tiny_model("llama")), read_batch()
+    model.get_output_embeddings().requires_grad_(True)
+    expected = plain_loss_and_gradients(model, batch)
+    for ours, reference in zip(loss_and_gradients(model, batch), expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
-def test_without_a_graph_chunks_make_the_loss_alone() -> None:
-    model = tiny_model("llama").requires_grad_(False)
-    with torch.no_grad():
-        plain, chunked = (summed_loss(model, read_batch(), chunk_logits=size) for size in (1 << 25, TINY_CHUNK))
-    torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0.0)
-    assert not chunked.requires_grad
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skeleton_says_what_the_model_does_of_which_tables_could_stay_in_main_memory(
+    tmp_path: Path, family: Family
+) -> None:
+    write_tiny_model(tmp_path, family)
+    skeleton, model = load_skeleton(tmp_path, task=task_of(family)), tiny_model(family)
+    for each in (skeleton, model):
+        find_layers(each)
+        tables = host_tables(each)
+        is_tied = getattr(each.config, "tie_word_embeddings", False)
+        assert len(tables.weights) == (1 if is_tied or family in CLASSIFIERS else 2)
+        assert tables.embedding is each.get_input_embeddings()
+        assert tables.head is (None if family in CLASSIFIERS else each.get_output_embeddings())
+        assert tables.numel == len(tables.weights) * VOCAB_SIZE * 64
+
+
+def test_a_table_that_is_shared_with_a_head_on_the_device_is_there_too() -> None:
+    model = training(scaled_models()["scaled"])
+    assert host_tables(model).weights == []
 
 
 def test_a_weight_that_is_not_finite_makes_the_loss_and_the_gradients_so() -> None:
     model = training(tiny_model("llama"))
     with torch.no_grad():
         model.get_output_embeddings().weight[3, 3] = torch.nan
-    for part in loss_and_gradients(model, read_batch(), chunk_logits=TINY_CHUNK):
+    for part in loss_and_gradients(model, read_batch()):
         assert not part.isfinite().all()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lsp_ray.device.backend import CpuBackend
@@ -21,6 +22,7 @@ from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.methods.streaming import stream_weights
 from lsp_ray.models.layers import find_layers
+from lsp_ray.models.loss import summed_loss
 from lsp_ray.runtime.actors.model_files import ModelFiles
 from lsp_ray.runtime.prepare.job import Job
 from tests.tiny_jobs import deepen, tiny_job
@@ -90,11 +92,18 @@ def gradient_and_logits(model: PreTrainedModel, weights: StreamedWeights) -> lis
     model.activation_checkpointing_enable({"use_reentrant": False})
     weights.begin_step(0, 1, ComputeTrace(CpuBackend(), is_on=False))
     weights.begin_pass()
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    logits = model(inputs_embeds=embedded).logits
-    logits.float().square().sum().backward()
-    assert embedded.grad is not None
-    return [logits.detach(), embedded.grad]
+    seen: list[torch.Tensor] = []
+
+    def note(_module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(note)
+    summed_loss(model, {"input_ids": ids, "labels": ids}).backward()
+    handle.remove()
+    assert seen[0].grad is not None
+    with torch.no_grad():
+        return [model(input_ids=ids).logits, seen[0].grad]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +114,7 @@ def gradient_and_logits(model: PreTrainedModel, weights: StreamedWeights) -> lis
 def test_a_model_that_another_one_packed_computes_the_same_from_the_same_memory(
     tmp_path: Path, family: Any, changes: dict[str, Any]
 ) -> None:
-    deepen(tmp_path, family, 4)
+    deepen(tmp_path, family, 4, 20_000)
     job = tiny_job(tmp_path, family, runtime={"weights": "host"}, lsp={"delta": "apart", "check_every": 0}, **changes)
     files = ModelFiles(job, torch.device("cpu"))
     plain, first = (files.load(job.model_folder) for _ in range(2))

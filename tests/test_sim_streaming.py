@@ -48,6 +48,37 @@ def test_a_block_waits_for_what_its_weights_take_longer_than_the_block_before(
     assert step.step_s == pytest.approx(costs.compute_s + step.exposed.weights_s)
 
 
+@given(st.integers(2, 7), st.integers(1, 4), times, times, times, st.integers(1, 8).map(float), times)
+def test_pieces_of_the_output_embedding_come_up_between_forward_and_backward(
+    num_blocks: int,
+    num_pieces: int,
+    forward_s: float,
+    backward_s: float,
+    loss_s: float,
+    weights_s: float,
+    piece_s: float,
+) -> None:
+    """Each while what is before it computes; the last block stays in one of two buffers if there is only one piece.
+
+    Where a step ends, the first two blocks stay.
+    """
+    costs = replace(
+        costs_of(num_blocks, 2, forward_s=forward_s, backward_s=backward_s, weights_s=weights_s),
+        loss_s=num_pieces * loss_s,
+        pieces_s=(piece_s,) * num_pieces,
+    )
+    late = [
+        (num_blocks - 2, weights_s - forward_s),
+        (1, piece_s - forward_s),
+        (num_pieces - 1, piece_s - loss_s),
+        (num_pieces > 1, weights_s - loss_s),
+        (num_blocks - 1, weights_s - backward_s),
+    ]
+    step = run(costs).typical
+    assert step.exposed.weights_s == pytest.approx(2 * sum(count * max(0.0, late_s) for count, late_s in late))
+    assert step.step_s == pytest.approx(costs.compute_s + step.exposed.weights_s)
+
+
 @given(st.sampled_from(sorted(POLICIES)), times, times, st.integers(1, 4).map(float))
 def test_weights_that_fit_the_buffers_change_nothing(policy: str, cpu_s: float, h2d_s: float, weights_s: float) -> None:
     costs = costs_of(4, num_buffers=4, forward_s=1.0, backward_s=2.0, cpu_s=cpu_s, h2d_s=h2d_s, weights_s=weights_s)
@@ -104,6 +135,19 @@ def test_two_blocks_take_the_place_of_all_and_the_host_holds_them() -> None:
     assert host_memory(MODEL, resident, on_gpu=True).weights == 0
     dense, dense_there = (device_memory(MODEL, replace(work, bits=None, apart=True), 0.0) for work in (resident, WORK))
     assert dense.weights - dense_there.weights == pytest.approx(80 * 12 * 8192**2 * 2)
+
+
+def test_tables_of_embeddings_stay_on_the_host_and_a_piece_of_the_outputs_takes_a_blocks_place() -> None:
+    tables = 2 * 32000 * 8192
+    model = replace(MODEL, num_held=tables, head_comes=True)
+    assert model.head_pieces == [16000, 16000]
+    there, before = device_memory(model, WORK, 0.0), device_memory(MODEL, WORK, 0.0)
+    assert before.weights - there.weights == 2 * tables
+    assert there.weight_buffers == before.weight_buffers
+    hosts = [host_memory(each, WORK, on_gpu=True).weights for each in (model, MODEL)]
+    assert hosts[0] - hosts[1] == 2 * tables
+    resident = replace(WORK, weights="device")
+    assert device_memory(model, resident, 0.0).weights == device_memory(MODEL, resident, 0.0).weights
 
 
 def test_more_tokens_hide_weights_and_a_slower_link_shows_them() -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
 from lsp_ray.models.layers import find_layers
 from lsp_ray.models.load import load_config, load_skeleton
 from lsp_ray.runtime.prepare.device_choice import device_bytes
+from lsp_ray.runtime.prepare.job import prepare_job
 from lsp_ray.runtime.prepare.weights_home import with_weights
 from lsp_ray.sim.hardware_profile import RESERVE_BYTES
 from tests.tiny import task_of
@@ -81,11 +83,28 @@ def test_as_many_blocks_are_on_the_device_as_fit(tmp_path: Path) -> None:
     least = int(RESERVE_BYTES) + 7_000_000  # what weights are rounded with alone takes 6
     found = [prepared(config, there)[1] for there in range(least, least + 1_500_000, 50_000)]
     assert sorted(found) == found
-    assert set(found) == {2, 3, 4, 5, 6}
+    assert set(found) == {2, 3, 4, 5, 6, 7}  # and the output embedding, in one piece
     assert prepared(config, None)[1] == 2
     # a memory that was given is left a tenth, not what a desktop takes
     limited = replace(config, runtime=replace(config.runtime, device_memory_gb=0.01))
-    assert prepared(limited, 10_000_000)[1] == 6
+    assert prepared(limited, 10_000_000)[1] == 7
+
+
+@pytest.mark.parametrize(
+    ("family", "note"),
+    [("llama", None), ("bert", "as it is trained"), ("gemma2", "as this model changes its answer")],
+)
+def test_an_output_layer_that_cannot_come_up_is_said_to_stay(tmp_path: Path, family: Any, note: str | None) -> None:
+    config = tiny_config(tmp_path, "llama" if family == "gemma2" else family, runtime={"weights": "host"})
+    if family == "gemma2":
+        sizes = LlamaConfig.from_pretrained(config.model_name_or_path).to_dict()
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        model = Gemma2ForCausalLM(Gemma2Config(head_dim=16, **{name: sizes[name] for name in names}))
+        model.save_pretrained(config.model_name_or_path)
+    notes: list[str] = []
+    prepare_job(config, notes.append)
+    found = [line for line in notes if "the output layer stays on the device" in line]
+    assert [line.partition(", ")[2] for line in found] == ([] if note is None else [note])
 
 
 def test_no_more_than_there_is_can_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

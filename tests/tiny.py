@@ -140,10 +140,14 @@ def tiny_model(family: Family, *, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def deep_model(family: Family, num_blocks: int) -> PreTrainedModel:
-    """A tiny model with so many blocks."""
+def deep_model(family: Family, num_blocks: int, num_rows: int = VOCAB_SIZE) -> PreTrainedModel:
+    """A tiny model with so many blocks, and rows of its embeddings."""
     model = tiny_model(family)
-    sizes = model.config.to_dict() | {"num_hidden_layers": num_blocks, "layer_types": None}
+    sizes = model.config.to_dict() | {
+        "num_hidden_layers": num_blocks,
+        "layer_types": None,
+        "vocab_size": num_rows,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         deep = type(model)(type(model.config)(**sizes))

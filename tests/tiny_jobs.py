@@ -15,7 +15,7 @@ from lsp_ray.runtime.fine_tune import Summary, fine_tune
 from lsp_ray.runtime.prepare.job import Job, prepare_job
 from lsp_ray.runtime.training import FineTuneWorkers, Stop
 from lsp_ray.trace import StepMetrics
-from tests.tiny import CLASSIFIERS, Family, deep_model, write_tiny_jsonl, write_tiny_model
+from tests.tiny import CLASSIFIERS, VOCAB_SIZE, Family, deep_model, write_tiny_jsonl, write_tiny_model
 
 
 class Recorder:
@@ -64,10 +64,10 @@ def tiny_config(folder: Path, family: Family = "llama", **changes: Any) -> RunCo
     return replace(config, runtime=runtime, lsp=lsp, **changes)
 
 
-def deepen(folder: Path, family: Family, num_blocks: int) -> None:
-    """Let `tiny_config` find a model of so many blocks in the folder."""
+def deepen(folder: Path, family: Family, num_blocks: int, num_rows: int = VOCAB_SIZE) -> None:
+    """Let `tiny_config` find a model of so many blocks, and rows of its embeddings, in the folder."""
     tiny_config(folder, family)
-    deep_model(family, num_blocks).save_pretrained(folder / family)
+    deep_model(family, num_blocks, num_rows).save_pretrained(folder / family)
 
 
 def tiny_job(folder: Path, family: Family = "llama", **changes: Any) -> Job:

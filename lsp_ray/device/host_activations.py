@@ -42,6 +42,7 @@ class HostActivations:
         input_bytes: Of a block's input in the longest micro-batch; where a longer one comes, memory grows.
         up: To take turns on with whatever else comes up; default: a link of its own.
         changed: What waiting threads sleep on.
+        num_pieces: Of the output embedding, if they come up on that link; see `Uses`.
 
     Attributes:
         up: See above.
@@ -57,13 +58,14 @@ class HostActivations:
         *,
         up: Link | None = None,
         changed: threading.Condition | None = None,
+        num_pieces: int = 0,
     ) -> None:
         self._units, self._modules = [unit for unit, _ in blocks], [module for _, module in blocks]
         self._block_of_unit = {unit: block for block, unit in enumerate(self._units)}
         self._backend = backend
         self._changed = changed or threading.Condition()
         self.up, self.down = up or Link(self._changed), Link(self._changed)
-        self._uses = Uses(len(blocks))
+        self._uses = Uses(len(blocks), num_pieces)
         self._kept: list[KeptInput] = []  # shallow to deep: the last one is needed next
         self._going_down: deque[KeptInput] = deque()
         self._is_copying = self._is_backward = self._is_closed = False

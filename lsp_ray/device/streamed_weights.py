@@ -3,6 +3,7 @@
 A few buffers on the device hold the blocks that are needed next (see `BlockRing`). Two threads: the compute's, in the
 blocks' hooks, and one that copies. A buffer is written again once the compute stream has passed the fence behind its
 last read. Blocks must be checkpointed: what the first forward keeps of a weight is not there any more in the backward.
+Pieces of the output embedding come up between forward and backward, as blocks that follow the others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from lsp_ray.device.backend import Backend, Fence, Stamp
 from lsp_ray.device.compute_trace import ComputeTrace
 from lsp_ray.device.frozen_block import FrozenBlock
 from lsp_ray.device.host_embedding import HostEmbedding
+from lsp_ray.device.host_table import HostTable
 from lsp_ray.device.link import Link
+from lsp_ray.device.streamed_head import HeadPiece, StreamedHead
 from lsp_ray.errors import DeadlineError
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS, BlockRing
 from lsp_ray.trace import Span, Wait, WorkStream
@@ -47,11 +50,15 @@ class StreamedWeights:
         backend: Copies and fences.
         num_buffers: Blocks that are on the device at one time.
         changed: What waiting threads sleep on.
-        embedding: The model's, where they stay in main memory as well.
+        tables: Of embeddings that stay in main memory as well, each once.
+        embedding: What looks up in one of them.
+        head: What goes through one of them.
 
     Attributes:
         link: Copies take turns on it with deltas.
-        num_pageable: Blocks from whose memory a GPU copies more slowly, as it could not be page-locked.
+        host_bytes: All memory on the host.
+        num_pieces: Of the output embedding, in the order of uses; 0: it is on the device.
+        num_pageable: Blocks, and tables, from whose memory a GPU copies more slowly, as it could not be page-locked.
     """
 
     def __init__(
@@ -61,17 +68,24 @@ class StreamedWeights:
         *,
         num_buffers: int = FEWEST_BUFFERS,
         changed: threading.Condition | None = None,
+        tables: Sequence[HostTable] = (),
         embedding: HostEmbedding | None = None,
+        head: StreamedHead | None = None,
     ) -> None:
-        self._blocks, self._backend, self._embedding = blocks, backend, embedding
+        self._backend, self._tables, self._embedding, self._head = backend, tables, embedding, head
+        self._blocks: list[FrozenBlock | HeadPiece] = [*blocks, *(head.parts if head is not None else ())]
+        self.num_pieces = len(self._blocks) - len(blocks)
         self._changed = changed or threading.Condition()
         self.link = Link(self._changed)
-        self._ring = BlockRing(len(blocks), num_buffers)
+        self._ring = BlockRing(len(blocks), num_buffers, self.num_pieces)
+        self.host_bytes = [*(block.host_bytes for block in blocks), *(table.table_VH for table in tables)]
+        locked = self.host_bytes[: len(blocks)] + ([head.table.table_VH] if head is not None else [])
         is_gpu = backend.device.type == "cuda"
-        self.num_pageable = sum(is_gpu and not backend.page_lock(block.host_bytes) for block in blocks)
+        self.num_pageable = sum(is_gpu and not backend.page_lock(memory) for memory in locked)
         self._block_of_unit = {block.unit: index for index, block in enumerate(blocks)}
-        size = max(block.host_bytes.numel() for block in blocks)
-        self._buffers = [backend.empty(WorkStream.H2D, size, torch.uint8) for _ in range(min(num_buffers, len(blocks)))]
+        size = max(block.host_bytes.numel() for block in self._blocks)
+        num_buffers = min(num_buffers, len(self._blocks))
+        self._buffers = [backend.empty(WorkStream.H2D, size, torch.uint8) for _ in range(num_buffers)]
         self._arrived: dict[int, Fence] = {}  # block -> behind its copy
         self._read: dict[int, Fence] = {}  # block -> behind its last reads
         self._error: Exception | None = None
@@ -80,13 +94,9 @@ class StreamedWeights:
         self._stalls: list[tuple[int, Stamp, Stamp]] = []  # block, when the compute stream began to wait, and ended
         self._trace = ComputeTrace(backend, is_on=False)
         self._hooks = [hook for index, block in enumerate(blocks) for hook in self._hooked(index, block.module)]
+        if head is not None:
+            head.come_to = lambda piece: self._come_to(len(blocks) + piece, backward=False)
         self._thread: threading.Thread | None = None
-
-    @property
-    def host_bytes(self) -> list[torch.Tensor]:
-        """All memory on the host."""
-        tables = [] if self._embedding is None else [self._embedding.table_VH]
-        return [*(block.host_bytes for block in self._blocks), *tables]
 
     @property
     def buffer_bytes(self) -> int:
@@ -109,8 +119,9 @@ class StreamedWeights:
             hook.remove()
         for block in self._blocks:
             block.put_back()
-        if self._embedding is not None:
-            self._embedding.close()
+        for used in (self._embedding, self._head, *self._tables):
+            if used is not None:
+                used.close()
 
     # on the compute thread
 

@@ -14,10 +14,13 @@ from lsp_ray.config import LspConfig
 from lsp_ray.device.backend import Backend
 from lsp_ray.device.frozen_block import FrozenBlock, host_bytes, move_rest
 from lsp_ray.device.host_embedding import HostEmbedding
+from lsp_ray.device.host_table import HostTable
 from lsp_ray.device.shared_weights import SharedWeights
+from lsp_ray.device.streamed_head import StreamedHead
 from lsp_ray.device.streamed_weights import StreamedWeights
 from lsp_ray.methods.lsp import frozen_linears
-from lsp_ray.models.layers import Layer, own_embedding
+from lsp_ray.models.layers import Layer
+from lsp_ray.models.output_head import host_tables
 from lsp_ray.models.quantized import frozen_tensors, read_late
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 
@@ -35,7 +38,8 @@ def stream_weights(
 ) -> StreamedWeights:
     """Bring all of a model to the device but what `lsp_units` will leave as it is; returns what brings that up.
 
-    Embeddings that the output does not share stay as well: of them the rows that are looked up come to the device.
+    Embeddings stay as well, see `host_tables`: of the input's the rows that are looked up come to the device, the
+    output's come up piece by piece.
 
     Args:
         model: In main memory.
@@ -49,20 +53,30 @@ def stream_weights(
     """
     linears = frozen_linears(layers, lsp, quantized=quantized)
     parts = [{id(tensor): tensor for site in sites for tensor in frozen_tensors(site.module)} for _, sites in linears]
-    table = own_embedding(model)
+    tables = host_tables(model)
     own = _packed(layers, [(unit, tensors) for (unit, _), tensors in zip(linears, parts, strict=True)], shared)
-    if shared is not None:
-        _share_rest(model, table, shared)
+    _pack_tables(tables.weights, shared)
+    if shared is not None and not shared.is_filled:
+        shared.leave(model)  # before there are hooks in it
     for site in (site for _, sites in linears for site in sites):
         read_late(site.module)
     num_blocks = Counter(key for tensors in parts for key in tensors)
     common = {key: tensor for tensors in parts for key, tensor in tensors.items() if num_blocks[key] > 1}
     for tensor in common.values():  # tables that all blocks read
         tensor.data = tensor.data.to(backend.device)
-    stay = {key for tensors in parts for key in tensors} | ({id(table.weight)} if table is not None else set())
+    stay = {key for tensors in parts for key in tensors} | {id(weight) for weight in tables.weights}
     move_rest(model, stay, backend.device)
-    embedding = None if table is None else HostEmbedding(table, backend.device)
-    weights = StreamedWeights(own, backend, num_buffers=num_buffers, changed=changed, embedding=embedding)
+    held = {id(weight): HostTable(weight, backend.device) for weight in tables.weights}
+    embedding, head = tables.embedding, tables.head
+    weights = StreamedWeights(
+        own,
+        backend,
+        num_buffers=num_buffers,
+        changed=changed,
+        tables=list(held.values()),
+        embedding=None if embedding is None else HostEmbedding(embedding, held[id(embedding.weight)]),
+        head=None if head is None else StreamedHead(head, held[id(head.weight)], unit=len(layers) - 1),
+    )
     if shared is not None and backend.device.type == "cpu":  # a GPU asks for pages that can be written, and only reads
         shared.protect()
     return weights
@@ -81,13 +95,10 @@ def _packed(
     return own
 
 
-def _share_rest(model: PreTrainedModel, table: nn.Embedding | None, shared: SharedWeights) -> None:
-    """Share the table that stays, and leave the model, before there are hooks in it."""
-    if table is not None:
-        table_VH = table.weight.data
-        view_VH = host_bytes(table_VH.nbytes, shared).view(table_VH.dtype).view(table_VH.shape)
-        if not shared.is_filled:
-            view_VH.copy_(table_VH)
-        table.weight.data = view_VH
-    if not shared.is_filled:
-        shared.leave(model)
+def _pack_tables(tables: Sequence[nn.Parameter], shared: SharedWeights | None) -> None:
+    """Put them where blocks are; as they were loaded they may be a file's pages, which cannot be locked."""
+    for weight in tables:
+        view_VH = host_bytes(weight.nbytes, shared).view(weight.dtype).view(weight.shape)
+        if shared is None or not shared.is_filled:
+            view_VH.copy_(weight.data)
+        weight.data = view_VH

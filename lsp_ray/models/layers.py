@@ -137,15 +137,6 @@ def embedding_parameters(model: PreTrainedModel) -> Iterator[nn.Parameter]:
         yield from output.parameters(recurse=False)
 
 
-def own_embedding(model: PreTrainedModel) -> nn.Embedding | None:
-    """The input's embeddings where nothing else uses their table, as output embeddings often do; else None."""
-    module, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(module, nn.Embedding):
-        return None
-    is_shared = isinstance(output, nn.Module) and output.get_parameter("weight") is module.weight
-    return None if is_shared else module
-
-
 def _collect(model: nn.Module, name: str, module: nn.Module, layer: Layer, frozen: set[int]) -> None:
     if is_quantized_linear(module):
         _collect_linear(model, name, module, layer)

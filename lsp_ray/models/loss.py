@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
 from lsp_ray.models.attention import block_mask, is_plainly_causal, without_mask
-from lsp_ray.models.chunked_loss import CHUNK_LOGITS, chunked_loss, is_frozen_and_plain
+from lsp_ray.models.output_head import frozen_head
+from lsp_ray.models.piecewise_loss import piecewise_loss
 
 IGNORED = -100  # transformers' label of a token without loss
 
@@ -41,22 +42,21 @@ def is_token(batch: Batch) -> torch.Tensor:
     return batch["examples" if "examples" in batch else "attention_mask"] != 0
 
 
-def summed_loss(model: PreTrainedModel, batch: Batch, *, chunk_logits: int = CHUNK_LOGITS) -> torch.Tensor:
+def summed_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Return the loss summed over the batch's targets, a float32 scalar with its graph.
 
     It is the cross entropy, or where labels are floats the squared error of the only output (transformers' regression).
 
     For a causal LM only positions with a target go through the output embedding: with masked prompts most of the
-    logits, the largest activation of a small model, are never computed; what is more than `chunk_logits` goes through
-    it in chunks, see `chunked_loss`.
+    logits, the largest activation of a small model, are never computed. Through one that is frozen they go piece by
+    piece, see `piecewise_loss`.
 
     Where the batch brings `examples`, several in a row, a token sees no other example than its own (`check_packing`).
     Where it brings `positions`, as `MicroBatches` makes them, the host never waits for the model's device.
 
     Args:
-        model: Its output embedding is not trained, or it fits in a chunk.
+        model: A language model's, a classifier's.
         batch: On the model's device.
-        chunk_logits: Logits made at one time.
     """
     labels = batch["labels"]
     inputs = {name: tensor for name, tensor in batch.items() if name not in NOT_THE_MODELS}
@@ -70,12 +70,12 @@ def summed_loss(model: PreTrainedModel, batch: Batch, *, chunk_logits: int = CHU
     if positions_K is None:
         positions_K = target_positions(labels)
     targets_K = labels.flatten()[1:].index_select(0, positions_K)
-    head = model.get_output_embeddings()
-    is_chunked = _num_logits(head, positions_K) > chunk_logits and is_frozen_and_plain(model)
-    with nullcontext() if needs_mask else without_mask(model), _only(head, positions_K, dry=is_chunked) as hidden:
+    output, head = model.get_output_embeddings(), frozen_head(model)
+    attention = nullcontext() if needs_mask else without_mask(model)
+    with attention, _only(output, positions_K, dry=head is not None) as hidden:
         logits_KV = model(**inputs, use_cache=False).logits
-    if is_chunked:
-        return chunked_loss(hidden[0], head, targets_K, chunk_logits)
+    if head is not None:
+        return piecewise_loss(hidden[0], head, targets_K)
     return cross_entropy(logits_KV.float(), targets_K, reduction="sum")
 
 
@@ -91,10 +91,6 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if labels.is_floating_point():
         return mse_loss(logits.float().reshape(labels.shape), labels.float(), reduction="sum")
     return cross_entropy(logits.float(), labels, reduction="sum")
-
-
-def _num_logits(head: nn.Module, positions_K: torch.Tensor) -> int:
-    return positions_K.shape[0] * head.get_parameter("weight").shape[0]
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """BlockRing: which blocks' weights are on the device where only a few fit, and which come up next.
 
-A micro-batch uses the blocks from shallow to deep, forward, and back again, backward; then the next one does. So each
-block's next use is known: what is needed first comes up first, in the place of what is needed last (Belady, "A study of
-replacement algorithms for a virtual-storage computer", 1966). Deadlines are numbers of uses, see `Uses`.
+A micro-batch uses the blocks from shallow to deep, forward, and back again, backward; then the next one does. Between
+the two it uses the pieces of the output embedding that come up, which count as blocks that are used once. So each one's
+next use is known: what is needed first comes up first, in the place of what is needed last (Belady, "A study of
+replacement algorithms for a virtual-storage computer", 1966), as early as that costs no copy more (Cao, Felten, Karlin
+and Li, "A study of integrated prefetching and caching strategies", 1995). Deadlines are numbers of uses, see `Uses`.
 """
 
 from __future__ import annotations
@@ -39,18 +41,19 @@ class BlockRing:
     Args:
         num_blocks: Of the model.
         num_buffers: Blocks whose weights are on the device at one time, at least 2.
+        num_pieces: Of the output embedding, numbered from `num_blocks` on.
 
     Attributes:
         at: The block that computes, whose weights never leave; None before the first.
     """
 
-    def __init__(self, num_blocks: int, num_buffers: int) -> None:
+    def __init__(self, num_blocks: int, num_buffers: int, num_pieces: int = 0) -> None:
         assert num_buffers >= FEWEST_BUFFERS, num_buffers
-        self._num_blocks = num_blocks
-        self._held: list[int | None] = [None] * min(num_buffers, num_blocks)
+        self._num_blocks, self._num_all = num_blocks, num_blocks + num_pieces
+        self._held: list[int | None] = [None] * min(num_buffers, self._num_all)
         self.at: int | None = None
         self._is_backward = False
-        self._uses = Uses(num_blocks)
+        self._uses = Uses(num_blocks, num_pieces)
 
     def begin_step(self, step: int, num_passes: int) -> None:
         """So many micro-batches follow, those of `step`."""
@@ -72,16 +75,22 @@ class BlockRing:
         return is_another
 
     def wanted(self) -> Bring | None:
-        """What is to come up next; None while all that is here is needed sooner."""
-        absent = (block for block in range(self._num_blocks) if block not in self._held)
+        """What is to come up next; None while all that is here is needed sooner.
+
+        What it replaces is what would be as late as can be, while the block before computes; as soon as that is needed
+        no more until then. So nothing comes up early in the place of what would come up again.
+        """
+        absent = (block for block in range(self._num_all) if block not in self._held)
         block = min(absent, key=self._distance, default=None)
         if block is None:
             return None
-        due = self._uses.number(self.at or 0, backward=self._is_backward) + self._distance(block)
+        distance = self._distance(block)
+        due = self._uses.number(self.at or 0, backward=self._is_backward) + distance
         if None in self._held:
             return Bring(block=block, buffer=self._held.index(None), evicts=None, due=due)
-        last = max((held for held in self._held if held is not None), key=self._distance)
-        if last == self.at or self._distance(last) < self._distance(block):
+        held = [each for each in self._held if each is not None]
+        last = max(held, key=lambda each: self._distance(each, after=max(0, distance - 1)))
+        if self._distance(last) < distance:
             return None
         return Bring(block=block, buffer=self._held.index(last), evicts=last, due=due)
 
@@ -98,9 +107,10 @@ class BlockRing:
         """See `Uses`."""
         return self._uses.delta_due(step, block)
 
-    def _distance(self, block: int) -> int:
-        """Uses from now until the block's next one; 0 for the one under way."""
+    def _distance(self, block: int, after: int = 0) -> int:
+        """Uses from now until the block's next one, so many or more; 0 for the one under way."""
+        per_pass = self._num_blocks + self._num_all
         at = self.at or 0
-        if self._is_backward:
-            return at - block if block <= at else at + block + 1
-        return block - at if block >= at else 2 * self._num_blocks - 1 - at - block
+        start = (per_pass - 1 - at if self._is_backward else at) + after
+        backward = per_pass - 1 - block if block < self._num_blocks else block
+        return after + min((block - start) % per_pass, (backward - start) % per_pass)

@@ -1,7 +1,8 @@
 """Uses: numbers of what the compute does with a model's blocks, through all micro-batches.
 
-A micro-batch uses the blocks from shallow to deep, forward, and back again, backward. The numbers are deadlines of what
-crosses the link: whatever an earlier use needs goes first.
+A micro-batch uses the blocks from shallow to deep, forward, the pieces of the output embedding that come up, once, and
+the blocks back again, backward. The numbers are deadlines of what crosses the link: whatever an earlier use needs goes
+first.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ class Uses:
 
     Args:
         num_blocks: Of the model.
+        num_pieces: Of its output embedding, whose numbers follow the blocks'; 0: it is on the device.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self._num_blocks = num_blocks
+    def __init__(self, num_blocks: int, num_pieces: int = 0) -> None:
+        self._per_pass = 2 * num_blocks + num_pieces
         self._pass = -1  # number of the micro-batch
         self._step, self._first_pass, self._num_passes = 0, 0, 1
 
@@ -28,9 +30,9 @@ class Uses:
         self._pass += 1
 
     def number(self, block: int, *, backward: bool) -> int:
-        """Of a block's use in the micro-batch under way."""
-        return 2 * self._num_blocks * self._pass + (2 * self._num_blocks - 1 - block if backward else block)
+        """Of a block's use in the micro-batch under way, or of a piece's."""
+        return self._per_pass * self._pass + (self._per_pass - 1 - block if backward else block)
 
     def delta_due(self, step: int, block: int) -> int:
         """Of the use that reads first what the delta changes that a forward of `step` adds to a block."""
-        return 2 * self._num_blocks * (self._first_pass + (step - self._step) * self._num_passes) + block
+        return self._per_pass * (self._first_pass + (step - self._step) * self._num_passes) + block

@@ -43,6 +43,7 @@ class CostModel:
             shared_link_rate=self.hardware.shared_link_rate,
             host=self._host_shares(bytes_per_s) if self.workload.cluster.gpus_per_node > 1 else None,
             num_buffers=self.workload.weight_buffers if self.workload.streams else 0,
+            pieces_s=tuple(size / self._up_bytes_per_s for size in self.workload.piece_bytes(self.model)),
             network=self._network() if self.workload.cluster.num_away else None,
         )
 
@@ -84,9 +85,13 @@ class CostModel:
             apply_s=self._device_s(apply_work(self.workload, layer)),
             d2h_s=size_bytes / (rate * self.hardware.d2h_bytes_per_s),
             cpu_s=self._shard_update_s(layer, update_bytes_per_s),
-            h2d_s=size_bytes / (rate * self.hardware.h2d_bytes_per_s),
-            weights_s=self.workload.streamed_bytes(layer) / (rate * self.hardware.h2d_bytes_per_s),
+            h2d_s=size_bytes / self._up_bytes_per_s,
+            weights_s=self.workload.streamed_bytes(layer) / self._up_bytes_per_s,
         )
+
+    @property
+    def _up_bytes_per_s(self) -> float:
+        return self.hardware.h2d_bytes_per_s * (1.0 if self.workload.pinned else self.hardware.pageable_fraction)
 
     def _device_s(self, work: DeviceWork) -> float:
         machine = self.hardware

@@ -110,6 +110,7 @@ class StepCosts:
         host: Where several GPUs share a host's memory, what each operation takes of it; all slow down alike where that
             is more than there is. None: copies and updates take nothing from each other.
         num_buffers: Blocks whose weights are on the device at one time; 0: all of them.
+        pieces_s: Of each piece of the output embedding that comes up from main memory, on its way.
         network: Between machines; None: there is one.
     """
 
@@ -121,11 +122,14 @@ class StepCosts:
     waits_for_all: bool = False
     host: HostShares | None = None
     num_buffers: int = 0
+    pieces_s: tuple[float, ...] = ()
     network: NetworkCosts | None = None
 
     def __post_init__(self) -> None:
         _check_seconds("loss_s", self.loss_s)
         _check_seconds("hop_s", self.hop_s)
+        for seconds in self.pieces_s:
+            _check_seconds("pieces_s", seconds)
         if not self.layers:
             raise ConfigError("sim.layers", "be at least one layer", len(self.layers))
         if self.num_micro_batches < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from lsp_ray.schedule.ops import GradientReady, Op
@@ -16,6 +16,7 @@ class DeviceTask:
     """Computing for `seconds`, once the delta `awaits` is up; `announces` a gradient at its end.
 
     `phase` is what of; of a delta with the forward that reads it, the forward. `opens_pass` is a micro-batch's first.
+    `piece` is that of the output embedding which the task reads, where they come up.
     """
 
     phase: Phase
@@ -26,6 +27,7 @@ class DeviceTask:
     part: int = 0
     awaits: Op | None = None
     announces: GradientReady | None = None
+    piece: int | None = None
 
 
 def device_tasks(
@@ -80,7 +82,11 @@ def _forward(costs: StepCosts, step: int, part: int, awaited: Sequence[Op] | Non
             awaits=None if awaited is None else awaited[layer],
             opens_pass=layer == 0,
         )
-    yield DeviceTask(phase=Phase.FORWARD, step=step, layer=len(costs.layers) - 1, seconds=costs.loss_s, part=part)
+    loss = DeviceTask(phase=Phase.FORWARD, step=step, layer=len(costs.layers) - 1, seconds=costs.loss_s, part=part)
+    if not costs.pieces_s:
+        yield loss
+    for piece in range(len(costs.pieces_s)):
+        yield replace(loss, seconds=costs.loss_s / len(costs.pieces_s), piece=piece)
 
 
 def _applied(costs: StepCosts, step: int, part: int, awaited: Sequence[Op]) -> Iterator[DeviceTask]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS, INPUT_BUFFERS, parked_blocks
+from lsp_ray.schedule.head_pieces import CHUNK_LOGITS, positions_at_once, row_pieces
 from lsp_ray.sim.activations import activation_bytes, held_input_bytes
 from lsp_ray.sim.cluster import arrivals
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
@@ -13,8 +14,7 @@ from lsp_ray.sim.store import balanced, payload_bytes, slot_bytes, store_bytes
 from lsp_ray.sim.workload import Workload
 from lsp_ray.trace import Span, WorkStream
 
-CHUNK_LOGITS = 1 << 25  # as in models/chunked_loss.py: more logits than this are made in chunks
-_CHUNK_BYTES = 8  # for a logit of a chunk: itself and its log-softmax in float32
+_CHUNK_BYTES = 8  # for a logit of a chunk: itself and its softmax in float32
 _LOSS_BYTES = 12  # for a logit, while its gradient is made: log-softmax and two gradients in float32
 NOISE_BYTES = 2 * ((1 << 21) + (1 << 20))  # as in device/noise.py: what weights are rounded with
 _PROCESS_BYTES = 400e6  # of Python with torch, as measured; the driver, the GPU actor and every shard are one each
@@ -96,7 +96,7 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
     compressing = [_compressing_bytes(workload, layer) for layer in model.layers]
     quantized = [(layer, linear) for layer in model.layers if workload.is_quantized(layer) for linear in layer.linears]
     block = max(workload.tokens * own + more for own, more in zip(kept, compressing, strict=True))
-    loss = float(loss_bytes(workload.targets, model.num_logits, model.hidden_size, element_bytes=element))
+    loss = float(_loss_bytes(model, workload))
     if workload.gradient_checkpointing:  # blocks are computed again after the loss's own bytes are free
         num_blocks = sum(bytes_kept > 0 for bytes_kept in kept)
         num_inputs, buffers = num_blocks, 0.0
@@ -107,18 +107,18 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
         block += buffers
     else:  # as they are when the deepest block compresses
         activations = workload.tokens * (sum(kept) + sum(held)) + max(loss, max(compressing))
-    streamed = [workload.streamed_bytes(layer) for layer in model.layers]
+    streamed = sum(map(workload.streamed_bytes, model.layers))
     in_bits = sum(workload.weight_bytes(layer, linear) for layer, linear in quantized)
     return DeviceMemory(
         weights=float(
             element * (model.num_parameters - sum(linear.numel for _, linear in quantized))
             + (4 * sum(trained) if is_lora else 0)
-            - (sum(streamed) if workload.bits is None else 0.0)
-            - (element * model.num_own_embeddings if workload.streams else 0)
+            - (streamed if workload.bits is None else 0.0)
+            - (element * model.num_held if workload.streams else 0)
         ),
         quantized=0.0 if workload.streams else in_bits,
         noise=float(NOISE_BYTES),
-        weight_buffers=workload.weight_buffers * max(streamed, default=0.0),
+        weight_buffers=workload.weight_buffers * max(_coming_bytes(model, workload), default=0.0),
         deltas=float(element * sum(map(workload.payload_numel, model.layers))) if workload.is_apart else 0.0,
         projectors=float(sum(_projector_bytes(workload, layer) for layer in model.layers)),
         optimizer_state=8.0 * sum(map(workload.state_numel, model.layers)) if on_device else 0.0,
@@ -132,25 +132,39 @@ def device_memory(model: ModelShape, workload: Workload, payload_buffers: float)
 
 def with_most_buffers(model: ModelShape, workload: Workload, payload_buffers: float, device_bytes: float) -> Workload:
     """Return the workload with as many blocks' weights on the device as fit, all of which it streams; at least 2."""
-    streamed = [size for size in map(workload.streamed_bytes, model.layers) if size]
-    if not streamed:
+    coming = _coming_bytes(model, workload)
+    if not coming:
         return workload
     fewest = replace(workload, weight_buffers=FEWEST_BUFFERS)
     left_bytes = device_bytes - device_memory(model, fewest, payload_buffers).peak_bytes
-    num_more = max(0, int(left_bytes // max(streamed)))
-    return replace(workload, weight_buffers=max(FEWEST_BUFFERS, min(len(streamed), FEWEST_BUFFERS + num_more)))
+    num_more = max(0, int(left_bytes // max(coming)))
+    return replace(workload, weight_buffers=max(FEWEST_BUFFERS, min(len(coming), FEWEST_BUFFERS + num_more)))
+
+
+def _coming_bytes(model: ModelShape, workload: Workload) -> list[float]:
+    """Of each block's weights that come up, and of each piece of the output embedding."""
+    blocks = [size for size in map(workload.streamed_bytes, model.layers) if size]
+    return blocks + workload.piece_bytes(model)
+
+
+def _loss_bytes(model: ModelShape, workload: Workload) -> int:
+    if not model.head_comes:
+        return _LOSS_BYTES * workload.targets * model.num_logits
+    return loss_bytes(workload.targets, model.num_logits, model.hidden_size, element_bytes=workload.element_bytes)
 
 
 def loss_bytes(
     positions: int, vocabulary: int, hidden: int, *, element_bytes: int, chunk_logits: int = CHUNK_LOGITS
 ) -> int:
-    """Bytes of the loss at their most: of all logits, or of a chunk's beside the gradient of the hidden states."""
-    if positions * vocabulary <= chunk_logits:
-        return _LOSS_BYTES * positions * vocabulary
-    num_chunks = -(-positions // max(1, chunk_logits // vocabulary))
-    at_once = -(-positions // num_chunks)
-    gradient = element_bytes * positions * hidden  # and once more when it is multiplied
-    return max(_CHUNK_BYTES * at_once * vocabulary, gradient) + gradient
+    """Bytes at their most of a loss that goes through pieces of the vocabulary, see models/piecewise_loss.py.
+
+    Beside the logits made at one time there are for each position the mean of rows in float32, the target's row, and
+    in the end the gradient of the hidden state, which is that mean where it is float32 as well.
+    """
+    num_rows = len(row_pieces(vocabulary, hidden)[0])
+    at_once = positions_at_once(positions, num_rows, chunk_logits)
+    gradient = 0 if element_bytes == 4 else element_bytes * positions * hidden
+    return (4 + element_bytes) * positions * hidden + max(_CHUNK_BYTES * at_once * max(num_rows, hidden), gradient)
 
 
 def host_memory(model: ModelShape, workload: Workload, *, on_gpu: bool) -> HostMemory:
@@ -220,7 +234,7 @@ def _brought_bytes(model: ModelShape, workload: Workload, *, on_gpu: bool) -> fl
     if workload.cluster.gpus_per_node > 1:  # and what else there is lies beside it
         linears = [linear for layer in model.layers for linear in layer.linears if workload.streamed_bytes(layer)]
         return max(brought, kept + workload.element_bytes * (model.num_parameters - sum(own.numel for own in linears)))
-    return max(brought, kept + workload.element_bytes * model.num_own_embeddings)
+    return max(brought, kept + workload.element_bytes * model.num_held)
 
 
 def peak_payload_bytes(spans: Sequence[Span], payload_bytes: Sequence[int]) -> int:

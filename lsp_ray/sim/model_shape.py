@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lsp_ray.schedule.head_pieces import row_pieces
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearShape:
@@ -52,7 +54,8 @@ class ModelShape:
         attention_width: Heads times their width.
         repeated_width: What keys and values become where attention gets a mask, and heads share them; else 0.
         num_logits: Rows of the output embedding: the vocabulary; a classifier's labels.
-        num_own_embeddings: Parameters of the input's embeddings where the output does not share them, else 0.
+        num_held: Parameters of embeddings that can stay in main memory, the output's among them where `head_comes`.
+        head_comes: Whether the output embedding can come up in pieces: it is frozen, and its answer is the logits.
     """
 
     layers: tuple[LayerShape, ...]
@@ -61,12 +64,18 @@ class ModelShape:
     attention_width: int
     repeated_width: int
     num_logits: int
-    num_own_embeddings: int = 0
+    num_held: int = 0
+    head_comes: bool = False
 
     @property
     def num_trained(self) -> int:
         """Elements that are trained."""
         return sum(layer.numel for layer in self.layers)
+
+    @property
+    def head_pieces(self) -> list[int]:
+        """Rows of each piece of the output embedding; empty where it does not come in pieces."""
+        return [len(rows) for rows in row_pieces(self.num_logits, self.hidden_size)] if self.head_comes else []
 
     @property
     def largest_small_side(self) -> int:

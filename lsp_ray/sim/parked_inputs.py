@@ -33,7 +33,7 @@ class ParkedInputs:
         self._layers = [layer for layer, cost in enumerate(costs.layers) if cost.input_d2h_s > 0.0]
         self._blocks = {layer: block for block, layer in enumerate(self._layers)}
         self._parked = parked_blocks(len(self._layers))
-        self._uses = Uses(len(self._layers))
+        self._uses = Uses(len(self._layers), len(costs.pieces_s))
         self._step = -1
         self._lacking: tuple[DeviceTask, float] | None = None  # and since when
         self._copying: tuple[int, WorkStream] | None = None

@@ -12,7 +12,7 @@ from lsp_ray.config import Bits, Method, PayloadDtype, Weights
 from lsp_ray.errors import ConfigError
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
 from lsp_ray.sim.cluster import ONE_GPU, Cluster, arrivals
-from lsp_ray.sim.model_shape import LayerShape, LinearShape
+from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 from lsp_ray.sim.store import payload_bytes
 
 ShardBy = Literal["layer", "slice"]
@@ -164,6 +164,10 @@ class Workload:
             for linear in layer.linears
             if self.bits is not None or self.dims_of(linear) is not None
         )
+
+    def piece_bytes(self, model: ModelShape) -> list[float]:
+        """Of each piece of the output embedding that comes up."""
+        return [float(self.element_bytes * rows * model.hidden_size) for rows in model.head_pieces if self.streams]
 
     def is_quantized(self, layer: LayerShape) -> bool:
         """Whether a layer's linears are: those of blocks."""

@@ -217,8 +217,8 @@ def activations_of(
         return None
     layers = find_layers(model, job.unreached)
     blocks = [(unit, layer.block) for unit, layer in enumerate(layers) if layer.block is not None]
-    link = None if weights is None else weights.link
-    return HostActivations(blocks, backend, job.inputs.largest_bytes, up=link)
+    link, num_pieces = (None, 0) if weights is None else (weights.link, weights.num_pieces)
+    return HostActivations(blocks, backend, job.inputs.largest_bytes, up=link, num_pieces=num_pieces)
 
 
 def part_seconds(job: Job, model: PreTrainedModel, backend: Backend, say: Callable[[str], None]) -> float:

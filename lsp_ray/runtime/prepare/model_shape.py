@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedModel
 
 from lsp_ray.models.attention import is_plainly_causal
-from lsp_ray.models.layers import Layer, own_embedding
+from lsp_ray.models.layers import Layer
+from lsp_ray.models.output_head import host_tables
 from lsp_ray.models.shared_inputs import shared_inputs
 from lsp_ray.sim.model_shape import LayerShape, LinearShape, ModelShape
 
@@ -21,7 +22,7 @@ def model_shape(model: PreTrainedModel, layers: Sequence[Layer]) -> ModelShape:
     is_repeated = heads > int(getattr(config, "num_key_value_heads", None) or heads) and not is_plainly_causal(
         config, 0
     )
-    output, embedding = model.get_output_embeddings(), own_embedding(model)
+    output, tables = model.get_output_embeddings(), host_tables(model)
     return ModelShape(
         layers=tuple(_layer_shape(layer, first_reader) for layer in layers),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -29,7 +30,8 @@ def model_shape(model: PreTrainedModel, layers: Sequence[Layer]) -> ModelShape:
         attention_width=heads * head_width,
         repeated_width=2 * heads * head_width if is_repeated else 0,
         num_logits=2 if output is None else int(output.get_parameter("weight").shape[0]),
-        num_own_embeddings=0 if embedding is None else embedding.weight.numel(),
+        num_held=tables.numel,
+        head_comes=tables.head is not None,
     )
 
 

@@ -12,7 +12,8 @@ from lsp_ray.config import RunConfig
 from lsp_ray.data.micro_batches import MicroBatches
 from lsp_ray.methods.lsp import frozen_linears, lsp_payload_parts, lsp_payload_sizes
 from lsp_ray.methods.units import full_payload_sizes
-from lsp_ray.models.layers import Layer, own_embedding
+from lsp_ray.models.layers import Layer
+from lsp_ray.models.output_head import host_tables
 from lsp_ray.optim.sums import SummedPart
 from lsp_ray.schedule.block_ring import parked_blocks
 from lsp_ray.schedule.delta_room import DeltaRoom, delta_room
@@ -48,13 +49,12 @@ def room_of(layers: Sequence[Layer], payload_sizes: Sequence[int], config: RunCo
 def streamed_bytes_of(
     model: PreTrainedModel, layers: Sequence[Layer], config: RunConfig, dtype: torch.dtype, *, quantized: bool
 ) -> int:
-    """Frozen weights that stay in main memory: the blocks', and embeddings, of which rows alone come up."""
+    """Frozen weights that stay in main memory: the blocks', and tables of embeddings."""
     if not config.streams:
         return 0
     linears = frozen_linears(layers, config.lsp, quantized=quantized)
     numels = [site.shape[0] * site.shape[1] for _, sites in linears for site in sites]
-    embedding = own_embedding(model)
-    table_bytes = 0 if embedding is None else dtype.itemsize * embedding.weight.numel()
+    table_bytes = dtype.itemsize * host_tables(model).numel
     return table_bytes + round(sum(nf4_bytes(numel) if quantized else dtype.itemsize * numel for numel in numels))
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lsp_ray.config import RunConfig, Weights
 from lsp_ray.models.layers import Layer
+from lsp_ray.models.output_head import host_tables
 from lsp_ray.runtime.prepare.job_checks import can_stream
 from lsp_ray.runtime.prepare.model_shape import model_shape
 from lsp_ray.schedule.block_ring import FEWEST_BUFFERS
@@ -71,6 +72,9 @@ def with_weights(
         f"runtime.weights host: {num_buffers} blocks' weights are on the device at one time, and each block's forward "
         "runs again in its backward, as with gradient_checkpointing"
     )
+    if host_tables(skeleton).head is None:
+        why = "it is trained" if skeleton.get_output_embeddings() is None else "this model changes its answer"
+        note(f"runtime.weights host: the output layer stays on the device, as {why}")
     if not config.lsp.check_every:
         return config, num_buffers
     note("projectors stay to the end (lsp.check_every is 0), as weights in main memory cannot take in what others did")
