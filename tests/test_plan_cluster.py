@@ -260,6 +260,21 @@ def test_a_gpu_that_computes_several_parts_sends_each_and_gets_one_delta() -> No
     assert found.step_s == found.single_s > 1.9 * forecast(LLAMA_7B, WORK, MACHINE, "layerwise").step_s
 
 
+def test_parts_that_a_gpu_computes_in_turn_cross_one_by_one_and_slices_have_homes_as_layers_do() -> None:
+    both = replace(
+        on(WORK, 2, 2, 1.0), cluster=Cluster(num_nodes=2, gpus_per_node=2, network_gbit=1.0, parts_per_gpu=2)
+    )
+    network = CostModel(model=LLAMA_7B, workload=both, hardware=MACHINE).step().network
+    assert network is not None
+    # of each of a machine's two GPUs one
+    assert network.down_s[1] == pytest.approx(2 * network.up_s[1])
+    assert both.cluster.num_homes == 1
+    sliced = on(replace(WORK, shard_by="slice"), 4)
+    spans = simulate(LLAMA_7B, sliced, MACHINE, "layerwise").spans
+    updates = [span for span in spans if span.stream is WorkStream.CPU and span.step == 3]
+    assert len(updates) == len(LLAMA_7B.layers)
+
+
 def test_weights_that_come_up_share_the_link_with_lanes_to_all_homes() -> None:
     work = replace(WORK, batch_size=1, weights="host", apart=True, gradient_checkpointing=True)
     assert on(work, 3).cluster.num_homes == 3
