@@ -15,8 +15,9 @@ from lsp_ray.plan.options import PlanConfig, PlanLspConfig, PlanRuntimeConfig
 from lsp_ray.plan.plan import workload_of
 from lsp_ray.plan.skeleton import shape_of
 from lsp_ray.runtime.actors.thread_workers import ThreadWorkers
-from lsp_ray.runtime.prepare.host_memory import HostMemory, check_memory, read_host_memory
-from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.prepare.host_memory import HostMemory, check_memory, read_host_memory, store_bytes_at
+from lsp_ray.runtime.prepare.job import Job, laid_out
+from lsp_ray.runtime.prepare.machines import Machine
 from lsp_ray.runtime.transport.unit_slots import new_undo, new_unit_slots
 from lsp_ray.sim.memory import host_memory
 from lsp_ray.sim.store import SPARE_BYTES
@@ -130,3 +131,32 @@ def test_the_shared_memory_forecast_is_what_a_run_allocates(
     model = shape_of(other.model_folder)
     work = replace(workload_of(asked, num_units=len(model.layers), cores=2, on_gpu=False), method=method)
     assert host_memory(model, work, on_gpu=False).object_store == other.store_bytes
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("shard_nodes", ["driver", "all"])
+@pytest.mark.parametrize(("payload_dtype", "blocks"), [("float32", [(0, 2), (2, 4)]), ("bfloat16", None)])
+def test_each_machines_store_is_counted_as_its_slots_are_made(
+    tmp_path: Path, shard_nodes: str, payload_dtype: PayloadDtype, blocks: list[tuple[int, int]] | None
+) -> None:
+    runtime = {"payload_dtype": payload_dtype, "num_gpus": 4, "address": "auto", "shard_nodes": shard_nodes}
+    there = [Machine(name=name, num_gpus=2, cores=4, has_bf16=True) for name in "ab"]
+    job = laid_out(tiny_job(tmp_path, num_replicas=4, runtime=runtime), there)
+    assert job.layout.homes == (("a", "b") if shard_nodes == "all" else ("",))
+    sent = [range(*block) for block in blocks or [(part, part + 1) for part in range(4)]]
+    for number, name in enumerate("ab"):
+        own = range(2 * number, 2 * number + 2)
+        singly = [range(part, part + 1) for part in own]
+        read = [*singly, *(block for block in sent if block.start not in own)]
+        here = [unit for unit, home in enumerate(job.layout.home_of_unit) if home == number]
+        made = [
+            new_unit_slots(unit, numel, job.codec, None, read if unit in here else singly, has_state=unit in here)
+            for unit, numel in enumerate(job.payload_sizes)
+        ]
+        slots = {ref for unit in made for ref in (*unit.down, unit.up, unit.state) if ref is not None}
+        for shard in range(job.layout.num_shards):
+            owned = [made[unit] for unit in here if job.layout.shard_of_unit[unit] == shard]
+            slots |= set(new_undo(owned, is_shared=not job.speculates).values()) if owned else set()
+        assert (
+            store_bytes_at(job, name, is_own=number == 0) == sum(ray.get(slot).nbytes for slot in slots) + SPARE_BYTES
+        )

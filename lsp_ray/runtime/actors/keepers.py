@@ -14,12 +14,12 @@ from lsp_ray.runtime.actors.places import Places
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.cluster.nodes import Node, on_node
 from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.prepare.machines import parts_sent
 from lsp_ray.runtime.transport.answers import answer
 from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, actor_class, open_lanes, open_lanes_to
 from lsp_ray.runtime.transport.line import Way
 from lsp_ray.runtime.transport.network import Address
 from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo
-from lsp_ray.sim.store import fewest_to_sum, sum_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,11 +207,9 @@ class Keepers:
         return made
 
     def _parts_at(self, node: Node) -> range:
-        """Of a step, those that a machine computes at first; all, where that is not decided yet."""
-        if self._job.has_parts_to_divide:
-            return range(self._job.config.replicas)
-        own = [part for part, gpu in enumerate(self._job.layout.gpu_of_part) if self._first_gpus[gpu].id == node.id]
-        return range(own[0], own[-1] + 1) if own else range(0)
+        """Of a step, those that a machine computes at first."""
+        blocks = self._blocks(node)
+        return range(blocks[0].start, blocks[-1].stop) if blocks else range(0)
 
     def _parts_of(self, gpu: int) -> range:
         if self._job.has_parts_to_divide:
@@ -219,11 +217,7 @@ class Keepers:
         return self._job.layout.parts_of(gpu)
 
     def _blocks(self, node: Node) -> list[range]:
-        """Those in which a machine sends its parts to others."""
-        parts = self._parts_at(node)
-        if self._job.has_parts_to_divide:
-            return singly(parts)
-        return sum_blocks(parts, self._job.config.replicas, fewest_to_sum(self._job.codec.payload_dtype))
+        return parts_sent(self._job, node.name)
 
     def _rates(self, node_id: str) -> dict[str, float]:
         """Bytes a second to each home, and from it: this machine's part of a slower network, see `Throttle`.

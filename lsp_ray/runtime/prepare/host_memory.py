@@ -10,6 +10,7 @@ import psutil
 from lsp_ray.device.shared_weights import CAN_SHARE
 from lsp_ray.errors import ConfigError
 from lsp_ray.runtime.prepare.job import Job
+from lsp_ray.runtime.prepare.machines import parts_sent
 from lsp_ray.sim.store import payload_bytes, slot_bytes, store_bytes
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -56,7 +57,9 @@ def check_memory(job: Job, host: HostMemory) -> None:
     other_bytes = 0 if job.quantized else max(0, job.num_weights * job.dtype.itemsize - job.streamed_bytes)
     is_brought = job.device == "cuda"  # the others are in main memory for a while alone
     parked_bytes = beside * job.inputs.parked_bytes if job.inputs is not None else 0
-    needed_bytes = job.store_bytes + frozen_bytes + (1 if is_brought else beside) * other_bytes + parked_bytes
+    nodes = job.layout.nodes
+    own_store_bytes = store_bytes_at(job, nodes[0], is_own=True) if nodes else job.store_bytes
+    needed_bytes = own_store_bytes + frozen_bytes + (1 if is_brought else beside) * other_bytes + parked_bytes
     if needed_bytes - parked_bytes <= host.main_bytes < needed_bytes:
         raise ConfigError(
             "runtime.activations",
@@ -89,9 +92,10 @@ def store_bytes_at(job: Job, node: str, *, is_own: bool) -> int:
     home_of_unit = layout.home_of_unit
     here = [unit for unit, other in enumerate(home_of_unit) if other == home]
     elsewhere = [unit for unit, other in enumerate(home_of_unit) if other != home]
-    num_parts = max(1, sum(layout.nodes[gpu] == node for gpu in layout.gpu_of_part))  # one may come to a spare machine
-    if job.has_parts_to_divide:
-        num_parts = job.config.replicas
+    sent = {name: parts_sent(job, name) for name in dict.fromkeys(layout.nodes)}
+    num_parts = max(1, sum(map(len, sent.get(node, ()))))  # a GPU's may come to a spare machine
+    num_sums = sum(len(block) > 1 for name, blocks in sent.items() if name != node for block in blocks)
+    num_summed = sum(len(block) for name, blocks in sent.items() if name != node for block in blocks if len(block) > 1)
     way = [slot_bytes(payload_bytes(job.payload_sizes[unit], payload_dtype)) for unit in elsewhere]
     return (num_parts + 1) * sum(way) + store_bytes(
         [job.payload_sizes[unit] for unit in here],
@@ -99,7 +103,8 @@ def store_bytes_at(job: Job, node: str, *, is_own: bool) -> int:
         speculates=job.speculates,
         payload_dtype=payload_dtype,
         summed=job.sums is not None,
-        num_parts=job.config.replicas,
+        num_parts=job.config.replicas - num_summed,
+        num_sums=num_sums,
     )
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from lsp_ray.sim.store import fewest_to_sum, sum_blocks
+
+if TYPE_CHECKING:
+    from lsp_ray.runtime.prepare.job import Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,3 +45,15 @@ def place(num_gpus: int, there: Sequence[Place], *, on_gpu: bool) -> list[Place]
     if not on_gpu:
         return [there[gpu * len(there) // num_gpus] for gpu in range(num_gpus)]
     return [own for own in there for _ in range(own.num_gpus)][:num_gpus]
+
+
+def parts_sent(job: Job, node: str) -> list[range]:
+    """The parts of a step that a machine sends to others, those of each range as their sum; on one alone all, singly.
+
+    So they are as well where GPUs are still to divide them by their pace: each machine may compute any.
+    """
+    layout, num_parts = job.layout, job.config.replicas
+    if job.has_parts_to_divide or not layout.nodes:
+        return [range(part, part + 1) for part in range(num_parts)]
+    own = [part for part, gpu in enumerate(layout.gpu_of_part) if layout.nodes[gpu] == node]
+    return sum_blocks(range(own[0], own[-1] + 1), num_parts, fewest_to_sum(job.codec.payload_dtype)) if own else []
