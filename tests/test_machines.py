@@ -70,6 +70,14 @@ class Run:
             assert time.monotonic() < deadline_s, self._log.read_text()
             time.sleep(0.02)
 
+    def lose(self, losses: dict[int, Callable[[], list[psutil.Process]]]) -> str:
+        """Kill who is named once so many steps are closed; what was said up to the end."""
+        for num_steps, lost in losses.items():
+            self.wait_for(num_steps)
+            for process in lost():
+                os.kill(process.pid, signal.SIGKILL)
+        return self.end()
+
     def steps(self) -> list[dict[str, Any]]:
         """The steps that are closed."""
         path = self.out / "metrics.jsonl"
@@ -173,11 +181,7 @@ def test_whoever_is_lost_no_step_is_and_without_a_place_for_a_gpu_the_others_go_
         42: lambda: [raylets[1], *raylets[1].children(recursive=True)],  # the machine, with all that ran on it
     }
     with Run(tmp_path, cluster, "tests.gpu_places", **changes) as run:
-        for num_steps, lost in losses.items():
-            run.wait_for(num_steps)
-            for process in lost():
-                os.kill(process.pid, signal.SIGKILL)
-        said = run.end()
+        said = run.lose(losses)
     raylets[1] = cluster.start()
     assert "(raylet)" not in said, said  # Ray's own paragraphs on it
     assert said.count("no step is lost") == 2, said
@@ -204,11 +208,7 @@ def test_where_all_machines_have_shards_one_that_is_lost_costs_the_steps_since_t
         62: lambda: [raylets[1], *raylets[1].children(recursive=True)],
     }
     with Run(tmp_path, cluster, **changes, runtime={"shard_nodes": "all"}) as run:
-        for num_steps, lost in losses.items():
-            run.wait_for(num_steps)
-            for process in lost():
-                os.kill(process.pid, signal.SIGKILL)
-        said = run.end()
+        said = run.lose(losses)
     raylets[1] = cluster.start()
     assert said.count("nothing is lost") == 1, said
     assert said.count("no step is lost") == 1, said
