@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,9 +16,10 @@ import pytest
 import ray
 import torch
 
-from lsp_ray.errors import ConfigError, DeadlineError, OutOfDeviceMemoryError, WorkerLostError
+from lsp_ray.errors import ConfigError, DeadlineError, GpuLostError, OutOfDeviceMemoryError, WorkerLostError
+from lsp_ray.runtime.actors.ray_workers import RayWorkers
 from lsp_ray.runtime.drive.ledger import OpReport
-from lsp_ray.runtime.transport.lanes import Lane, Order, Watch, bounded, connect, open_lanes, serve
+from lsp_ray.runtime.transport.lanes import D2H, Failure, Lane, Order, Watch, bounded, connect, open_lanes, serve
 from lsp_ray.runtime.transport.messages import tell
 from lsp_ray.schedule.ops import GradientReady
 from lsp_ray.trace import Span, WorkStream
@@ -43,6 +45,8 @@ class Servant:
     def fail(self, how: str) -> None:
         if how == "ours":
             raise ConfigError("seed", "be at least 0", -1, hint="no")
+        if how == "another's loss":
+            raise WorkerLostError("what passes payloads on is lost")
         if how == "torch's":
             raise torch.OutOfMemoryError("CUDA out of memory")
         if how == "unsendable":
@@ -106,6 +110,38 @@ def test_answers_come_in_order_and_errors_as_what_they_are(lane: Lane) -> None:
     assert "servant: failing, in another process" in caught.value.__notes__[0]
     assert "in fail" in caught.value.__notes__[0]
     assert lane.call("order 4", "doubled", torch.tensor([4])) == 8
+
+
+def test_an_order_that_failed_as_another_actor_was_lost_is_still_owed(lane: Lane) -> None:
+    lane.order(Order(what="update", method="fail", args=("another's loss",)))
+    with pytest.raises(WorkerLostError, match=r"^what passes payloads on is lost$"):
+        lane.answer()
+    assert lane.owes() == ["servant: update"], "who comes in its place is asked again"
+
+
+def test_a_loss_that_is_told_beside_what_came_is_not_forgotten() -> None:
+    nobody: Any = None
+    pairs = [socket.socketpair() for _ in range(2)]
+    lanes = [
+        Lane(bounded(ours, 1.0), f"gpu {gpu}", psutil.Process(), nobody, D2H, os.getpid())
+        for gpu, (ours, _) in enumerate(pairs)
+    ]
+    span = Span(stream=WorkStream.D2H, step=0, layer=0, start_s=0.0, end_s=1.0, part=1)
+    lost = Failure(error=WorkerLostError("what passes payloads on is lost"), trace="")
+    for lane, (_, theirs), told in zip(lanes, pairs, (OpReport(span=span), lost), strict=True):
+        lane.order(Order(what="send", method="send", args=()))
+        tell(bounded(theirs, 1.0), told)
+    workers = RayWorkers.__new__(RayWorkers)
+    gpus: Any = SimpleNamespace(gpu_of=lanes.index)
+    job: Any = SimpleNamespace(layout=SimpleNamespace(num_gpus=2))
+    workers._untold, workers._completion_timeout_s, workers._watch = None, 1.0, Watch()
+    workers._gpus, workers._job = gpus, job
+    workers._watch.turn_to(lanes)
+    assert [completion.span.part for completion in workers.next_completions()] == [1]  # type: ignore[union-attr]
+    with pytest.raises(GpuLostError, match=r"^what passes payloads on is lost$") as caught:
+        workers.next_completions()
+    assert caught.value.gpu == 1
+    workers._watch.close()
 
 
 def test_answers_that_came_before_a_death_are_heard_and_then_the_death(lane: Lane) -> None:

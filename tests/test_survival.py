@@ -80,7 +80,7 @@ class Stillborn(RayWorkers):
     """Workers whose GPU actor is killed in set-up, whatever is tried."""
 
     def setup(self, *_args: Any) -> Any:
-        ray.get(self._gpus._actors[0][0].progress.remote())  # it is there by now
+        ray.get(self._gpus._actors[0].progress.remote())  # it is there by now
         for process in actor_processes("GpuActor"):
             process.kill()
         return super().setup(lambda _line: None)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lsp_ray.schedule.head_pieces import row_pieces
+
+if TYPE_CHECKING:  # a shard's reports name streamed weights, and it has no need of models
+    from transformers import PreTrainedModel
 
 Piece = tuple[int, torch.Tensor, torch.Tensor | None]
 """Number of the first row, (P, H) weight, and (P) bias if there is one."""

@@ -55,6 +55,7 @@ class RayWorkers:
         self._completion_timeout_s = completion_timeout_s
         self._note = note
         self._watch = Watch()
+        self._untold: WorkerLostError | None = None
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
         places = Places(job)
         self._keepers = Keepers(job, places)
@@ -170,6 +171,9 @@ class RayWorkers:
 
     def next_completions(self) -> list[Completion]:
         """See `Workers`."""
+        if self._untold is not None:
+            untold, self._untold = self._untold, None
+            raise untold
         deadline_s = time.monotonic() + self._completion_timeout_s
         while True:
             ready = self._watch.wait(min(POLL_S, self._completion_timeout_s))
@@ -192,13 +196,21 @@ class RayWorkers:
                 while lane.holds_more:
                     completions += self._told(lane)
             except WorkerLostError as error:
-                if completions:  # what has come is not lost with it: the next time it is told again
-                    return completions
-                gpu = self._gpus.gpu_of(lane)
-                if gpu is None or self._job.layout.num_gpus == 1:
-                    raise
-                raise GpuLostError(str(error), gpu) from error
+                loss = self._loss(lane, error)
+                if not completions:
+                    raise loss  # noqa: B904 - it names its cause
+                self._untold = loss  # what has come is not lost with it, which is told the next time
+                break
         return completions
+
+    def _loss(self, lane: Lane, error: WorkerLostError) -> WorkerLostError:
+        """What is to be told of a lane whose actor, or one that it needs, is lost."""
+        gpu = self._gpus.gpu_of(lane)
+        if gpu is None or self._job.layout.num_gpus == 1:
+            return error
+        loss = GpuLostError(str(error), gpu)
+        loss.__cause__ = error
+        return loss
 
     def _told(self, lane: Lane) -> list[Completion]:
         if lane.name == NEWS:

@@ -173,13 +173,14 @@ class Lane:
         """Wait for the answer to the oldest order; every POLL_S `meanwhile` is called.
 
         Raises:
-            WorkerLostError: The actor died.
+            WorkerLostError: The actor died, or another one that the order needed. It is owed all the same.
             LspRayError: What the order raised.
         """
         result = self.message(meanwhile)
-        order = self.owed.popleft()
         if isinstance(result, Failure):
+            order = self.owed[0] if isinstance(result.error, WorkerLostError) else self.owed.popleft()
             fail(result, f"{self._who}: {order}")
+        self.owed.popleft()
         return result
 
     def owes(self) -> list[str]:
