@@ -15,6 +15,8 @@ from transformers import (
     Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
 )
 
@@ -273,6 +275,16 @@ def test_logits_that_are_capped_or_scaled_go_the_plain_way(name: str) -> None:
     expected = plain_loss_and_gradients(model, batch)
     for ours, reference in zip(loss_and_gradients(model, batch), expected, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_to_ask_what_a_head_gives_draws_no_random_number_and_leaves_the_model_as_it_was() -> None:
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32}
+    model = OPTForCausalLM(OPTConfig(num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCAB_SIZE, **sizes))
+    model.requires_grad_(False).train()  # it goes to its decoder past its base, and that drops out
+    before = torch.get_rng_state()
+    assert is_frozen_and_plain(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
 
 
 def test_a_head_that_is_trained_gets_its_gradient() -> None:

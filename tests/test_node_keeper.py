@@ -3,9 +3,11 @@ order. Both are in this process; `test_machines` has real ones."""
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,11 @@ from lsp_ray.config import PayloadDtype
 from lsp_ray.errors import StaleSlotError, WorkerLostError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.parts import tree_sum
+from lsp_ray.runtime.actors.keepers import Keepers
 from lsp_ray.runtime.actors.node_keeper import Neighbours, NodeKeeper
-from lsp_ray.runtime.transport.line import Line
+from lsp_ray.runtime.cluster.nodes import Node
+from lsp_ray.runtime.transport.line import Line, Lines
+from lsp_ray.runtime.transport.network import HANDSHAKE_TIMEOUT_S
 from lsp_ray.runtime.transport.slots import Bytes, OpenSlots, as_bytes, new_slot
 from lsp_ray.sim.store import sum_blocks
 
@@ -186,6 +191,55 @@ def test_who_asks_a_keeper_that_is_gone_is_told_and_a_slower_network_is_as_slow_
     line._connection.close()
     with pytest.raises(WorkerLostError, match=r"^what passes payloads on at 127.0.0.1 is lost \(clock\)$"):
         line.ask("clock")
+
+
+def test_strangers_who_say_nothing_keep_nobody_out() -> None:
+    pair = Pair("float32", range(2, 4), 2)
+    address = pair.keepers[THERE].address()
+    strangers = [socket.create_connection((address.host, address.port)) for _ in range(3)]
+    start_s = time.monotonic()
+    pair.line().ask("clock")
+    assert time.monotonic() - start_s < HANDSHAKE_TIMEOUT_S
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_what_comes_late_from_a_machine_that_was_given_up_is_refused() -> None:
+    pair = Pair("float32", range(2, 4), 2)
+    line = Line(pair.keepers[HERE].address())
+    sums = [as_bytes(torch.full((NUMEL,), float(step))) for step in range(3)]
+    for step in (1, 2, 2):
+        line.ask("put", step, 0, 2, sums[step])
+    with pytest.raises(StaleSlotError, match=r"^a payload of step 1 comes after that of step 2$"):
+        line.ask("put", 1, 0, 2, sums[1])
+    assert torch.equal(pair.home.opened.down[2].to_read(2), torch.full((NUMEL,), 2.0))
+
+
+def test_a_thread_whose_keeper_was_lost_asks_the_next_time_by_another_connection() -> None:
+    pair = Pair("float32", range(2, 4), 2)
+    lines, address = Lines(), pair.keepers[THERE].address()
+    lines.ask(address, "clock")
+    lines._own.lines[address].close()
+    with pytest.raises(WorkerLostError, match=r"^what passes payloads on at 127.0.0.1 is lost"):
+        lines.ask(address, "clock")
+    assert lines.ask(address, "clock") <= time.monotonic()
+
+
+def test_a_gpu_that_finds_no_place_has_the_one_before_and_whoever_tries_again_is_told_the_same() -> None:
+    names = ["a", "a", "b", "b"]
+    nodes = {name: Node(id=name, name=name, ip=name, num_gpus=2, store_bytes=0, is_own=name == "a") for name in "abc"}
+    keepers = Keepers.__new__(Keepers)
+    layout = SimpleNamespace(nodes=names, gpu_of_part=(0, 1, 2, 3), name_of=lambda gpu: f"gpu-{gpu}")
+    job: Any = SimpleNamespace(
+        layout=layout, config=SimpleNamespace(replicas=4), codec=Codec(), has_parts_to_divide=False
+    )
+    gpus = [nodes[name] for name in names]
+    places: Any = SimpleNamespace(gpus=gpus, find=lambda _gpu: (nodes["c"], [nodes["a"], nodes["c"]]))
+    keepers._job, keepers._places = job, places
+    for _ in range(2):
+        with pytest.raises(WorkerLostError, match=r"^the machine of gpu-2 is lost, which adds up parts there$"):
+            keepers.find_place(2)
+        assert gpus[2] is nodes["b"]
 
 
 @settings(deadline=None)

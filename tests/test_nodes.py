@@ -133,7 +133,7 @@ def test_only_who_knows_the_key_gets_in_and_who_says_nothing_keeps_nobody_out() 
         waiting = threading.Thread(target=accept)
         waiting.start()
         with socket.create_connection(("127.0.0.1", door.address.port)):  # says nothing
-            with pytest.raises(WorkerLostError, match=r"does not reach the driver's machine at 127\.0\.0\.1:"):
+            with pytest.raises(WorkerLostError, match=r"does not reach the run at 127\.0\.0\.1:"):
                 dial(replace(door.address, key=b"another run's"))
             connection = connect(door.address, "compute")
         assert Ear(connection).heard() == "welcome"

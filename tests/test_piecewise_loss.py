@@ -115,6 +115,13 @@ def test_a_score_that_is_not_finite_makes_the_loss_and_the_gradient_so(score: fl
         assert not torch.autograd.grad(loss, [hidden_KH])[0].isfinite().any()
 
 
+@pytest.mark.parametrize("target", [-1, 50])
+def test_a_target_that_is_in_no_piece_makes_the_loss_no_number(target: int) -> None:
+    hidden_KH, head, targets_K = case(4, 50, 8)
+    targets_K[2] = target
+    assert piecewise_loss(hidden_KH, WholeHead(head), targets_K).isnan()
+
+
 def test_a_token_that_cannot_come_changes_nothing() -> None:
     hidden_KH, head, targets_K = case(3, 20, 4, bias=True)
     targets_K.clamp_(max=9)

@@ -100,8 +100,10 @@ def _gives_logits(head: nn.Linear, model: PreTrainedModel) -> bool:
     handle = head.register_forward_hook(lambda _module, _args, output: seen.append((output, output._version)))
     hidden_BSH = torch.zeros(1, 1, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
     own = base.__dict__.get("forward")
+    training = [(module, module.training) for module in model.modules()]
     base.forward = lambda *_args, **_options: _Answer(hidden_BSH)
     try:
+        model.train(False)  # some go to their blocks past the base: no random number is drawn there
         with torch.no_grad():
             logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)).logits
     except Exception:  # noqa: BLE001 - of a model that does more behind its blocks nothing is known
@@ -111,6 +113,8 @@ def _gives_logits(head: nn.Linear, model: PreTrainedModel) -> bool:
         del base.forward
         if own is not None:
             base.forward = own
+        for module, was_training in training:
+            module.training = was_training
     return len(seen) == 1 and logits is seen[0][0] and logits._version == seen[0][1]
 
 

@@ -83,7 +83,7 @@ class _Seen:
     def __init__(self, hidden_KH: torch.Tensor, targets_K: torch.Tensor, *, with_gradient: bool) -> None:
         self._hidden_KH, self._targets_K1 = hidden_KH, targets_K[:, None]
         self._sum_K1 = hidden_KH.new_full((hidden_KH.shape[0], 1), _LOWEST, dtype=torch.float32)
-        self._target_K1 = torch.empty_like(self._sum_K1)
+        self._target_K1 = torch.full_like(self._sum_K1, torch.nan)  # of a target that is in no piece
         self._mean_KH = self._target_KH = None
         if with_gradient:
             self._mean_KH = torch.zeros_like(hidden_KH, dtype=torch.float32)

@@ -206,15 +206,15 @@ class GpuActor:
         assert self._way is not None, "whose units cross has a way"
         total = torch.zeros(own.numel)
         self._side.copy_totals(own.unit, total)
-        self._lines.to(self._way.keeper).ask("begin_with", own.unit, as_bytes(total))
+        self._lines.ask(self._way.keeper, "begin_with", own.unit, as_bytes(total))
 
     def _ask(self, method: str, *args: int) -> None:
         assert self._way is not None, "whose units cross has a way"
-        self._lines.to(self._way.keeper).ask(method, self._way.index, *args)
+        self._lines.ask(self._way.keeper, method, self._way.index, *args)
 
     def _look_at_clock(self) -> None:
         if self._way is not None:
-            self._offset_s = self._lines.to(self._way.keeper).ask("offset_s")
+            self._offset_s = self._lines.ask(self._way.keeper, "offset_s")
 
     def _moved(self, what: Timed) -> Timed:
         """The same by the clock of the driver's machine."""

@@ -76,8 +76,7 @@ class Keepers:
             WorkerLostError: There is none, or what the machine kept for others is lost with it.
         """
         before = self._places.gpus[gpu]
-        there = self._places.find(gpu)
-        node = self._places.gpus[gpu]
+        node, there = self._places.find(gpu)
         has_moved = node != before
         if has_moved and any(len(block) > 1 for block in self._blocks(before)):
             raise WorkerLostError(f"the machine of {self._job.layout.name_of(gpu)} is lost, which adds up parts there")
@@ -88,10 +87,14 @@ class Keepers:
         self._introduce()
         for own in set(lost) & set(self._first_gpus):
             self._ways[own.id] = self._given(own, self._parts_at(own), self._blocks(own))
-        moved = {other for other in self._moved if self._places.gpus[other] in lost}
-        for other in moved | ({gpu} if has_moved else set()):
+        places = {other: self._places.gpus[other] for other in self._moved if self._places.gpus[other] in lost}
+        if has_moved:
+            places[gpu] = node
+        for other, place in places.items():
             parts = self._parts_of(other)
-            self._moved[other] = self._given(self._places.gpus[other], parts, singly(parts))
+            self._moved[other] = self._given(place, parts, singly(parts))
+        self._places.gpus[gpu] = node  # once all is there: who tries again finds what was before
+        self.keep_to(self._throttle)
 
     def _lost_of(self, there: Sequence[Node]) -> list[Node]:
         """The machines whose keepers are lost; those that are lost themselves are forgotten.
@@ -122,7 +125,7 @@ class Keepers:
         node = self._places.shards[shard]
         if node.id == self._own.id:
             return new_undo(own, is_shared=is_shared)
-        made: Mapping[int, ray.ObjectRef[Any]] = self._call(node.id, "make_undo", own, is_shared)
+        made: Mapping[int, ray.ObjectRef[Any]] = self._call(node.id, "make_undo", own, is_shared, timeout_s=None)
         return made
 
     def way_of_shard(self, shard: int) -> Way | None:
@@ -203,7 +206,7 @@ class Keepers:
         ]
         if node.id == self._own.id:  # these outlive a keeper
             return [own.made() for own in wanted]
-        made: list[UnitSlots] = self._call(node.id, "make", wanted) if wanted else []
+        made: list[UnitSlots] = self._call(node.id, "make", wanted, timeout_s=None) if wanted else []
         return made
 
     def _parts_at(self, node: Node) -> range:
@@ -243,8 +246,9 @@ class Keepers:
             return False
         return True
 
-    def _call(self, node_id: str, method: str, *args: Any) -> Any:
-        return answer(getattr(self._keepers[node_id], method).remote(*args), f"keeper: {method}", START_TIMEOUT_S)
+    def _call(self, node_id: str, method: str, *args: Any, timeout_s: float | None = START_TIMEOUT_S) -> Any:
+        """Of slots there may be a hundred gigabytes to make: that takes as long as it takes."""
+        return answer(getattr(self._keepers[node_id], method).remote(*args), f"keeper: {method}", timeout_s)
 
 
 def singly(parts: range) -> list[range]:

@@ -8,6 +8,7 @@ compute are added up before they leave it where the sum is fewer bytes, and a de
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ import ray
 import torch
 
 from lsp_ray.device.token_bucket import TokenBucket
+from lsp_ray.errors import StaleSlotError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.parts import tree_sum
 from lsp_ray.optim.sums import SummedPart
@@ -82,18 +84,29 @@ class NodeKeeper:
         self._lines = Lines()
         self._buckets: dict[tuple[str, WorkStream], _Turns] = {}
         self._clock, self._looking = Clock(), threading.Lock()
+        self._last_put: dict[tuple[int, int], int] = {}  # by unit and first part, the last step of what came
+        self._putting = threading.Lock()
         threading.Thread(target=self._let_in, name="door", daemon=True).start()
 
     def __repr__(self) -> str:
         return "keeper"
 
     def _let_in(self) -> None:
+        """Whoever comes, for as long as it lives; who has still to prove that it knows the key keeps nobody waiting."""
         while True:
             try:
-                connection = self._door.accept()
+                came = self._door.come()
             except TimeoutError:
                 continue
-            threading.Thread(target=serve, args=(connection, self), daemon=True).start()
+            except OSError:  # no more files may be open: not for long
+                time.sleep(POLL_S)
+                continue
+            threading.Thread(target=self._serve, args=(came,), daemon=True).start()
+
+    def _serve(self, came: socket.socket) -> None:
+        connection = self._door.admit(came)
+        if connection is not None:
+            serve(connection, self)
 
     # the driver's, by Ray
 
@@ -185,7 +198,16 @@ class NodeKeeper:
     # another keeper's
 
     def put(self, step: int, unit: int, first: int, payload: Bytes) -> None:
-        """A part's payload, or a sum from its first part on, has come."""
+        """A part's payload, or a sum from its first part on, has come.
+
+        Raises:
+            StaleSlotError: From a machine that was given up meanwhile: there is a later one.
+        """
+        with self._putting:
+            last = self._last_put.get((unit, first), step)
+            if step < last:
+                raise StaleSlotError(f"a payload of step {step} comes after that of step {last}")
+            self._last_put[unit, first] = step
         slot = self._open[unit].down[first]
         as_bytes(slot.to_write())[:] = payload
         slot.publish(step)
@@ -203,7 +225,7 @@ class NodeKeeper:
         return time.monotonic()
 
     def _ask(self, node: str, method: str, *args: Any) -> Any:
-        return self._lines.to(self._neighbours.addresses[node]).ask(method, *args)
+        return self._lines.ask(self._neighbours.addresses[node], method, *args)
 
     def _slow_down(self, home: str, direction: WorkStream, num_bytes: int) -> None:
         turns = self._buckets.get((home, direction))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.runtime.cluster.nodes import Node, answering, nodes
 from lsp_ray.runtime.prepare.job import Job
-from lsp_ray.runtime.prepare.machines import place
 
 
 class Places:
@@ -29,27 +28,22 @@ class Places:
         self._job = job
         there = nodes()
         self.own = there[0]
-        if not job.layout.nodes:
-            there = [self.own]
-        num_gpus, named = job.layout.num_gpus, {node.name: node for node in there}
-        found = place(num_gpus, there, on_gpu=job.device == "cuda")
-        if len(found) < num_gpus and job.layout.nodes:
-            raise WorkerLostError(f"{len(found)} GPUs of the cluster are left of {num_gpus}")
-        self.gpus = [*found, *[self.own] * (num_gpus - len(found))]
-        for name in job.layout.shard_nodes:
+        named = {node.name: node for node in there}
+        layout = job.layout
+        for name in (*layout.nodes, *layout.shard_nodes):
             if name not in named:
-                raise WorkerLostError(f"{name} is lost, which has shards")
-        self.shards = [named[name] for name in job.layout.shard_nodes] or [self.own] * job.layout.num_shards
+                raise WorkerLostError(f"{name} is lost, which the run has actors on")
+        self.gpus = [named[name] for name in layout.nodes] or [self.own] * layout.num_gpus
+        self.shards = [named[name] for name in layout.shard_nodes] or [self.own] * layout.num_shards
 
-    def find(self, gpu: int) -> Sequence[Node]:
-        """Decide where another actor comes in a lost one's place; returns the machines that answer.
+    def find(self, gpu: int) -> tuple[Node, Sequence[Node]]:
+        """Where another actor may come in a lost one's place, and the machines that answer.
 
         Raises:
             WorkerLostError: There is no place.
         """
         there = answering(nodes()) if self._job.layout.nodes else [self.own]
-        self.gpus[gpu] = place_for(self._job, gpu, self.gpus, there)
-        return there
+        return place_for(self._job, gpu, self.gpus, there), there
 
 
 def place_for(job: Job, gpu: int, places: Sequence[Node], there: Sequence[Node]) -> Node:

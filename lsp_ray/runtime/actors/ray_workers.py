@@ -193,7 +193,7 @@ class RayWorkers:
         for lane in lanes:
             try:
                 completions += self._told(lane)
-                while lane.holds_more:
+                while lane.holds_more and lane in self._watch.lanes:  # what is revived says all of it again
                     completions += self._told(lane)
             except WorkerLostError as error:
                 loss = self._loss(lane, error)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import ray
 import torch
 
 from lsp_ray.device.token_bucket import TokenBucket
+from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
@@ -139,8 +141,11 @@ class ShardActor:
         return OpReport(span=span, square_sum=squares)
 
     def _look_at_clock(self, step: int) -> None:
-        if self._way is not None and step != self._last_step:
-            self._offset_s, self._last_step = self._lines.to(self._way.keeper).ask("offset_s"), step
+        if self._way is None or step == self._last_step:
+            return
+        self._last_step = step
+        with suppress(WorkerLostError):  # whose payloads it would bring will say so
+            self._offset_s = self._lines.ask(self._way.keeper, "offset_s")
 
     def _keep(self, unit: int, step: int) -> None:
         """Copy a state so that `_put_back` can undo what happens to it from now on."""

@@ -93,7 +93,8 @@ def store_bytes_at(job: Job, node: str, *, is_own: bool) -> int:
     here = [unit for unit, other in enumerate(home_of_unit) if other == home]
     elsewhere = [unit for unit, other in enumerate(home_of_unit) if other != home]
     sent = {name: parts_sent(job, name) for name in dict.fromkeys(layout.nodes)}
-    num_parts = max(1, sum(map(len, sent.get(node, ()))))  # a GPU's may come to a spare machine
+    largest = max(len(layout.parts_of(gpu)) for gpu in range(layout.num_gpus))  # a GPU's may come to a spare machine
+    num_parts = max(largest, sum(map(len, sent.get(node, ()))))
     num_sums = sum(len(block) > 1 for name, blocks in sent.items() if name != node for block in blocks)
     num_summed = sum(len(block) for name, blocks in sent.items() if name != node for block in blocks if len(block) > 1)
     way = [slot_bytes(payload_bytes(job.payload_sizes[unit], payload_dtype)) for unit in elsewhere]

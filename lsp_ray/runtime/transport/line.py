@@ -43,6 +43,10 @@ class Line:
             fail(result, f"keeper at {self._host}: {method}")
         return result
 
+    def close(self) -> None:
+        """End it."""
+        self._connection.close()
+
 
 class Lines:
     """One to each keeper for each thread that asks."""
@@ -50,9 +54,13 @@ class Lines:
     def __init__(self) -> None:
         self._own = threading.local()
 
-    def to(self, address: Address) -> Line:
-        """This thread's; who knows no other key asks for the same keeper."""
+    def ask(self, address: Address, method: str, *args: Any) -> Any:
+        """See `Line.ask`; by this thread's, and after a loss by a new one."""
         lines: dict[Address, Line] = self._own.__dict__.setdefault("lines", {})
         if address not in lines:
             lines[address] = Line(address)
-        return lines[address]
+        try:
+            return lines[address].ask(method, *args)
+        except WorkerLostError:
+            lines.pop(address).close()
+            raise

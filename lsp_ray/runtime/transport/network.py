@@ -61,13 +61,32 @@ class Door:
             TimeoutError: Nobody did in time.
         """
         while True:
-            connection = _lasting(self._listener.accept()[0])
-            with suppress(AuthenticationError, EOFError, OSError):
+            connection = self.admit(self.come())
+            if connection is not None:
+                return connection
+
+    def come(self) -> socket.socket:
+        """The next one to connect, who may be anybody.
+
+        Raises:
+            TimeoutError: Nobody did in time.
+        """
+        return self._listener.accept()[0]
+
+    def admit(self, came: socket.socket) -> Connection | None:
+        """A connection to who has come, if that one knows the key; else None."""
+        with suppress(AuthenticationError, EOFError, OSError):
+            connection = _lasting(came)
+            try:
                 deliver_challenge(connection, self.address.key)
                 answer_challenge(connection, self.address.key)
                 _set_patience(connection, 0.0)
-                return connection
-            connection.close()
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+        came.close()
+        return None
 
 
 def dial(address: Address) -> Connection:
@@ -82,7 +101,7 @@ def dial(address: Address) -> Connection:
         deliver_challenge(connection, address.key)
         _set_patience(connection, 0.0)
     except (AuthenticationError, EOFError, OSError) as error:
-        why = f"{socket.gethostname()} does not reach the driver's machine at {address.host}:{address.port}"
+        why = f"{socket.gethostname()} does not reach the run at {address.host}:{address.port}"
         raise WorkerLostError(f"{why} ({error}); a firewall between them must let it") from error
     return connection
 
