@@ -278,8 +278,15 @@ def test_logits_that_are_capped_or_scaled_go_the_plain_way(name: str) -> None:
 
 
 def test_to_ask_what_a_head_gives_draws_no_random_number_and_leaves_the_model_as_it_was() -> None:
-    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32}
-    model = OPTForCausalLM(OPTConfig(num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCAB_SIZE, **sizes))
+    config = OPTConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = OPTForCausalLM(config)
     model.requires_grad_(False).train()  # it goes to its decoder past its base, and that drops out
     before = torch.get_rng_state()
     assert is_frozen_and_plain(model)
