@@ -170,7 +170,10 @@ class _Pool:
 
 
 class _Watch:
-    def __init__(self) -> None:
+    """As the test says what is ready."""
+
+    def __init__(self, lanes: list[Any]) -> None:
+        self.lanes = lanes
         self.ready: list[Any] = []
 
     def wait(self, _timeout_s: float) -> list[Any]:
@@ -181,6 +184,7 @@ def test_what_has_come_before_a_gpu_is_lost_is_heard(monkeypatch: pytest.MonkeyP
     said = [GradientReady(step=0, layer=layer) for layer in range(3)]
     alive, lost = SimpleNamespace(said=deque(said[:1])), SimpleNamespace(said=deque(said[1:]))
     workers = RayWorkers.__new__(RayWorkers)
+    workers._untold = None
     workers._job = SimpleNamespace(layout=SimpleNamespace(num_gpus=2))  # type: ignore[assignment]
     workers._gpus, workers._shards, workers._completion_timeout_s = _Pool([alive, lost]), None, 1.0  # type: ignore[assignment]
 
@@ -191,7 +195,7 @@ def test_what_has_come_before_a_gpu_is_lost_is_heard(monkeypatch: pytest.MonkeyP
         lane.holds_more = lane is lost  # as if the beginning of a message had come as well
         return [completion]
 
-    workers._watch = watch = _Watch()  # type: ignore[assignment]
+    workers._watch = watch = _Watch([alive, lost])  # type: ignore[assignment]
     monkeypatch.setattr(workers, "_told", told, raising=False)
     watch.ready = [alive, lost]
     assert workers.next_completions() == said
