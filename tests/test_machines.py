@@ -236,7 +236,8 @@ def test_a_machine_that_freezes_is_done_without_and_where_the_first_one_ends_the
     assert said.count("no step is lost") == 1, said
     assert "starting again" not in said, said
     assert "Traceback" not in said, said
-    assert said.splitlines()[-1].startswith(
+    ours = [line for line in said.splitlines() if not re.match(r"\[\d{4}-", line)]  # threads of Ray's may say more
+    assert ours[-1].startswith(
         f"failed: Ray has ended on this machine, and what the run held there with it; the last checkpoint is {last}; "
     )
     run_on_threads(resumed(job, last), run.out)

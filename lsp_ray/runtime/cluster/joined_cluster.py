@@ -66,8 +66,6 @@ def _found(address: str) -> str:
 
 def _joined(address: str) -> Iterator[Sequence[Node]]:
     found = _found(address)
-    # of machines that are lost the run itself tells, in a line; Ray's paragraphs come from threads of its own
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(
             address=found,
