@@ -237,8 +237,10 @@ def test_a_machine_that_freezes_is_done_without_and_where_the_first_one_ends_the
     assert "starting again" not in said, said
     assert "Traceback" not in said, said
     ours = [line for line in said.splitlines() if not re.match(r"\[\d{4}-", line)]  # threads of Ray's may say more
-    assert ours[-1].startswith(
+    # where Ray finds out first, it ends the driver's process after a line of its own (docs/log): then the run has no say
+    expected = (
         f"failed: Ray has ended on this machine, and what the run held there with it; the last checkpoint is {last}; "
     )
+    assert ours[-1].startswith(expected) or "lost objects" in said.splitlines()[-1]
     run_on_threads(resumed(job, last), run.out)
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))
