@@ -237,7 +237,7 @@ def test_a_machine_that_freezes_is_done_without_and_where_the_first_one_ends_the
     assert "starting again" not in said, said
     assert "Traceback" not in said, said
     ours = [line for line in said.splitlines() if not re.match(r"\[\d{4}-", line)]  # threads of Ray's may say more
-    # where Ray finds out first, it ends the driver's process after a line of its own (docs/log): then the run has no say
+    # where Ray finds out first, it ends the driver's process after a line of its own (docs/log)
     expected = (
         f"failed: Ray has ended on this machine, and what the run held there with it; the last checkpoint is {last}; "
     )
