@@ -103,7 +103,7 @@ def test_two_blocks_are_on_the_device_and_what_came_up_and_was_waited_for_is_tol
         num_bytes = 2 * (2 * (NUM_BLOCKS - 1) * block + table)  # between two micro-batches the first ones stay
         assert metrics.bytes_h2d == num_bytes + host.bytes_each_way
         assert metrics.exposed_weights_s > 0
-        assert metrics.h2d_busy_s > 0.9 * num_bytes / (GBPS * 1e9)
+        assert metrics.h2d_busy_s > 0.8 * num_bytes / (GBPS * 1e9)
         assert metrics.gpu_busy_s + metrics.exposed_s == pytest.approx(metrics.step_time_s)
         assert metrics.gpu_busy_s > 0
     trace = read_trace(folder / "host" / "internals" / "trace.json")
