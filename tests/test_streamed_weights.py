@@ -37,7 +37,7 @@ EVERYTHING: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 0.5, "gradie
 
 NUM_BLOCKS = 5  # more than there are buffers
 NUM_ROWS = 20_000  # of embeddings, whose output's come up in two pieces
-GBPS = 0.05  # a link that hides behind nothing
+GBPS = 0.02  # a link that hides behind nothing, on which a block takes longer than a bucket saves up
 LLAMA_LINEARS = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
 
 
@@ -103,7 +103,7 @@ def test_two_blocks_are_on_the_device_and_what_came_up_and_was_waited_for_is_tol
         num_bytes = 2 * (2 * (NUM_BLOCKS - 1) * block + table)  # between two micro-batches the first ones stay
         assert metrics.bytes_h2d == num_bytes + host.bytes_each_way
         assert metrics.exposed_weights_s > 0
-        assert metrics.h2d_busy_s > 0.8 * num_bytes / (GBPS * 1e9)
+        assert metrics.h2d_busy_s > 0.9 * num_bytes / (GBPS * 1e9)
         assert metrics.gpu_busy_s + metrics.exposed_s == pytest.approx(metrics.step_time_s)
         assert metrics.gpu_busy_s > 0
     trace = read_trace(folder / "host" / "internals" / "trace.json")
