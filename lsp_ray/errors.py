@@ -65,7 +65,13 @@ class GpuLostError(WorkerLostError):
 
 
 class RayLostError(LspRayError):
-    """Ray has ended on the driver's machine: nobody can start an actor in the place of a lost one."""
+    """Ray has ended on the driver's machine: nobody can start an actor in the place of a lost one.
+
+    Attributes:
+        told: What a person was told of it already.
+    """
+
+    told = ""
 
 
 class CheckpointError(LspRayError):

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from lsp_ray.arguments import parse_options
 from lsp_ray.config import RunConfig
-from lsp_ray.errors import ConfigError, LspRayError, StoppedError
+from lsp_ray.errors import ConfigError, LspRayError, RayLostError, StoppedError
 from lsp_ray.launch import run_config
 from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.runtime.stop_signal import StopSignal
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"error: {error}", 2)
         except StoppedError as error:
             return _fail(f"stopped {error}", stop.exit_code)
+        except RayLostError as error:
+            return 1 if error.told == str(error) else _fail(f"failed: {error}", 1)
         except (LspRayError, OSError) as error:  # OSError: the disk is full where a log is written, or the like
             return _fail(f"failed: {error}", 1)
         except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from typing import Protocol
 from lsp_ray.errors import RayLostError, StoppedError, WorkerLostError
 from lsp_ray.runtime.checkpoints.checkpoint import checkpoints, way_on
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
+from lsp_ray.runtime.cluster.own_raylet import GONE, when_raylet_ends
 from lsp_ray.runtime.fine_tune import Summary, fine_tune
 from lsp_ray.runtime.prepare.job import Job, resumed
 from lsp_ray.runtime.training import FineTuneWorkers, Listener, Stop
@@ -44,13 +45,35 @@ def fine_tune_persistently(
         RayLostError: Ray itself was, on this machine.
         StoppedError: Someone asked for it.
     """
+    told: list[str] = []
+
+    def tell() -> None:
+        told.append(f"{GONE}; {way_on(output_dir)}")
+        listener.note(f"failed: {told[0]}")
+
+    with when_raylet_ends(tell):
+        try:
+            return _persistently(job, new_workers, output_dir, listener, decode, stop, laid_out)
+        except RayLostError as error:
+            lost = RayLostError(f"{error}; {way_on(output_dir)}")
+            lost.told = "".join(told)
+            raise lost from error
+
+
+def _persistently(
+    job: Job,
+    new_workers: Callable[[Job], ClosableWorkers],
+    output_dir: Path,
+    listener: Listener,
+    decode: Callable[[Sequence[float]], str],
+    stop: Stop,
+    laid_out: Callable[[Job], Job],
+) -> Summary:
     watched = _Watched(listener)
     num_losses = furthest = 0
     while True:
         try:
             return _attempt(job, new_workers, output_dir, watched, decode, stop)
-        except RayLostError as error:
-            raise RayLostError(f"{error}; {way_on(output_dir)}") from error
         except WorkerLostError as error:
             num_losses = 1 if watched.furthest > furthest else num_losses + 1
             furthest = watched.furthest
