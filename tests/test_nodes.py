@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 from lsp_ray.config import RunConfig, RuntimeConfig
 from lsp_ray.errors import ConfigError, WorkerLostError
 from lsp_ray.runtime.actors.places import place_for
-from lsp_ray.runtime.cluster import joined_cluster, nodes
+from lsp_ray.runtime.cluster import joined_cluster, nodes, own_raylet
 from lsp_ray.runtime.cluster.joined_cluster import _check_token, _found
 from lsp_ray.runtime.cluster.nodes import Node, check_nodes
-from lsp_ray.runtime.cluster.own_raylet import check_raylet, listens
+from lsp_ray.runtime.cluster.own_raylet import check_raylet, listens, when_raylet_ends
 from lsp_ray.runtime.prepare.job import laid_out
 from lsp_ray.runtime.prepare.machines import Machine, place
 from lsp_ray.runtime.transport.lanes import connect
@@ -180,6 +182,36 @@ def test_a_raylet_is_there_while_its_socket_is_listened_at_however_busy_it_is(tm
         assert [listens(path) for _ in range(4)] == [True] * 4  # more than may wait
     assert not listens(path)
     check_raylet()  # this process has none
+
+
+LISTENS = """
+import socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print(1, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_the_end_of_a_raylet_is_told_at_once_and_nothing_of_one_that_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_killed: bool
+) -> None:
+    path, told = str(tmp_path / "raylet"), threading.Event()
+    monkeypatch.setattr(own_raylet, "_address", lambda: path)
+    monkeypatch.setattr(own_raylet.ray, "is_initialized", lambda: True)
+    with subprocess.Popen([sys.executable, "-c", LISTENS, path], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with when_raylet_ends(told.set):
+            if is_killed:
+                process.kill()
+                assert told.wait(30.0)
+        process.kill()
+    assert told.is_set() == is_killed
+    with when_raylet_ends(told.set):  # nobody listens there any more
+        pass
 
 
 def test_a_cluster_that_does_not_answer_is_refused_at_once() -> None:
