@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -200,7 +201,7 @@ def test_the_end_of_a_raylet_is_told_at_once_and_nothing_of_one_that_lives(
 ) -> None:
     path, told = str(tmp_path / "raylet"), threading.Event()
     monkeypatch.setattr(own_raylet, "_address", lambda: path)
-    monkeypatch.setattr(own_raylet.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     with subprocess.Popen([sys.executable, "-c", LISTENS, path], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
