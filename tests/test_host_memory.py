@@ -20,7 +20,7 @@ from lsp_ray.runtime.prepare.job import Job, laid_out
 from lsp_ray.runtime.prepare.machines import Machine
 from lsp_ray.runtime.transport.unit_slots import new_undo, new_unit_slots
 from lsp_ray.sim.memory import host_memory
-from lsp_ray.sim.store import SPARE_BYTES
+from lsp_ray.sim.store import SPARE_BYTES, singly
 from lsp_ray.sim.workload import ON_QUANTIZED
 from tests.tiny_jobs import tiny_job
 
@@ -143,14 +143,14 @@ def test_each_machines_store_is_counted_as_its_slots_are_made(
     there = [Machine(name=name, num_gpus=2, cores=4, has_bf16=True) for name in "ab"]
     job = laid_out(tiny_job(tmp_path, num_replicas=4, runtime=runtime), there)
     assert job.layout.homes == (("a", "b") if shard_nodes == "all" else ("",))
-    sent = [range(*block) for block in blocks or [(part, part + 1) for part in range(4)]]
+    sent = [range(*block) for block in blocks] if blocks else singly(range(4))
     for number, name in enumerate("ab"):
         own = range(2 * number, 2 * number + 2)
-        singly = [range(part, part + 1) for part in own]
-        read = [*singly, *(block for block in sent if block.start not in own)]
+        alone = singly(own)
+        read = [*alone, *(block for block in sent if block.start not in own)]
         here = [unit for unit, home in enumerate(job.layout.home_of_unit) if home == number]
         made = [
-            new_unit_slots(unit, numel, job.codec, None, read if unit in here else singly, has_state=unit in here)
+            new_unit_slots(unit, numel, job.codec, None, read if unit in here else alone, has_state=unit in here)
             for unit, numel in enumerate(job.payload_sizes)
         ]
         slots = {ref for unit in made for ref in (*unit.down, unit.up, unit.state) if ref is not None}

@@ -25,7 +25,7 @@ from lsp_ray.runtime.cluster.nodes import Node
 from lsp_ray.runtime.transport.line import Line, Lines
 from lsp_ray.runtime.transport.network import HANDSHAKE_TIMEOUT_S
 from lsp_ray.runtime.transport.slots import Bytes, OpenSlots, as_bytes, new_slot
-from lsp_ray.sim.store import sum_blocks
+from lsp_ray.sim.store import singly, sum_blocks
 
 NUMEL = 700
 HERE, THERE = "driver's", "other"
@@ -79,7 +79,7 @@ class Pair:
         blocks = sum_blocks(own, 4, fewest)
         others = [range(part, part + 1) for part in range(4) if part not in own]
         self.home = OwnSlots(unit=0, codec=codec, parts=sorted([*others, *blocks], key=lambda block: block.start))
-        self.away = OwnSlots(unit=0, codec=codec, parts=[range(part, part + 1) for part in own])
+        self.away = OwnSlots(unit=0, codec=codec, parts=singly(own))
         self.keepers = {HERE: CountingKeeper("127.0.0.1"), THERE: CountingKeeper("127.0.0.1")}
         addresses = {name: keeper.address() for name, keeper in self.keepers.items()}
         for name, keeper in self.keepers.items():

@@ -21,6 +21,7 @@ from lsp_ray.runtime.prepare.job import resumed
 from lsp_ray.schedule.delta_room import DeltaRoom
 from lsp_ray.schedule.ops import DeltaDue, Event, GradientReady, Op, OpDone, StepJudged, StepRun
 from lsp_ray.schedule.policy import POLICIES, Policy
+from lsp_ray.sim.store import singly
 from lsp_ray.trace import WorkStream
 from tests.tiny_jobs import assert_same_bits, run_on_threads, saved_weights, tiny_job, weights_after
 
@@ -111,7 +112,7 @@ def test_an_update_of_parts_is_adams_of_their_sum() -> None:
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(numel, generator=generator) for _ in range(4)]
     ours, delta = torch.nn.Parameter(torch.zeros(numel)), torch.empty(numel)
-    shard = OptimizerShard({0: numel}, parts=[range(part, part + 1) for part in range(4)])
+    shard = OptimizerShard({0: numel}, parts=singly(range(4)))
     optimizer = torch.optim.AdamW([ours], lr=1.0, weight_decay=0.0, eps=AdamWHyper().eps)
     for step in range(3):
         ours.grad = (parts[0] + parts[1]) + (parts[2] + parts[3])

@@ -29,6 +29,11 @@ def fewest_to_sum(payload_dtype: PayloadDtype) -> int:
     return payload_bytes(_VALUES, "float32") // payload_bytes(_VALUES, payload_dtype) + 1
 
 
+def singly(parts: range) -> list[range]:
+    """Each part of a step by itself."""
+    return [range(part, part + 1) for part in parts]
+
+
 def sum_blocks(own: range, num_parts: int, fewest: int) -> list[range]:
     """Divide neighbouring parts into those that `optim.parts.tree_sum` adds up before others, and single ones.
 
@@ -44,7 +49,7 @@ def sum_blocks(own: range, num_parts: int, fewest: int) -> list[range]:
         while first % (2 * width) == 0 and (first + 2 * width <= own.stop or own.stop == num_parts > first + width):
             width *= 2
         block = range(first, min(first + width, own.stop))
-        blocks += [block] if len(block) >= fewest else [range(part, part + 1) for part in block]
+        blocks += [block] if len(block) >= fewest else singly(block)
         first = block.stop
     return blocks
 

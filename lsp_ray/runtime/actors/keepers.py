@@ -20,6 +20,7 @@ from lsp_ray.runtime.transport.lanes import START_TIMEOUT_S, Lane, actor_class, 
 from lsp_ray.runtime.transport.line import Way
 from lsp_ray.runtime.transport.network import Address
 from lsp_ray.runtime.transport.unit_slots import UnitSlots, new_undo
+from lsp_ray.sim.store import singly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +167,6 @@ class Keepers:
             driver = None if node_id == self._own.id else self._own.id
             self._call(node_id, "know", Neighbours(addresses=others, homes=homes, driver=driver))
             self._call(node_id, "hold", [own for own, home in zip(self.homes, homes, strict=True) if home == node_id])
-            self._call(node_id, "keep_to", self._rates(node_id))
 
     def _new_homes(self) -> list[UnitSlots]:
         homes: dict[int, UnitSlots] = {}
@@ -249,8 +249,3 @@ class Keepers:
     def _call(self, node_id: str, method: str, *args: Any, timeout_s: float | None = START_TIMEOUT_S) -> Any:
         """Of slots there may be a hundred gigabytes to make: that takes as long as it takes."""
         return answer(getattr(self._keepers[node_id], method).remote(*args), f"keeper: {method}", timeout_s)
-
-
-def singly(parts: range) -> list[range]:
-    """Each by itself."""
-    return [range(part, part + 1) for part in parts]

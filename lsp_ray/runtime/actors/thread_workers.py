@@ -27,6 +27,7 @@ from lsp_ray.runtime.drive.ledger import OpReport
 from lsp_ray.runtime.prepare.job import Job
 from lsp_ray.runtime.transport.slots import OpenSlots, new_slot
 from lsp_ray.schedule.ops import Op
+from lsp_ray.sim.store import singly
 from lsp_ray.trace import Span, WorkStream
 
 
@@ -68,7 +69,7 @@ class ThreadWorkers:
                 codec=job.codec,
                 sums=None if job.sums is None else dict(enumerate(job.sums)),
                 weight_decay=job.config.weight_decay,
-                parts=[range(part, part + 1) for part in parts],
+                parts=singly(parts),
             )
             for index in range(layout.num_shards)
         ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from lsp_ray.sim.store import fewest_to_sum, sum_blocks
+from lsp_ray.sim.store import fewest_to_sum, singly, sum_blocks
 
 if TYPE_CHECKING:
     from lsp_ray.runtime.prepare.job import Job
@@ -54,6 +54,6 @@ def parts_sent(job: Job, node: str) -> list[range]:
     """
     layout, num_parts = job.layout, job.config.replicas
     if job.has_parts_to_divide or not layout.nodes:
-        return [range(part, part + 1) for part in range(num_parts)]
+        return singly(range(num_parts))
     own = [part for part, gpu in enumerate(layout.gpu_of_part) if layout.nodes[gpu] == node]
     return sum_blocks(range(own[0], own[-1] + 1), num_parts, fewest_to_sum(job.codec.payload_dtype)) if own else []
