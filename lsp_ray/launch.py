@@ -140,6 +140,7 @@ def _trained(
 ) -> Summary:
     """What came of the job, on a Ray of its own or on the cluster that was joined."""
     with _loading(stop):
+        from lsp_ray.runtime.actors.places import spare_gpus
         from lsp_ray.runtime.actors.ray_workers import RayWorkers
         from lsp_ray.runtime.cluster.nodes import check_nodes, nodes
         from lsp_ray.runtime.cluster.private_cluster import ray_cluster
@@ -159,7 +160,10 @@ def _trained(
     ) as cluster:
         if is_joined:
             there = nodes()
-            store_bytes = [store_bytes_at(job, node.name, is_own=node.is_own) for node in there]
+            store_bytes = [
+                store_bytes_at(job, node.name, is_own=node.is_own, num_spare_gpus=spare_gpus(job, node))
+                for node in there
+            ]
             check_nodes(there, job.model_folder, output_dir, store_bytes)
         if stop is not None:
             stop.take()

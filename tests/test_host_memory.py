@@ -157,6 +157,13 @@ def test_each_machines_store_is_counted_as_its_slots_are_made(
         for shard in range(job.layout.num_shards):
             owned = [made[unit] for unit in here if job.layout.shard_of_unit[unit] == shard]
             slots |= set(new_undo(owned, is_shared=not job.speculates).values()) if owned else set()
-        assert (
-            store_bytes_at(job, name, is_own=number == 0) == sum(ray.get(slot).nbytes for slot in slots) + SPARE_BYTES
-        )
+        counted = store_bytes_at(job, name, is_own=number == 0)
+        assert counted == sum(ray.get(slot).nbytes for slot in slots) + SPARE_BYTES
+        moved = [
+            new_unit_slots(unit, numel, job.codec, None, singly(range(1)), has_state=False)
+            for unit, numel in enumerate(job.payload_sizes)
+            if unit not in here
+        ]
+        slots = {ref for unit in moved for ref in (*unit.down, unit.up)}
+        with_another = store_bytes_at(job, name, is_own=number == 0, num_spare_gpus=1)
+        assert with_another == counted + sum(ray.get(slot).nbytes for slot in slots)

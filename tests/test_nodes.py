@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lsp_ray.config import RunConfig, RuntimeConfig
 from lsp_ray.errors import ConfigError, WorkerLostError
-from lsp_ray.runtime.actors.places import place_for
+from lsp_ray.runtime.actors.places import place_for, spare_gpus
 from lsp_ray.runtime.cluster import joined_cluster, nodes, own_raylet
 from lsp_ray.runtime.cluster.joined_cluster import _check_token, _found
 from lsp_ray.runtime.cluster.nodes import Node, check_nodes
@@ -236,6 +236,7 @@ def test_a_lost_gpu_comes_back_where_one_is_free_or_the_run_is_laid_out_anew(
     job = replace(tiny_job(tmp_path, num_replicas=2, runtime={"num_gpus": 2}), device="cuda")
     machines = [Machine(name=node.name, num_gpus=node.num_gpus, cores=2, has_bf16=True) for node in (OWN, OTHER)]
     job = laid_out(job, machines)
+    assert spare_gpus(job, there[0]) == (expected == "a")
     if expected is not None:
         assert place_for(job, 1, [OWN, OTHER], there).name == expected
         return

@@ -59,3 +59,10 @@ def place_for(job: Job, gpu: int, places: Sequence[Node], there: Sequence[Node])
     if not free:
         raise WorkerLostError(f"no machine is left that has a GPU for {job.layout.name_of(gpu)}")
     return min(free, key=lambda node: used.count(node.id))
+
+
+def spare_gpus(job: Job, node: Node) -> int:
+    """How many lost ones of other machines `place_for` may bring to this one."""
+    own = job.layout.nodes.count(node.name)
+    others = job.layout.num_gpus - own
+    return others if job.device == "cpu" else min(others, node.num_gpus - own)

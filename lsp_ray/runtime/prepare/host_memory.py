@@ -78,13 +78,14 @@ def check_memory(job: Job, host: HostMemory) -> None:
         )
 
 
-def store_bytes_at(job: Job, node: str, *, is_own: bool) -> int:
+def store_bytes_at(job: Job, node: str, *, is_own: bool, num_spare_gpus: int = 0) -> int:
     """Of the object store of one machine of several: slots of its shards' units, and of what it sends to others.
 
     Args:
         job: The run.
         node: The machine's name.
         is_own: Whether it is the driver's.
+        num_spare_gpus: On which lost ones of other machines may be replaced, each with slots of its own.
     """
     layout, payload_dtype = job.layout, job.codec.payload_dtype
     homes = dict(zip(layout.homes, range(len(layout.homes)), strict=True))
@@ -93,12 +94,13 @@ def store_bytes_at(job: Job, node: str, *, is_own: bool) -> int:
     here = [unit for unit, other in enumerate(home_of_unit) if other == home]
     elsewhere = [unit for unit, other in enumerate(home_of_unit) if other != home]
     sent = {name: parts_sent(job, name) for name in dict.fromkeys(layout.nodes)}
-    largest = max(len(layout.parts_of(gpu)) for gpu in range(layout.num_gpus))  # a GPU's may come to a spare machine
-    num_parts = max(largest, sum(map(len, sent.get(node, ()))))
+    divided = [len(layout.parts_of(gpu)) for gpu in range(layout.num_gpus)]
+    largest = job.config.replicas if job.has_parts_to_divide else max(divided)
+    num_slots = sum(map(len, sent.get(node, ()))) + 1 + num_spare_gpus * (largest + 1)  # parts and their delta
     num_sums = sum(len(block) > 1 for name, blocks in sent.items() if name != node for block in blocks)
     num_summed = sum(len(block) for name, blocks in sent.items() if name != node for block in blocks if len(block) > 1)
     way = [slot_bytes(payload_bytes(job.payload_sizes[unit], payload_dtype)) for unit in elsewhere]
-    return (num_parts + 1) * sum(way) + store_bytes(
+    return num_slots * sum(way) + store_bytes(
         [job.payload_sizes[unit] for unit in here],
         [layout.shard_of_unit[unit] for unit in here],
         speculates=job.speculates,
