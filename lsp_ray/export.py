@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lsp_ray.arguments import Parser
 from lsp_ray.errors import ConfigError, LspRayError
 from lsp_ray.output_folder import BASE_MODEL, INTERNALS
-from lsp_ray.passive_waiting import wait_passively
+from lsp_ray.process import prepare_process
 
 if TYPE_CHECKING:  # --help is answered before torch is imported
     import torch
@@ -65,7 +65,7 @@ class Exported:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.export") -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for a failed check."""
-    wait_passively()
+    prepare_process()
     try:
         options = _parser(prog).parse_args(argv)
         exported = export(

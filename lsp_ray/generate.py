@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsp_ray.arguments import Parser
 from lsp_ray.errors import ConfigError
-from lsp_ray.passive_waiting import wait_passively
+from lsp_ray.process import prepare_process, uncollected
 
 if TYPE_CHECKING:  # --help is answered before torch is imported
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ class Sampling:
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.generate") -> int:
     """Run the command line; returns the exit code: 0, or 2 for what a person can mend."""
-    wait_passively()
+    prepare_process()
     try:
         _talk(_parser(prog).parse_args(argv))
     except ConfigError as error:
@@ -139,9 +139,10 @@ def _lines() -> Iterator[str]:
 
 
 def _speakers(folder: Path, base: str | None, *, raw: bool, system: str | None) -> Iterator[Speaker]:
-    from lsp_ray.models.load import load_tokenizer, silenced
-    from lsp_ray.models.resolve import resolve_model
-    from lsp_ray.models.trained import load_trained
+    with uncollected(is_own=True):
+        from lsp_ray.models.load import load_tokenizer, silenced
+        from lsp_ray.models.resolve import resolve_model
+        from lsp_ray.models.trained import load_trained
 
     named = [("trained", folder)]
     if base is not None:

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
 from lsp_ray.inputs import check_inputs, check_temp_folder
 from lsp_ray.output_folder import claimed
+from lsp_ray.process import uncollected
 from lsp_ray.report.page import report
 from lsp_ray.report.run_folder import REPORT, read_run
 from lsp_ray.report.server import report_server
@@ -122,8 +123,11 @@ def run_config(
             with _joined(config.runtime.address, progress) as machines:
                 progress.phase("preparing model and data")
                 with _loading(stop):
+                    # what follows takes from them
+                    import transformers.optimization  # noqa: F401
+
                     import lsp_ray.plan.auto_dim
-                    import lsp_ray.runtime.prepare.job  # noqa: F401 - what follows takes from them
+                    import lsp_ray.runtime.prepare.job  # noqa: F401
                 job = _prepared(config, rows, output_dir, progress.note, machines)
                 _show(job, progress)
                 summary = _trained(job, output_dir, progress, stop, follower)
@@ -131,8 +135,10 @@ def run_config(
     return RunResult(output_dir=output_dir, summary=summary)
 
 
-def _loading(stop: StopSignal | None) -> AbstractContextManager[None]:
-    return nullcontext() if stop is None else stop.held()
+@contextmanager
+def _loading(stop: StopSignal | None) -> Iterator[None]:
+    with nullcontext() if stop is None else stop.held(), uncollected(is_own=stop is not None):
+        yield
 
 
 def _trained(

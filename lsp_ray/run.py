@@ -16,7 +16,7 @@ from lsp_ray.arguments import parse_options
 from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError, LspRayError, RayLostError, StoppedError
 from lsp_ray.launch import run_config
-from lsp_ray.passive_waiting import wait_passively
+from lsp_ray.process import prepare_process
 from lsp_ray.runtime.stop_signal import StopSignal
 
 _AT_ONCE = "stopped at once; no checkpoint was written"
@@ -24,7 +24,7 @@ _AT_ONCE = "stopped at once; no checkpoint was written"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what a person can mend, 1 for what failed underway."""
-    wait_passively()
+    prepare_process()
     with StopSignal() as stop:
         try:
             run_config(parse(sys.argv[1:] if argv is None else argv), stop=stop)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 import ray
 from hypothesis import HealthCheck, settings
 
+from lsp_ray.process import keep_loaded
 from lsp_ray.runtime.cluster.private_cluster import ray_cluster
+
+gc.disable()  # while all tests are imported
 
 # how long an example takes says how busy the machine is, and nothing about the code
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -20,6 +24,10 @@ _LONGEST = "test_machines.py"  # begun last, it would keep the other process wai
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != _LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    keep_loaded()
 
 
 def _shared_memory() -> set[str]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from lsp_ray.arguments import parse_options
 from lsp_ray.errors import LspRayError
-from lsp_ray.passive_waiting import wait_passively
 from lsp_ray.plan.command import command_of
 from lsp_ray.plan.options import PlanConfig
+from lsp_ray.process import prepare_process, uncollected
 
 if TYPE_CHECKING:  # --help and a wrong option are answered before torch is imported
     from lsp_ray.plan.plan import Plan
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch is impo
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m lsp_ray.plan") -> int:
     """Run the command line; returns the exit code: 0, 1 where nothing fits, or 2 for what a person can mend."""
-    wait_passively()
+    prepare_process()
     try:
         return _plan(_parse(sys.argv[1:] if argv is None else argv, prog))
     except LspRayError as error:
@@ -47,9 +47,10 @@ def _parse(argv: Sequence[str], prog: str = "python -m lsp_ray.plan") -> PlanCon
 
 def _plan(config: PlanConfig) -> int:
     named = config.machine
-    from lsp_ray.models.resolve import resolve_config
-    from lsp_ray.plan.plan import choices_of, make_plan, workload_of
-    from lsp_ray.plan.skeleton import check_length, estimate_note, positions_of, quantized_bits, shape_of
+    with uncollected(is_own=True):
+        from lsp_ray.models.resolve import resolve_config
+        from lsp_ray.plan.plan import choices_of, make_plan, workload_of
+        from lsp_ray.plan.skeleton import check_length, estimate_note, positions_of, quantized_bits, shape_of
 
     folder = resolve_config(config.model_name_or_path, log=_note)
     check_length(folder, config.max_seq_length)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.passive_waiting import SETTINGS
+from lsp_ray.process import PASSIVE_WAITING
 from scripts.method_bench.ours import Outcome, gpu_name
 from scripts.method_bench.tasks import rate_of
 
@@ -77,7 +77,7 @@ def _environment() -> dict[str, str]:
         own |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     # torch looks for this environment's ninja on the path
     return {
-        **SETTINGS,
+        **PASSIVE_WAITING,
         **os.environ,
         **own,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

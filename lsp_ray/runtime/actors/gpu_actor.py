@@ -17,6 +17,7 @@ from lsp_ray.device.shared_weights import WeightsPlace
 from lsp_ray.device.step_report import StepReport
 from lsp_ray.device.switch import Takeover
 from lsp_ray.optim.reproject import Reprojection
+from lsp_ray.process import keep_loaded
 from lsp_ray.runtime.actors.decided import Decided, SetupReport
 from lsp_ray.runtime.actors.device_side import DeviceSide
 from lsp_ray.runtime.actors.numa_nodes import node_of_actor, numa_nodes, run_on
@@ -50,6 +51,7 @@ class GpuActor:
     """
 
     def __init__(self, job: Job, slots: Sequence[UnitSlots], gpu: int = 0, way: Way | None = None) -> None:
+        keep_loaded()
         self._news: Connection | None = None
         self._telling = threading.Lock()
         self._name = job.layout.name_of(gpu)

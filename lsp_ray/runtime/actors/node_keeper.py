@@ -24,6 +24,7 @@ from lsp_ray.errors import StaleSlotError
 from lsp_ray.optim.codec import Codec
 from lsp_ray.optim.parts import tree_sum
 from lsp_ray.optim.sums import SummedPart
+from lsp_ray.process import keep_loaded
 from lsp_ray.runtime.cluster.malloc_arenas import give_back_free
 from lsp_ray.runtime.transport.lanes import POLL_S, START_TIMEOUT_S, serve
 from lsp_ray.runtime.transport.line import Lines
@@ -75,6 +76,7 @@ class NodeKeeper:
     """
 
     def __init__(self, host: str) -> None:
+        keep_loaded()
         torch.set_num_threads(1)
         self._door = Door(host, POLL_S)
         self._at_home: dict[int, UnitSlots] = {}

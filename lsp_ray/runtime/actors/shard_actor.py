@@ -23,6 +23,7 @@ from lsp_ray.errors import WorkerLostError
 from lsp_ray.optim.moments_file import load_moments, save_moments
 from lsp_ray.optim.reproject import Reprojection
 from lsp_ray.optim.shard import OptimizerShard
+from lsp_ray.process import keep_loaded
 from lsp_ray.runtime.actors.numa_nodes import run_on
 from lsp_ray.runtime.actors.throttle import Throttle
 from lsp_ray.runtime.checkpoints.checkpoint import STATE, writing
@@ -59,6 +60,7 @@ class ShardActor:
         cores: Collection[int] = (),
         way: Way | None = None,
     ) -> None:
+        keep_loaded()
         self._index = index
         self._way, self._lines, self._offset_s, self._last_step = way, Lines(), 0.0, -1
         run_on(cores)

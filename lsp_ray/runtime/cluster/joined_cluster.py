@@ -15,7 +15,7 @@ from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ign
 from ray.exceptions import RayError
 
 from lsp_ray.errors import ConfigError
-from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
+from lsp_ray.process import PASSIVE_WAITING
 from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS as FEW_ARENAS
 from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
 from lsp_ray.runtime.cluster.nodes import FIELD, Node, nodes
@@ -71,7 +71,10 @@ def _joined(address: str) -> Iterator[Sequence[Node]]:
             address=found,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": {**PASSIVE_WAITING, **FEW_ARENAS}},
+            runtime_env={
+                "env_vars": {**PASSIVE_WAITING, **FEW_ARENAS},
+                "worker_process_setup_hook": "gc.disable",  # until an actor is there, see `keep_loaded`
+            },
         )
     except (RuntimeError, OSError, ValueError, RayError) as error:
         line = " ".join(str(error).split())[:200]

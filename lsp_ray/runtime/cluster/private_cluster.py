@@ -18,7 +18,7 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
 from lsp_ray.errors import WorkerLostError
-from lsp_ray.passive_waiting import SETTINGS as PASSIVE_WAITING
+from lsp_ray.process import PASSIVE_WAITING
 from lsp_ray.runtime.cluster.leftovers import note_session, own_folder
 from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS as FEW_ARENAS
 from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
@@ -114,6 +114,8 @@ def environment_of_ray(token_path: Path, *, dashboard: bool) -> dict[str, str]:
         "RAY_worker_niceness": "0",  # Ray's default of 15 starves the actors beside other programs
         "RAY_preallocate_plasma_memory": "1",  # no page faults in the first steps
         "RAY_preload_python_modules": "torch",  # workers have it imported before an actor asks for one
+        # what Ray's runtime_env sets, for which another process would start: until an actor is there, see `keep_loaded`
+        ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: "gc.disable",
         **{f"RAY_task_events_{name}": value for name, value in events.items()},
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; silences its warning
