@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from lsp_ray.process import PASSIVE_WAITING, keep_loaded, prepare_process
+from lsp_ray.runtime.transport.lanes import actor_class
 
 # torch's import stands for it: OpenMP reads the settings when it is loaded, and never again
 LOOK = """
@@ -55,6 +56,7 @@ def test_a_persons_own_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ENDED = """
 import atexit, gc
+from lsp_ray.runtime.transport.lanes import actor_class
 from lsp_ray.process import keep_loaded, prepare_process, uncollected
 
 atexit.register(lambda: print("kept at the end", gc.get_freeze_count() > 0))
@@ -84,7 +86,6 @@ def test_what_stays_until_the_end_is_not_collected() -> None:
     ]
 
 
-@ray.remote(num_cpus=0)
 class Ready:
     """An actor as ours are."""
 
@@ -98,6 +99,6 @@ class Ready:
 
 @pytest.mark.usefixtures("cluster")
 def test_workers_collect_once_their_actor_is_there() -> None:
-    actor = Ready.remote()
+    actor = actor_class(Ready).remote()
     assert ray.get(actor.look.remote()) == (False, True)
     ray.kill(actor)
