@@ -86,19 +86,16 @@ def test_what_stays_until_the_end_is_not_collected() -> None:
     ]
 
 
-class Ready:
-    """An actor as ours are."""
-
-    def __init__(self) -> None:
-        self._before = gc.isenabled()
-        keep_loaded()
-
-    def look(self) -> tuple[bool, bool]:
-        return self._before, gc.isenabled()
-
-
 @pytest.mark.usefixtures("cluster")
 def test_workers_collect_once_their_actor_is_there() -> None:
+    class Ready:  # begins as ours do
+        def __init__(self) -> None:
+            self._before = gc.isenabled()
+            keep_loaded()
+
+        def look(self) -> tuple[bool, bool]:
+            return self._before, gc.isenabled()
+
     actor = actor_class(Ready).remote()
     assert ray.get(actor.look.remote()) == (False, True)
     ray.kill(actor)
