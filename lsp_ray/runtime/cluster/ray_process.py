@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ray._private import services, utils, worker
+from ray._private.node import Node
 
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -37,10 +38,14 @@ class RayProcess(services.ConsolePopen):
 def starting_apart() -> Iterator[None]:
     """Within the context what Ray starts is a `RayProcess`, and Ray takes SIGTERM from nobody: it has no such setting.
 
-    Its own handler ends the process without a word, from the middle of Ray's start on.
+    Its own handler ends the process without a word, from the middle of Ray's start on. Nor does it start two programs
+    of its own, which have nothing to do on one machine and load for a second: one reads logs aloud, which `ray.init` is
+    told not to listen to, one adds machines and takes them away.
     """
     before, set_handler = services.ConsolePopen, utils.set_sigterm_handler
+    helpers = Node.start_log_monitor, Node.start_monitor
     services.ConsolePopen = RayProcess  # type: ignore[misc, assignment]
+    Node.start_log_monitor = Node.start_monitor = lambda _node: None  # type: ignore[method-assign]
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         utils.set_sigterm_handler = lambda _handler: None
     try:
@@ -48,6 +53,7 @@ def starting_apart() -> Iterator[None]:
     finally:
         services.ConsolePopen = before  # type: ignore[misc]
         utils.set_sigterm_handler = set_handler
+        Node.start_log_monitor, Node.start_monitor = helpers  # type: ignore[method-assign]
 
 
 @contextmanager
