@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import yaml
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # --help and a wrong option are answered before torch and ray
 
     from lsp_ray.data.tokenize import TokenizedRows
     from lsp_ray.report.progress import Progress
+    from lsp_ray.runtime.cluster.nodes import Node
     from lsp_ray.runtime.cluster.private_cluster import ClusterInfo
     from lsp_ray.runtime.fine_tune import Summary
     from lsp_ray.runtime.prepare.job import Job
@@ -130,7 +131,7 @@ def run_config(
                     import lsp_ray.runtime.prepare.job  # noqa: F401
                 job = _prepared(config, rows, output_dir, progress.note, machines)
                 _show(job, progress)
-                summary = _trained(job, output_dir, progress, stop, follower)
+                summary = _trained(config, job, output_dir, progress, stop, follower)
             progress.note(_done(job, summary, output_dir, progress.elapsed))
     return RunResult(output_dir=output_dir, summary=summary)
 
@@ -142,16 +143,20 @@ def _loading(stop: StopSignal | None) -> Iterator[None]:
 
 
 def _trained(
-    job: Job, output_dir: Path, progress: Progress, stop: StopSignal | None, follower: Follower | None
+    config: RunConfig,
+    job: Job,
+    output_dir: Path,
+    progress: Progress,
+    stop: StopSignal | None,
+    follower: Follower | None,
 ) -> Summary:
     """What came of the job, on a Ray of its own or on the cluster that was joined."""
     with _loading(stop):
-        from lsp_ray.runtime.actors.places import spare_gpus
         from lsp_ray.runtime.actors.ray_workers import RayWorkers
         from lsp_ray.runtime.cluster.nodes import check_nodes, nodes
         from lsp_ray.runtime.cluster.private_cluster import ray_cluster
         from lsp_ray.runtime.persistence import fine_tune_persistently
-        from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory, store_bytes_at
+        from lsp_ray.runtime.prepare.host_memory import check_memory, read_host_memory
 
     check_memory(job, read_host_memory())
     runtime = job.config.runtime
@@ -166,21 +171,18 @@ def _trained(
     ) as cluster:
         if is_joined:
             there = nodes()
-            store_bytes = [
-                store_bytes_at(job, node.name, is_own=node.is_own, num_spare_gpus=spare_gpus(job, node))
-                for node in there
-            ]
-            check_nodes(there, job.model_folder, output_dir, store_bytes)
+            _check_stores(job, there)
+            check_nodes(there, job.model_folder, output_dir.absolute())
         if stop is not None:
             stop.take()
         _note_dashboard(cluster, progress)
-        _write_config(output_dir, job)
+        _write_config(output_dir, job, config.runtime.num_gpus)
         if follower is not None:
             follower.begins(job.num_steps, job.micro_batches.steps_per_epoch, job.first_step)
         with _reported(output_dir, progress):
             return fine_tune_persistently(
                 job,
-                partial(RayWorkers, note=progress.note, shared=output_dir if is_joined else None),
+                partial(RayWorkers, note=progress.note, shared=output_dir.absolute() if is_joined else None),
                 output_dir,
                 _Followed(progress, follower),
                 _decoder(job),
@@ -211,7 +213,21 @@ def _laid_out(job: Job) -> Job:
     from lsp_ray.runtime.cluster.nodes import answering, machines, nodes
     from lsp_ray.runtime.prepare.job import laid_out
 
-    return laid_out(job, machines(answering(nodes())))
+    there = answering(nodes())
+    job = laid_out(job, machines(there))
+    _check_stores(job, there)  # where shards have come to other machines
+    return job
+
+
+def _check_stores(job: Job, there: Sequence[Node]) -> None:
+    from lsp_ray.runtime.actors.places import spare_gpus
+    from lsp_ray.runtime.cluster.nodes import check_stores
+    from lsp_ray.runtime.prepare.host_memory import store_bytes_at
+
+    needed = [
+        store_bytes_at(job, node.name, is_own=node.is_own, num_spare_gpus=spare_gpus(job, node)) for node in there
+    ]
+    check_stores(there, needed)
 
 
 def _as_it_is(job: Job) -> Job:
@@ -293,9 +309,13 @@ def _prepared(
     return job if checkpoint is None else resumed(job, checkpoint)
 
 
-def _write_config(output_dir: Path, job: Job) -> None:
-    """Leave what the run is, with every default filled in: `--config` repeats it, in a folder of its own."""
+def _write_config(output_dir: Path, job: Job, num_gpus: int | Literal["auto"]) -> None:
+    """Leave what the run is, with every default filled in: `--config` repeats it, in a folder of its own.
+
+    Of GPUs it has as many as were asked for; where none were, another machine has as many as it has.
+    """
     resolved = asdict(job.resolved_config)
+    resolved["runtime"]["num_gpus"] = num_gpus
     del resolved["output_dir"], resolved["resume_from_checkpoint"]
     if resolved["max_steps"] != -1:
         del resolved["num_train_epochs"]  # is not looked at

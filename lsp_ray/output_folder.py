@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lsp_ray.config import RunConfig
 from lsp_ray.errors import ConfigError
 
 DEFAULT_OUTPUT = "lsp_output"
+CONFIG = "config.yaml"
 SAVING = ".saving-"  # folders of saves that are not done begin so
 
 INTERNALS = "internals"
@@ -37,11 +39,12 @@ def claimed(config: RunConfig) -> Iterator[Path]:
     first step leaves nothing behind. Only a run that goes on keeps its folder.
 
     Raises:
-        ConfigError: The folder asked for has content or cannot be written.
+        ConfigError: The folder asked for has content or cannot be written, or another run is at work in it.
     """
     continued = _continued(config)
     if continued is not None:
-        yield continued
+        with _alone_in(continued):
+            yield continued
         return
     path = _first_free() if config.output_dir is None else Path(config.output_dir)
     if not _is_free(path):
@@ -52,11 +55,12 @@ def claimed(config: RunConfig) -> Iterator[Path]:
     existed = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").touch()
+        (path / CONFIG).touch()
     except OSError as error:
         raise ConfigError("output_dir", f"be writable ({error.strerror})", str(path)) from error
     try:
-        yield path
+        with _alone_in(path):
+            yield path
     except BaseException:
         metrics = path / "metrics.jsonl"
         if not metrics.exists() or metrics.stat().st_size == 0:
@@ -66,9 +70,28 @@ def claimed(config: RunConfig) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def _alone_in(path: Path) -> Iterator[None]:
+    """Keep other runs out of the folder for as long as this one, or its process, lasts.
+
+    Raises:
+        ConfigError: Another one is in it.
+    """
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context((path / CONFIG).open("r+"))  # for writing, as NFS wants it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            bound = "be the folder of a run that has ended, and one is at work there"
+            raise ConfigError("output_dir", bound, str(path)) from None
+        except OSError:
+            pass  # nothing to go on in, or to write to, which whoever reads or writes it says; or no locks on this disk
+        yield
+
+
 def _clear(path: Path) -> None:
     """Remove what a run writes before its first step is done."""
-    for name in ("config.yaml", "metrics.jsonl"):
+    for name in (CONFIG, "metrics.jsonl"):
         (path / name).unlink(missing_ok=True)
     for name in (INTERNALS, "tensorboard", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)

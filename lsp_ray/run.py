@@ -19,7 +19,7 @@ from lsp_ray.launch import run_config
 from lsp_ray.process import prepare_process
 from lsp_ray.runtime.stop_signal import StopSignal
 
-_AT_ONCE = "stopped at once; no checkpoint was written"
+_AT_ONCE = "stopped at once; what was not saved is lost"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,7 +56,7 @@ class Machines:
         # Ray takes 127.0.0.1 for an address that others cannot reach, and looks for another one
         commands = re.sub(r"192\.168\.0\.1\d", f"127.0.0.{number + 1}", commands)
         commands = re.sub(r"--object-store-memory=\d+", f"--object-store-memory={self._store_bytes}", commands)
-        own = ["--num-cpus=3", "--num-gpus=1", "--include-log-monitor=false", "--disable-usage-stats", "--block"]
+        own = ["--num-cpus=3", "--num-gpus=1", "--include-log-monitor=false", "--block"]
         if number == 1:
             own += ["--include-dashboard=false", f"--temp-dir={self._folder / 'ray'}"]
         command = ["bash", "-ec", f"{commands.strip()} {' '.join(own)}"]

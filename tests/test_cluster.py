@@ -20,7 +20,7 @@ from lsp_ray.runtime.cluster.private_cluster import environment_of_ray
 DASHBOARD_PORT = 8265
 
 LOOK = """
-import json, socket, time, urllib.error, urllib.request
+import json, socket, subprocess, time, urllib.error, urllib.request
 from pathlib import Path
 import psutil, ray
 from lsp_ray.runtime.cluster.private_cluster import ray_cluster
@@ -50,7 +50,8 @@ with ray_cluster(num_actors=1, store_bytes=96 << 20, dashboard=True) as cluster:
     environments = [environment for environment in (child.environ() for child in children) if environment]
     policies = {environment.get("OMP_WAIT_POLICY") for environment in environments}
     token = Path(cluster.token_path)
-    print(json.dumps({
+    users = subprocess.Popen(["sleep", "60"])
+    found = {
         "url": cluster.dashboard_url,
         "addresses": sorted({address.ip for address in listening}),
         "ports": [address.port for address in listening],
@@ -61,7 +62,10 @@ with ray_cluster(num_actors=1, store_bytes=96 << 20, dashboard=True) as cluster:
         "folder_mode": token.parent.stat().st_mode & 0o777,
         "status_without_token": status(cluster.dashboard_url + "/api/version"),
         "token": str(token),
-    }))
+        "spills": ray._private.worker._global_node._config.get("automatic_object_spilling_enabled"),
+    }
+print(json.dumps({**found, "users_process_lives": users.poll() is None}))
+users.kill()
 """
 
 
@@ -141,3 +145,8 @@ def test_ray_keeps_a_list_of_past_tasks_for_the_dashboard_alone(tmp_path: Path) 
     assert with_list["RAY_task_events_max_num_task_in_gcs"] == "1000"
     assert "RAY_task_events_report_interval_ms" not in with_list
     assert without["RAY_task_events_report_interval_ms"] == "0"
+
+
+def test_what_the_program_has_started_besides_lives_on_and_nothing_is_spilled(seen: dict[str, Any]) -> None:
+    assert seen["users_process_lives"]
+    assert seen["spills"] is False

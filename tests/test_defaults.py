@@ -142,3 +142,14 @@ def test_a_finished_run_says_how_to_train_longer(wrote: str, how: str, tmp_path:
     expected = re.escape(f"to train its model longer, {how.format(folder=tmp_path)}") + "$"
     with pytest.raises(ConfigError, match=expected), claimed(config):
         pass
+
+
+def test_one_run_at_a_time_is_at_work_in_a_folder(tmp_path: Path) -> None:
+    begun = RunConfig(output_dir=str(tmp_path / "out"))
+    going_on = replace(begun, resume_from_checkpoint="last")
+    expected = "output_dir must be the folder of a run that has ended, and one is at work there, got "
+    for own in (begun, going_on):
+        with claimed(own) as folder:
+            (folder / "metrics.jsonl").write_text("{}\n", encoding="utf-8")  # a step is done
+            with pytest.raises(ConfigError, match=expected), claimed(going_on):
+                pass

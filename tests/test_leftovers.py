@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from lsp_ray.runtime.cluster.leftovers import clear_leftovers, note_session, own_folder
+from lsp_ray.errors import StoppedError, WorkerLostError
+from lsp_ray.runtime.cluster.leftovers import clear_leftovers, cleared_session, note_session, own_folder
 
 KILLED = """
 import os, signal
@@ -58,6 +60,19 @@ def test_folders_of_a_killed_run_are_cleared_and_said_and_those_of_a_live_one_st
     assert not alive.exists()
     clear_leftovers(run, said.append)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(("error", "is_left"), [(None, False), (StoppedError, False), (WorkerLostError, True)])
+def test_rays_logs_stay_where_they_may_tell_what_failed(
+    tmp_path: Path, error: type[Exception] | None, is_left: bool
+) -> None:
+    session = tmp_path / "session_own"
+    session.mkdir()
+    with suppress(StoppedError, WorkerLostError), own_folder(tmp_path) as folder, cleared_session(folder):
+        note_session(folder, str(session))
+        if error is not None:
+            raise error("")
+    assert session.exists() == is_left
 
 
 @pytest.mark.parametrize("named", ["../out", "session_link"])

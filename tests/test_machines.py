@@ -164,6 +164,7 @@ def test_two_machines_train_to_the_bits_of_one(
     assert [len(files) for files in shared if files] == [2 * one for one in expected]
     assert_same_bits(saved_weights(job, run.out), saved_weights(job, tmp_path / "alone"))
     assert "cluster: 2 machine(s)" in said
+    assert yaml.safe_load((run.out / "config.yaml").read_text())["runtime"]["num_gpus"] == runtime.get("num_gpus", 2)
     steps = run.steps()
     assert len(steps) == 10
     assert any(step["num_refitted"] for step in steps) == (shard_nodes == "driver")
@@ -241,6 +242,7 @@ def test_a_machine_that_freezes_is_done_without_and_where_the_first_one_ends_the
             process.kill()
         said = run.end(1)
     last = max(checkpoints(run.out).items())[1]
+    assert re.search(r"gpu-1\S* is replaced by one on \S+, as \S+ does not answer, .* no step is lost", said), said
     assert said.count("no step is lost") == 1, said
     assert "starting again" not in said, said
     assert "Traceback" not in said, said

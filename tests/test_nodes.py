@@ -21,7 +21,7 @@ from lsp_ray.errors import ConfigError, WorkerLostError
 from lsp_ray.runtime.actors.places import place_for, spare_gpus
 from lsp_ray.runtime.cluster import joined_cluster, nodes, own_raylet
 from lsp_ray.runtime.cluster.joined_cluster import _check_token, _found
-from lsp_ray.runtime.cluster.nodes import Node, check_nodes
+from lsp_ray.runtime.cluster.nodes import Node, answering, check_nodes, check_stores
 from lsp_ray.runtime.cluster.own_raylet import check_raylet, listens, when_raylet_ends
 from lsp_ray.runtime.prepare.job import laid_out
 from lsp_ray.runtime.prepare.machines import Machine, place
@@ -80,13 +80,17 @@ def test_a_machine_that_would_fail_later_is_named(
 ) -> None:
     monkeypatch.setattr(nodes, "_look_at", lambda *_: [found(), theirs])
     with pytest.raises(ConfigError, match=message):
-        check_nodes([OWN, OTHER], tmp_path, tmp_path, store_bytes=[1000, 0])
+        check_nodes([OWN, OTHER], tmp_path, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_store_that_is_too_small_is_refused_with_the_size_it_needs(tmp_path: Path) -> None:
+def test_the_drivers_machine_is_there_however_busy() -> None:
+    assert answering([OWN]) == [OWN]  # without Ray
+
+
+def test_a_store_that_is_too_small_is_refused_with_the_size_it_needs() -> None:
     with pytest.raises(ConfigError, match=r"object store on a has 2.00 GB .*--object-store-memory=2000000000 there$"):
-        check_nodes([OWN, OTHER], tmp_path, tmp_path, store_bytes=[2_000_000_000, 0])
+        check_stores([OWN, OTHER], [2_000_000_000, 0])
 
 
 def test_a_cluster_that_asks_nobody_for_a_token_is_joined_where_only_this_machine_reaches_it(

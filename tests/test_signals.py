@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -93,6 +94,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             run.end_at_once()
 
 
+def sessions(run: Run) -> list[Path]:
+    """Folders of the run's Rays, which end with the driver's number."""
+    return list(Path(tempfile.gettempdir(), "ray").glob(f"session_*_{run.process.pid}"))
+
+
 def assert_saved_once(run: Run) -> None:
     assert len(checkpoints(run.out)) == 1
     assert_saved(run)
@@ -125,6 +131,7 @@ def test_ctrl_c_finishes_the_step_saves_and_leaves_nothing_behind(runs: Runs) ->
     assert f"stopped after {run.num_lines()} of 100000 steps" in run.said()
     assert "Traceback" not in run.said()
     wait_until(belongings.are_gone, "nothing is left")
+    assert not sessions(run)
 
 
 def test_sigterm_to_all_waits_for_a_long_step_and_a_second_one_stops_at_once(runs: Runs) -> None:
@@ -183,6 +190,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_with_the_bits_of_one_left_al
         going_on = ["--resume_from_checkpoint", "last"]
     run = Run.start(tmp_path / "stopped", *options, *going_on)
     assert run.ends() == 0, run.said()
+    assert not sessions(run)
     assert_same_end(run.out, tmp_path / "reference")
 
 
@@ -236,7 +244,7 @@ def test_ctrl_c_of_which_a_library_makes_an_error_of_imports_is_no_error(
 
     monkeypatch.setattr("lsp_ray.run.run_config", partial(load, is_interrupted=True))
     assert main([]) == 130
-    assert capsys.readouterr().err == "stopped at once; no checkpoint was written\n"
+    assert capsys.readouterr().err == "stopped at once; what was not saved is lost\n"
     monkeypatch.setattr("lsp_ray.run.run_config", partial(load, is_interrupted=False))
     with pytest.raises(ModuleNotFoundError, match="no such package"):
         main([])
@@ -254,7 +262,7 @@ def test_sigterm_while_ray_starts_is_answered_and_leaves_nothing(tmp_path: Path)
         children = driver.children(recursive=True)
         run.send(signal.SIGTERM, "driver")
         assert run.ends() == 143, run.said()
-        assert run.said().splitlines()[-1] == "stopped at once; no checkpoint was written"
+        assert run.said().splitlines()[-1] == "stopped at once; what was not saved is lost"
         assert not run.out.exists()
         wait_until(lambda: not any(map(is_alive, children)), "Ray's processes are gone")
     finally:

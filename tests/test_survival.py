@@ -72,6 +72,7 @@ def test_a_killed_gpu_actor_without_a_checkpoint_starts_from_the_beginning(tmp_p
     job = tiny_job(tmp_path, max_steps=100, method="native", save_steps=0)
     killer = Killer({3: "GpuActor"})
     assert_like_undisturbed(job, tmp_path, killer)
+    assert any("starting again from the beginning, as there is no checkpoint" in note for note in killer.notes)
     assert killer.steps[0].step == 1
     assert len(killer.steps) > 100
 

@@ -81,8 +81,9 @@ def _persistently(
                 raise WorkerLostError(f"{error}, {num_losses} times in a row; {way_on(output_dir)}") from error
             if stop.requested():
                 raise StoppedError(f"as {error}; {way_on(output_dir)}") from error
-            listener.note(f"{error}; starting again")
-        saved = list(checkpoints(output_dir).values())
+            saved = list(checkpoints(output_dir).values())
+            whence = "" if saved or job.saved is not None else " from the beginning, as there is no checkpoint yet"
+            listener.note(f"{error}; starting again{whence}")
         job = laid_out(resumed(replace(job, saved=None), saved[-1]) if saved else job)
 
 

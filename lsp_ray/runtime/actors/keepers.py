@@ -137,7 +137,13 @@ class Keepers:
     def has_ended(self, shard: int, pid: int) -> bool:
         """Wait until the process of a shard has ended; returns whether it has in time."""
         node = self._places.shards[shard]
-        return has_ended(pid) if node.id == self._own.id else bool(self._call(node.id, "wait_for_end", pid))
+        return (
+            has_ended(pid)
+            if node.id == self._own.id
+            else bool(
+                self._call(node.id, "wait_for_end", pid, timeout_s=2 * START_TIMEOUT_S)  # it waits as long itself
+            )
+        )
 
     def keep_to(self, throttle: Throttle) -> None:
         """Between two steps: slow the network down to this from now on."""

@@ -57,7 +57,7 @@ class RayWorkers:
         self._watch = Watch()
         self._untold: WorkerLostError | None = None
         self._reprojections: dict[int, Sequence[Reprojection]] = {}  # unit -> those of its last payload
-        places = Places(job)
+        self._places = places = Places(job)
         self._keepers = Keepers(job, places)
         self._gpus = GpuPool(job, self.gpu_actor, places, self._keepers, shared)
         self._shards: ShardPool | None = None
@@ -161,9 +161,12 @@ class RayWorkers:
 
     def replace(self, gpu: int, step: int) -> None:
         """See `Workers`."""
+        before = self._places.gpus[gpu]
         self._gpus.replace(gpu, step)
         self._look_around()
-        self._note(f"{self._job.layout.name_of(gpu)} is replaced in step {step + 1}, and no step is lost")
+        after = self._places.gpus[gpu]
+        where = "" if after == before else f" by one on {after.name}, as {before.name} does not answer,"
+        self._note(f"{self._job.layout.name_of(gpu)} is replaced{where} in step {step + 1}, and no step is lost")
 
     def start_again(self, gpu: int, steps: range, *, drains: bool) -> None:
         """See `Workers`."""

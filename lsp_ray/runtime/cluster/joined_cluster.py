@@ -50,6 +50,7 @@ def _found(address: str) -> str:
     Raises:
         ConfigError: There is none.
     """
+    known: str | None = None
     try:
         known = services.canonicalize_bootstrap_address(address)
         host, _, port = (known or "").rpartition(":")
@@ -58,7 +59,7 @@ def _found(address: str) -> str:
             return known
         why = "no Ray was started on this machine"
     except (OSError, ValueError) as error:
-        why = str(error)
+        why = f"{known}: {error}; HOST:PORT names another one" if known and address == "auto" else str(error)
     raise ConfigError(
         FIELD, f"be a cluster that answers ({why})", address, hint="docs/cluster.md says how one is started"
     )

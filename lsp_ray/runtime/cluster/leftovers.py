@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lsp_ray.errors import ConfigError, StoppedError
 from lsp_ray.output_folder import SAVING
 from lsp_ray.runtime.checkpoints.checkpoint import unfinished
 
@@ -38,6 +39,21 @@ def own_folder(within: Path | None = None) -> Iterator[Path]:
 def note_session(folder: Path, session: str) -> None:
     """Write down which folder Ray keeps its session in, to be cleared with `folder`, one of `own_folder`."""
     (folder / _SESSION).write_text(session, encoding="utf-8")
+
+
+@contextmanager
+def cleared_session(folder: Path) -> Iterator[None]:
+    """Remove the session noted in `folder` at the end, unless something has failed: Ray's logs may tell what."""
+    has_failed = True
+    try:
+        yield
+        has_failed = False
+    except (ConfigError, StoppedError, KeyboardInterrupt):
+        has_failed = False
+        raise
+    finally:
+        for session in [] if has_failed else _session_of(folder):
+            shutil.rmtree(session, ignore_errors=True)
 
 
 def clear_leftovers(run_folder: Path, note: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ from lsp_ray.runtime.prepare.machines import Machine
 
 FIELD = "runtime.address"
 LOOK_TIMEOUT_S = 60.0  # a worker that imports torch from a cold disk
-ALIVE_TIMEOUT_S = 10.0  # of a machine that has answered before
+ALIVE_TIMEOUT_S = 30.0  # of a machine that has answered before, and may be busy; Ray knows sooner of most that are gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +74,11 @@ def on_node(node_id: str) -> dict[str, Any]:
 
 def answering(there: Sequence[Node]) -> list[Node]:
     """Those on which something can be run; Ray takes some seconds to know that one is gone."""
-    looks = {node.id: _answer.options(**on_node(node.id)).remote() for node in there}
-    found = []
+    looks = {node.id: _answer.options(**on_node(node.id)).remote() for node in there if not node.is_own}
+    found = [node for node in there if node.is_own]  # busy as it may be: this process runs there
     for node in there:
+        if node.is_own:
+            continue
         with suppress(RayError):
             ray.get(looks[node.id], timeout=ALIVE_TIMEOUT_S)
             found.append(node)
@@ -115,24 +117,31 @@ def _look_at(there: Sequence[Node], paths: Sequence[Path] = ()) -> list[_Found]:
     return found
 
 
-def check_nodes(there: Sequence[Node], model: Path, output_dir: Path, store_bytes: Sequence[int]) -> None:
+def check_stores(there: Sequence[Node], store_bytes: Sequence[int]) -> None:
+    """Refuse machines whose object stores do not hold so much each.
+
+    Raises:
+        ConfigError: One is too small.
+    """
+    for node, needed in zip(there, store_bytes, strict=True):
+        if node.store_bytes < needed:
+            bound = f"be a cluster whose object store on {node.name} has {needed / 1e9:.2f} GB for this run's slots"
+            hint = f"ray start --object-store-memory={needed} there"
+            raise ConfigError(FIELD, bound, f"{node.store_bytes / 1e9:.2f} GB", hint=hint)
+
+
+def check_nodes(there: Sequence[Node], model: Path, output_dir: Path) -> None:
     """Refuse a cluster on which the run would fail later, or go wrong.
 
     Args:
         there: Its machines, the driver's first.
         model: The model's folder, which all must see.
         output_dir: Where checkpoints go, from which all must be able to go on.
-        store_bytes: What the object store of each must hold.
 
     Raises:
-        ConfigError: A machine has other versions or not the model or not the output folder; or the store is too small.
+        ConfigError: A machine has other versions or not the model or not the output folder.
     """
     own = there[0]
-    for node, needed in zip(there, store_bytes, strict=True):
-        if node.store_bytes < needed:
-            bound = f"be a cluster whose object store on {node.name} has {needed / 1e9:.2f} GB for this run's slots"
-            hint = f"ray start --object-store-memory={needed} there"
-            raise ConfigError(FIELD, bound, f"{node.store_bytes / 1e9:.2f} GB", hint=hint)
     with _left_in(output_dir) as mark:
         found = _look_at(there, [model, mark])
     expected = found[0]

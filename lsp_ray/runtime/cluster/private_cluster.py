@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from ray.exceptions import RayError
 
 from lsp_ray.errors import WorkerLostError
 from lsp_ray.process import PASSIVE_WAITING
-from lsp_ray.runtime.cluster.leftovers import note_session, own_folder
+from lsp_ray.runtime.cluster.leftovers import cleared_session, note_session, own_folder
 from lsp_ray.runtime.cluster.malloc_arenas import SETTINGS as FEW_ARENAS
 from lsp_ray.runtime.cluster.malloc_arenas import limit_arenas
-from lsp_ray.runtime.cluster.ray_process import saying_nothing, starting_apart
+from lsp_ray.runtime.cluster.ray_process import RayProcess, saying_nothing, starting_apart
 
 END_TIMEOUT_S = 10.0  # a killed process is gone at once, unless the kernel is busy with what it held
 
@@ -50,11 +50,10 @@ def ray_cluster(
     if ray.is_initialized():
         yield ClusterInfo()
         return
-    others = set(psutil.Process().children())
     before = _environment()
     reaches_others = ray_constants.ENABLE_RAY_CLUSTER
     limit_arenas()  # before Ray's threads come
-    with own_folder() as private, saying_nothing():
+    with own_folder() as private, cleared_session(private), saying_nothing():
         try:
             _set_environment(private, dashboard=dashboard)
             context = _started(
@@ -63,6 +62,9 @@ def ray_cluster(
                 num_gpus=num_gpus,
                 object_store_memory=store_bytes,
                 include_dashboard=dashboard,
+                # Ray writes to disk what no process has mapped yet once a store is full by four fifths, as ours are; a
+                # copy that comes back from there is no slot, as it goes with its process
+                _system_config={"automatic_object_spilling_enabled": False},
                 dashboard_host="127.0.0.1",
                 _node_ip_address="127.0.0.1",
                 log_to_driver=False,
@@ -72,7 +74,7 @@ def ray_cluster(
             url = f"http://{context.dashboard_url}" if dashboard and context.dashboard_url else ""
             yield ClusterInfo(dashboard_url=url, token_path=os.environ["RAY_AUTH_TOKEN_PATH"] if url else "")
         finally:
-            _end_ray(others)
+            _end_ray()
             ray_constants.ENABLE_RAY_CLUSTER = reaches_others
             _restore_environment(before)
 
@@ -89,12 +91,13 @@ def _started(**options: Any) -> Any:
         raise WorkerLostError(f"Ray did not start: {str(error).splitlines()[0]}") from error
 
 
-def _end_ray(before: Set[psutil.Process]) -> None:
+def _end_ray() -> None:
     """Stop Ray; its raylet is killed, see `RayProcess`, and what that has started would outlive it a while."""
-    started = [child for child in psutil.Process().children() if child not in before]
-    for process in list(started):
+    started: list[psutil.Process] = []
+    for pid in RayProcess.started:
         with suppress(psutil.NoSuchProcess):
-            started += process.children(recursive=True)
+            process = psutil.Process(pid)
+            started += [process, *process.children(recursive=True)]
     ray.shutdown()
     for process in started:
         with suppress(psutil.NoSuchProcess):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from ray._private import services, utils, worker
 from ray._private.node import Node
@@ -18,7 +18,12 @@ class RayProcess(services.ConsolePopen):
 
     So the driver ends a run in order, with its actors' help, whoever else was sent the signal: its process group, its
     control group. Ray lets the kernel kill these processes when the driver dies.
+
+    Attributes:
+        started: Their numbers, since `starting_apart` was entered.
     """
+
+    started: ClassVar[list[int]] = []
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
         before_exec = options.pop("preexec_fn")
@@ -28,6 +33,7 @@ class RayProcess(services.ConsolePopen):
             signal.pthread_sigmask(signal.SIG_BLOCK, _DEAF_TO)
 
         super().__init__(command, preexec_fn=prepare, start_new_session=True, **options)
+        self.started.append(self.pid)
 
     def terminate(self) -> None:
         """Ray sends SIGTERM first and waits a second for each process; no process here would hear it."""
@@ -44,6 +50,7 @@ def starting_apart() -> Iterator[None]:
     """
     before, set_handler = services.ConsolePopen, utils.set_sigterm_handler
     helpers = Node.start_log_monitor, Node.start_monitor
+    RayProcess.started.clear()
     services.ConsolePopen = RayProcess  # type: ignore[misc, assignment]
     Node.start_log_monitor = Node.start_monitor = lambda _node: None  # type: ignore[method-assign]
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -317,7 +317,7 @@ def _opened(
             connection = accept()
             name, pid = Ear(connection).heard()  # nothing else comes before the first order
             lanes[name] = Lane(connection, who, process(pid), life, name, pid)
-        except (TimeoutError, EOFError, psutil.NoSuchProcess):
+        except (OSError, EOFError, psutil.NoSuchProcess):  # not in time, or its machine is gone
             if ray.wait([life], timeout=0)[0]:
                 answer(life, f"{who}: start")
             if time.monotonic() >= deadline_s:

@@ -21,6 +21,7 @@ from lsp_ray.errors import WorkerLostError
 
 GAP_TIMEOUT_S = 20.0  # how long nothing may come through before a connection counts as lost
 HANDSHAKE_TIMEOUT_S = 5.0  # one who connects and says nothing keeps others waiting no longer
+WAIT_TIMEOUT_S = 60.0  # of one who is let in after some of these
 _NUM_LOOKS = 16  # at another clock; the quickest is the most exact
 
 
@@ -97,6 +98,7 @@ def dial(address: Address) -> Connection:
     """
     try:
         connection = _lasting(socket.create_connection((address.host, address.port), GAP_TIMEOUT_S))
+        _set_patience(connection, WAIT_TIMEOUT_S)
         answer_challenge(connection, address.key)
         deliver_challenge(connection, address.key)
         _set_patience(connection, 0.0)
