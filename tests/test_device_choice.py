@@ -7,8 +7,16 @@ from itertools import count
 import pytest
 import torch
 
-from lsp_ray.config import RunConfig
-from lsp_ray.runtime.prepare.device_choice import BF16_PAYS, bf16_over_float32, choose_bf16
+from lsp_ray.config import RunConfig, RuntimeConfig
+from lsp_ray.errors import ConfigError
+from lsp_ray.runtime.prepare.device_choice import (
+    BF16_PAYS,
+    bf16_over_float32,
+    choose_bf16,
+    choose_device,
+    device_bytes,
+)
+from lsp_ray.runtime.prepare.machines import Machine
 
 
 @pytest.mark.parametrize(
@@ -64,3 +72,12 @@ def test_the_ratio_is_the_median_of_pairs_and_threads_are_left_as_they_were() ->
 
 def test_a_real_processor_has_a_ratio() -> None:
     assert 0.001 < bf16_over_float32() < 1000
+
+
+def test_a_run_starts_on_a_machine_that_has_a_gpu_where_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = [Machine(name=name, num_gpus=size, cores=4, has_bf16=True) for name, size in (("head", 0), ("other", 1))]
+    config = RunConfig(runtime=RuntimeConfig(address="auto"))
+    assert choose_device(config, there) == "cuda"
+    with pytest.raises(ConfigError, match=r"^runtime.address must be a cluster that .* on a machine with a GPU"):
+        device_bytes(config, "cuda")

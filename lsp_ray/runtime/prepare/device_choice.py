@@ -42,8 +42,11 @@ def device_bytes(config: RunConfig, device: Device) -> int | None:
     """Return what the run may take of a device's memory; None: a CPU's, of which it was not said how much.
 
     Raises:
-        ConfigError: More is asked for than there is.
+        ConfigError: More is asked for than there is, or other machines of a cluster have GPUs and this one has none.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        bound = "be a cluster that the run is started in on a machine with a GPU, as others there have"
+        raise ConfigError("runtime.address", bound, config.runtime.address)
     asked_gb = config.runtime.device_memory_gb
     asked = None if asked_gb is None else int(asked_gb * 1e9)
     # all of a GPU's: to ask what is free would take some of it for this process
