@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -12,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from lsp_ray.process import keep_loaded
 from lsp_ray.runtime.cluster.private_cluster import ray_cluster
+from lsp_ray.runtime.cluster.ray_process import RayProcess
 
 gc.disable()  # while all tests are imported
 
@@ -38,13 +38,13 @@ def _shared_memory() -> set[str]:
 def cluster() -> Iterator[None]:
     """The suite's only Ray; at its end no process and no shared memory of it may be left."""
     segments_before = _shared_memory()
-    children_before = set(psutil.Process().children(recursive=True))
     with ray_cluster(num_actors=4, store_bytes=160 << 20):
         assert ray.is_initialized()
         yield
-    # the interpreter's own child may have started meanwhile
-    own = {getattr(resource_tracker._resource_tracker, "_pid", None)}
-    started = [child for child in psutil.Process().children(recursive=True) if child not in children_before]
-    _, alive = psutil.wait_procs([child for child in started if child.pid not in own], timeout=10)
+        # other children are Python's, and those that compile for torch
+        own = [child for child in psutil.Process().children() if child.pid in RayProcess.started]
+        started = [*own, *(process for child in own for process in child.children(recursive=True))]
+    assert started
+    _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
     assert _shared_memory() <= segments_before
