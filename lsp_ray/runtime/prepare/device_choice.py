@@ -44,7 +44,7 @@ def device_bytes(config: RunConfig, device: Device) -> int | None:
     Raises:
         ConfigError: More is asked for than there is, or other machines of a cluster have GPUs and this one has none.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and config.runtime.address is not None and not torch.cuda.is_available():
         bound = "be a cluster that the run is started in on a machine with a GPU, as others there have"
         raise ConfigError("runtime.address", bound, config.runtime.address)
     asked_gb = config.runtime.device_memory_gb
