@@ -56,7 +56,6 @@ def test_a_persons_own_setting_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ENDED = """
 import atexit, gc
-from lsp_ray.runtime.transport.lanes import actor_class
 from lsp_ray.process import keep_loaded, prepare_process, uncollected
 
 atexit.register(lambda: print("kept at the end", gc.get_freeze_count() > 0))
